@@ -1,0 +1,110 @@
+"""The eager PyTorch twin of every op: the oracle that the kernels are tested against, and the CPU path.
+
+Shape letters, here and everywhere: T local tokens, S tokens of the whole stream, H heads, K key/value heads, D head
+dim, P ranks, B batch, V visual tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def allowed_keys(rows: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """Which key each row of one segment may see, or None where every row sees every key.
+
+    Returns a bool tensor (rows, keys). The last row is aligned with the last key (bottom-right), as in FlashAttention
+    >= 2.1. `window` counts the keys a row may see behind and including its own position; without `causal` it reaches
+    as far ahead as behind.
+
+    >>> allowed_keys(2, 3, causal=True, window=2, device=torch.device("cpu")).int().tolist()
+    [[1, 1, 0], [0, 1, 1]]
+    """
+    if not causal and window is None:
+        return None
+    row = torch.arange(rows, device=device)[:, None] + (keys - rows)
+    key = torch.arange(keys, device=device)[None, :]
+    allowed = torch.ones(rows, keys, dtype=torch.bool, device=device)
+    if causal:
+        allowed &= key <= row
+    if window is not None:
+        allowed &= key > row - window
+        if not causal:
+            allowed &= key < row + window
+    return allowed
+
+
+def _attend_segment(
+    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, *, causal: bool, window: int | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One segment by the textbook formula. Returns out (L, H, D) and log-sum-exp (L, H), both fp32 or wider."""
+    rows, keys, heads = q_LHD.shape[0], k_LKD.shape[0], q_LHD.shape[1]
+    wide = torch.promote_types(q_LHD.dtype, torch.float32)
+    repeat = heads // k_LKD.shape[1]
+    q, k, v = (x.to(wide).transpose(0, 1) for x in (q_LHD, k_LKD, v_LKD))
+    k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
+    scores = q @ k.transpose(1, 2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    allowed = allowed_keys(rows, keys, causal=causal, window=window, device=q.device)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -math.inf)
+    lse = torch.logsumexp(scores, -1)
+    # A row without any key has lse = -inf; its probabilities are 0 by definition, not exp(-inf + inf).
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+    return (weights @ v).transpose(0, 1), lse.transpose(0, 1)
+
+
+def _attend_segment_sdpa(q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, *, causal: bool, scale: float) -> Tensor:
+    """One segment whose rows all have keys, through SDPA, which keeps O(L) rather than O(L^2) for the backward."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_LKD, v_LKD))
+    gqa = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out[0].transpose(0, 1)
+
+
+def varlen_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens_q: Sequence[int],
+    cu_seqlens_k: Sequence[int],
+    seqused_k: Sequence[int] | None,
+    *,
+    causal: bool,
+    window: int | None,
+    softcap: float,
+    scale: float,
+    exact: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention inside each segment; see `ops.varlen_attention` for the arguments and the meaning.
+
+    `exact=True` is the oracle: the textbook formula in fp32 or wider, and the log-sum-exp (T, H) beside the output.
+    `exact=False` is the CPU path: the same result through SDPA where SDPA can express it, and no log-sum-exp.
+    """
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
+    total = q_THD.shape[0]
+    for i in range(len(cu_seqlens_q) - 1):
+        q = q_THD[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
+        k_stop = cu_seqlens_k[i + 1] if seqused_k is None else cu_seqlens_k[i] + seqused_k[i]
+        k, v = k_TKD[cu_seqlens_k[i] : k_stop], v_TKD[cu_seqlens_k[i] : k_stop]
+        if not exact and window is None and not softcap and len(k) and (not causal or len(q) == len(k)):
+            outs.append(_attend_segment_sdpa(q, k, v, causal=causal, scale=scale))
+            continue
+        out, lse = _attend_segment(q, k, v, causal=causal, window=window, softcap=softcap, scale=scale)
+        outs.append(out.to(q_THD.dtype))
+        lses.append(lse)
+    slack = total - int(cu_seqlens_q[-1])
+    if slack:
+        outs.append(q_THD.new_zeros(slack, q_THD.shape[1], v_TKD.shape[2]))
+        lses.append(torch.full((slack, q_THD.shape[1]), -math.inf, device=q_THD.device))
+    # Not a bare zeros(): every rank's output must hang on the graph, also the one without a single segment.
+    out = torch.cat(outs) if outs else q_THD[..., : v_TKD.shape[2]] * 0
+    if not exact:
+        return out, None
+    return out, torch.cat(lses) if lses else q_THD.new_zeros(0, q_THD.shape[1], dtype=torch.float32)

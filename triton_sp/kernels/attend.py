@@ -1,0 +1,145 @@
+"""Attention of packed tokens, forward: one program for each tile of rows and head.
+
+Shapes: q (T, H, D), k and v (T_k, K, D), out like q, log-sum-exp (H, T) in fp32. Strides are counted in units of
+UNIT elements. All of them are multiples of 8 in practice, and saying so in this way lets the compiler see 16-byte
+loads at D = 72 too, where a head stride of 72 elements passed as it is made every load 2 bytes wide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_sp.kernels import launch
+from triton_sp.kernels.tiles import (
+    dot_into,
+    dot_rows,
+    extent_keys,
+    load_split,
+    locate,
+    soft,
+    store_split,
+    visible_blocks,
+)
+
+
+@triton.jit
+def attend_block(
+    acc0, acc1, top, total, q0, q1, position, block, k_ptr, v_ptr, k_row, v_row, keys, left, right, inner, outer,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One block of keys into the running softmax (`top` and `total`: maximum and sum of each row, base 2)."""
+    first = block * BN
+    key = tl.arange(0, BN)
+    k0, k1 = load_split(k_ptr + first * k_row, key, k_row, keys - first, D, D0, D1, MASKED)
+    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, D, D0, D1, MASKED)
+    s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
+    if MASKED:
+        key += first
+        seen = (key[None, :] >= position[:, None] - left) & (key[None, :] <= position[:, None] + right)
+        s = tl.where(seen & (key < keys)[None, :], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1) * outer)
+    # A row that has seen no key yet has top = -inf, and -inf - -inf would be NaN.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    p = tl.exp2(s * outer - base[:, None])
+    alpha = tl.exp2(top - base)
+    total = total * alpha + tl.sum(p, 1)
+    acc0 = acc0 * alpha[:, None]
+    if D1 > 0:
+        acc1 = acc1 * alpha[:, None]
+    acc0, acc1 = dot_into(acc0, acc1, p, v0, v1, D1)
+    return acc0, acc1, new_top, total
+
+
+@triton.jit(do_not_specialize=launch.RUNTIME)
+def attend_forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
+    rows, keys, segments, group, left, right, inner, outer,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(mask(q k^T scale)) v and its log-sum-exp, for rows [first, first + BM) of one segment and head.
+
+    A row at position p (its number in the segment, shifted so that the last row meets the last key) sees the keys
+    p - left .. p + right. Example: v = (1, 3 | 10), equal scores, segments of 2 and 1 -> out = (2, 2 | 10).
+    """
+    head = tl.program_id(1)
+    segment, start, length, first = locate(tl.program_id(0), cu_q_ptr, segments, rows, BM)
+    if first >= length:
+        return
+    k_start, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
+    q_row, k_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT
+    v_row, out_row = v_row.to(tl.int64) * UNIT, out_row.to(tl.int64) * UNIT
+    k_head_ptr = k_ptr + k_start * k_row + (head // group) * (k_head.to(tl.int64) * UNIT)
+    v_head_ptr = v_ptr + k_start * v_row + (head // group) * (v_head.to(tl.int64) * UNIT)
+
+    row = first + tl.arange(0, BM)
+    q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
+    q0, q1 = load_split(q_base, row, q_row, length, D, D0, D1, True)
+    shift = k_length - length
+    begin, full_begin, full_end, end = visible_blocks(
+        first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
+    )
+    acc0 = tl.zeros([BM, D0], tl.float32)
+    acc1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for block in range(full_begin, full_end):
+        acc0, acc1, top, total = attend_block(
+            acc0, acc1, top, total, q0, q1, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row, k_length,
+            left, right, inner, outer, D, D0, D1, BN, SOFTCAP, False,
+        )  # fmt: skip
+    for edge in range(begin, end - (full_end - full_begin)):
+        block = tl.where(edge < full_begin, edge, edge + (full_end - full_begin))
+        acc0, acc1, top, total = attend_block(
+            acc0, acc1, top, total, q0, q1, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row, k_length,
+            left, right, inner, outer, D, D0, D1, BN, SOFTCAP, True,
+        )  # fmt: skip
+
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 for a row without a key, by definition
+    out_base = out_ptr + start * out_row + head * (out_head.to(tl.int64) * UNIT)
+    store_split(out_base, row, out_row, length, acc0 * scale[:, None], acc1 * scale[:, None], D, D0, D1)
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + head.to(tl.int64) * rows + start + row, lse, mask=row < length)
+
+
+def forward(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    *,
+    scale: float,
+    softcap: float,
+    left: int,
+    right: int,
+    out_THD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of packed tokens on the device of q, which may be strided in any way but along D.
+
+    Args: as `triton_sp.varlen_attention`, with the mask as `left` and `right`, how many keys a row sees behind and
+    ahead of its own position (`launch.UNLIMITED` for all), and `out_THD`, a strided place to write to.
+
+    Returns: out (T, H, D) in the dtype of q and the log-sum-exp (H, T) in fp32, -inf for a row without a key.
+
+    Raises: UnsupportedKernelError for a head dim or dtype that no kernel exists for.
+    """
+    rows, heads, dim = q_THD.shape
+    q, k, v = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
+    out = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out_THD is None else out_THD
+    lse_HT = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+    choice = launch.choose("forward", dim, q.dtype)
+    unit, strides = launch.strides(q, k, v, out)
+    segments = cu_seqlens_q.numel() - 1
+    inner, outer = launch.score_factors(scale, softcap)
+    with torch.cuda.device_of(q):
+        attend_forward[(rows // choice.rows + segments + 1, heads)](
+            q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides,
+            rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer,
+            D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
+            BM=choice.rows, BN=choice.keys, **choice.options,
+        )  # fmt: skip
+    return out, lse_HT

@@ -1,0 +1,169 @@
+"""How the kernels are launched: tile sizes, warps and stages per architecture, in one table.
+
+The table is the same on every rank, so that every rank runs the same code. Tuning is opt-in: `TRITON_SP_TUNED` names
+a JSON file, as perf/tune.py writes it, whose entries take the place of these for all who read it.
+"""
+
+import functools
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_sp.errors import UnsupportedKernelError
+
+UNLIMITED = 1 << 30  # a reach (of `left` or `right`) that no segment exceeds, and that can be added without overflow
+
+# Arguments that change from batch to batch: specialising on them (is it 1? is it a multiple of 16?) would only compile
+# the same kernel again.
+RUNTIME = [
+    *(f"{x}_{axis}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for axis in ("row", "head")),
+    *("rows", "keys", "segments", "group", "left", "right"),
+]  # fmt: skip
+
+SPLITS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 88: (64, 32), 96: (64, 32), 128: (128, 0), 256: (128, 128)}
+
+
+class Choice(NamedTuple):
+    """Rows and keys of a tile, the parts of D, and the options of the launch."""
+
+    rows: int
+    keys: int
+    split: tuple[int, int]
+    options: dict[str, Any]
+
+
+def _options(rows: int, keys: int, warps: int, stages: int, **more: int) -> tuple[int, int, dict[str, int]]:
+    return rows, keys, {"num_warps": warps, "num_stages": stages, **more}
+
+
+# (kernel, largest D of the row): rows, keys, options. Chosen from the compile table, not measured on a GPU yet.
+SM90 = {
+    ("forward", 64): _options(128, 64, 8, 3),
+    ("forward", 96): _options(128, 64, 8, 2),
+    ("forward", 128): _options(128, 64, 8, 2),
+    ("forward", 256): _options(128, 64, 8, 2),
+    ("dq", 64): _options(128, 64, 8, 2),
+    ("dq", 96): _options(128, 64, 8, 2),
+    ("dq", 128): _options(128, 64, 8, 2),
+    ("dq", 256): _options(64, 64, 8, 1),
+    ("dkv", 64): _options(64, 128, 8, 2),
+    ("dkv", 96): _options(64, 128, 8, 2),
+    ("dkv", 128): _options(64, 128, 8, 2),
+    ("dkv", 256): _options(64, 64, 8, 1),
+}
+SM80 = {
+    ("forward", 64): _options(128, 64, 4, 3),
+    ("forward", 96): _options(128, 64, 8, 3),
+    ("forward", 128): _options(128, 64, 8, 2),
+    ("forward", 256): _options(64, 32, 8, 2),
+    ("dq", 64): _options(64, 64, 4, 2),
+    ("dq", 96): _options(64, 64, 8, 2),
+    ("dq", 128): _options(64, 64, 8, 2),
+    ("dq", 256): _options(64, 32, 8, 1),
+    ("dkv", 64): _options(64, 64, 4, 2),
+    ("dkv", 96): _options(64, 64, 8, 2),
+    ("dkv", 128): _options(64, 64, 8, 2),
+    ("dkv", 256): _options(32, 64, 8, 1),
+}
+# Consumer chips (sm_86, sm_89, sm_120) have 99 KiB of shared memory a block.
+SMALL = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}
+CDNA = {
+    ("forward", 128): _options(128, 64, 4, 1),
+    ("forward", 256): _options(64, 32, 4, 1),
+    ("dq", 128): _options(64, 32, 4, 1),
+    ("dq", 256): _options(32, 32, 4, 1),
+    ("dkv", 128): _options(32, 64, 4, 1),
+    ("dkv", 256): _options(32, 32, 4, 1),
+}
+# fp32 is multiplied exactly, without matrix units; it is there to check against, not to be fast.
+FP32 = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}
+# Small enough that a segment of 40 tokens has several tiles; the interpreter pays by the program.
+INTERPRETER = {(kernel, 256): _options(32, 16, 4, 1) for kernel in ("forward", "dq", "dkv")}
+
+TABLES = {"cuda:90": SM90, "cuda:80": SM80, "cuda:100": SM80, "cuda": SMALL, "hip": CDNA, "interpreter": INTERPRETER}
+
+
+def target() -> str:
+    """Which table holds here: "cuda:90", "cuda", "hip", or "interpreter".
+
+    >>> target() in TABLES  # needs a GPU or TRITON_INTERPRET=1
+    True
+    """
+    if triton.knobs.runtime.interpret:
+        return "interpreter"
+    found = triton.runtime.driver.active.get_current_target()
+    exact = f"{found.backend}:{found.arch}"
+    return exact if exact in TABLES else found.backend
+
+
+@functools.cache
+def tuned() -> dict[str, list[Any]]:
+    """The entries of the file that TRITON_SP_TUNED names: {"cuda:90 forward 72": [rows, keys, options]}."""
+    path = os.environ.get("TRITON_SP_TUNED")
+    if not path:
+        return {}
+    with open(path) as file:
+        return json.load(file)
+
+
+def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
+    """The tile, split and options for a kernel ("forward", "dq" or "dkv"), a head dim and a dtype."""
+    where = target()
+    if dim not in SPLITS:
+        raise UnsupportedKernelError(
+            "head dim",
+            expected=f"one of {', '.join(map(str, SPLITS))}",
+            found=str(dim),
+            remedy="pad q, k and v with zeros to the next of these, or run the reference on the CPU",
+        )
+    allowed = (torch.float32, torch.float16) if where == "interpreter" else (torch.float32, torch.float16, torch.bfloat16)
+    if dtype not in allowed:
+        raise UnsupportedKernelError(
+            "dtype of q, k, v",
+            expected=" or ".join(str(x) for x in allowed),
+            found=str(dtype),
+            # Triton's interpreter multiplies the bit patterns of bf16 (3.6.0 and 3.9.0), without a word.
+            remedy="convert them, or unset TRITON_INTERPRET" if where == "interpreter" else "convert them",
+        )
+    table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
+    rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= dim)
+    rows, keys, options = tuned().get(f"{where} {kernel} {dim}", (rows, keys, options))
+    return Choice(rows, keys, split(dim), options)
+
+
+def split(dim: int) -> tuple[int, int]:
+    """The parts that a head dim is cut in.
+
+    >>> split(80), split(72), split(256)
+    ((64, 16), (64, 16), (128, 128))
+    """
+    first, second = SPLITS[dim]
+    # Triton 3.7 reads outside shared memory where a 32-wide tile meets wgmma (triton issue 11366, seen with 3.7.1).
+    return (first, 64) if second == 32 and triton.__version__.startswith("3.7") else (first, second)
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it where its last dim is not contiguous (an expanded gradient, a transposed head dim)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> tuple[int, list[int]]:
+    """The unit that all row and head strides are multiples of, 8 or 1, and the strides counted in it.
+
+    >>> strides(torch.empty(10, 4, 72))
+    (8, [36, 9])
+    """
+    found = [x.stride(axis) for x in tensors for axis in (0, 1)]
+    unit = 8 if all(stride % 8 == 0 for stride in found) else 1
+    return unit, [stride // unit for stride in found]
+
+
+def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """`inner` and `outer` of the kernels: scores in base 2 are soft(q k^T, inner) * outer."""
+    log2e = math.log2(math.e)
+    return (-2 * log2e * scale / softcap, softcap * log2e) if softcap else (0.0, scale * log2e)

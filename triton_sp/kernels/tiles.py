@@ -1,0 +1,132 @@
+"""What the attend kernels share: from a program to its segment, which blocks it visits, and tiles split along D.
+
+A head dim is never rounded up to a power of two: it is cut in two parts, D0 + D1 (80 = 64 + 16, 72 = 64 + 16 with 8
+columns masked), and every tile is a pair. Where D1 is 0 the second of the pair is not used and costs nothing.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(tile, cu_ptr, segments, total, BLOCK: tl.constexpr):
+    """The segment that a tile lies in, found on the device. Returns (segment, its start, its length, first row).
+
+    Segment i gets the tiles from cu[i] // BLOCK + i on. That is at least as many as it needs, so a grid of
+    total // BLOCK + segments + 1 tiles covers any lengths, and a tile finds its segment by bisection. For lengths
+    (3, 0, 5) and BLOCK = 4, cu = [0, 3, 3, 8]: segments start at tiles 0, 1, 2 and the slack at tile 5; tile 3 is
+    rows 4..7 of segment 2, of which row 4 is real. Segment number `segments` is the slack, from cu[-1] to the end.
+    """
+    low, high = tile * 0, segments
+    while low < high:
+        middle = (low + high + 1) // 2
+        inside = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
+        low = tl.where(inside, middle, low)
+        high = tl.where(inside, high, middle - 1)
+    start, length = extent(low, cu_ptr, segments, total, True)
+    first = (tile - start // BLOCK - low) * BLOCK
+    return low, start, length, first
+
+
+@triton.jit
+def extent(segment, cu_ptr, segments, total, SLACK: tl.constexpr):
+    """Start and length of a segment. Malformed cu_seqlens cannot raise here, so they are cut to what can be read."""
+    last = total if SLACK else 0
+    start = tl.load(cu_ptr + segment).to(tl.int32)
+    stop = tl.load(cu_ptr + segment + 1, mask=segment < segments, other=last).to(tl.int32)
+    start = tl.minimum(tl.maximum(start, 0), total)
+    return start, tl.minimum(tl.maximum(stop, start), total) - start
+
+
+@triton.jit
+def extent_keys(segment, cu_ptr, used_ptr, segments, total):
+    """Start and number of the keys that the rows of a segment see. The slack sees none."""
+    start, length = extent(segment, cu_ptr, segments, total, False)
+    length = tl.where(segment < segments, length, 0)
+    if used_ptr is not None:
+        used = tl.load(used_ptr + segment, mask=segment < segments, other=0).to(tl.int32)
+        length = tl.minimum(length, tl.maximum(used, 0))
+    return start, length
+
+
+@triton.jit
+def visible_blocks(x_first, x_last, behind, ahead, limit, BLOCK: tl.constexpr):
+    """Blocks of y in [0, limit) with x - behind <= y <= x + ahead for x in [x_first, x_last].
+
+    Returns begin <= full_begin <= full_end <= end: blocks [begin, end) hold some such pair, and in those from
+    full_begin to full_end every pair is one, so that they need no mask. For x in [4, 7], behind = 100, ahead = 0,
+    limit = 8 and BLOCK = 2: (0, 0, 2, 4), that is keys 0..3 unmasked, 4..7 masked.
+    """
+    low = tl.maximum(x_first - behind, 0)
+    high = tl.maximum(tl.minimum(x_last + ahead + 1, limit), 0)
+    begin = low // BLOCK
+    end = tl.where(high > low, (high + BLOCK - 1) // BLOCK, begin)
+    full_low = tl.maximum(x_last - behind, 0)
+    full_high = tl.maximum(tl.minimum(x_first + ahead + 1, limit), 0)
+    full_begin = tl.minimum((full_low + BLOCK - 1) // BLOCK, end)
+    full_end = tl.maximum(tl.minimum(full_high // BLOCK, end), full_begin)
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def load_part(ptr, rows, stride, limit, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    cols = FROM + tl.arange(0, WIDTH)
+    ptrs = ptr + (rows[:, None] * stride + cols[None, :])
+    if MASKED and FROM + WIDTH > D:
+        return tl.load(ptrs, mask=(rows < limit)[:, None] & (cols < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(ptrs, mask=(rows < limit)[:, None], other=0.0)
+    elif FROM + WIDTH > D:
+        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of (.., D) as two tiles. MASKED reads rows at or past `limit` as 0: NaN there must not reach a product."""
+    x0 = load_part(ptr, rows, stride, limit, 0, D0, D, MASKED)
+    if D1 > 0:
+        x1 = load_part(ptr, rows, stride, limit, D0, D1, D, MASKED)
+    else:
+        x1 = x0
+    return x0, x1
+
+
+@triton.jit
+def store_split(
+    ptr, rows, stride, limit, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
+):
+    cols = tl.arange(0, D0)
+    inside = (rows < limit)[:, None]
+    tl.store(ptr + (rows[:, None] * stride + cols[None, :]), x0.to(ptr.dtype.element_ty), mask=inside)
+    if D1 > 0:
+        cols = D0 + tl.arange(0, D1)
+        ptrs = ptr + (rows[:, None] * stride + cols[None, :])
+        tl.store(ptrs, x1.to(ptr.dtype.element_ty), mask=inside & (cols < D)[None, :])
+
+
+@triton.jit
+def dot_rows(a0, a1, b0, b1, D1: tl.constexpr):
+    """a @ b^T over the head dim: both parts into one accumulator."""
+    s = tl.dot(a0, tl.trans(b0), input_precision="ieee")
+    if D1 > 0:
+        s = tl.dot(a1, tl.trans(b1), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def dot_into(acc0, acc1, p, b0, b1, D1: tl.constexpr):
+    """acc + p @ b, part by part."""
+    acc0 = tl.dot(p.to(b0.dtype), b0, acc0, input_precision="ieee")
+    if D1 > 0:
+        acc1 = tl.dot(p.to(b1.dtype), b1, acc1, input_precision="ieee")
+    return acc0, acc1
+
+
+@triton.jit
+def soft(s, inner, SOFTCAP: tl.constexpr):
+    """The scores before the factor `outer`: themselves, or tanh of them with inner = -2 log2(e) scale / softcap."""
+    if SOFTCAP:
+        s = 2.0 / (1.0 + tl.exp2(s * inner)) - 1.0
+    return s

@@ -325,7 +325,7 @@ def llava_cases() -> list[Case]:
     siglip = vision_config("SiglipVision", ONEVISION_GRID, vision_use_head=False)
     siglip_unused = ("model.vision_tower.post_layernorm.",)
     siglip_options = {"video_token_id": VIDEO, "image_grid_pinpoints": ONEVISION_PINPOINTS}
-    internvl = vision_config("InternVLVision", attention_bias=True, use_qk_norm=True)
+    internvl = vision_config("InternVLVision", attention_bias=True)
     one_tile, tiles = tile_visuals([1, 1, 1, 1, 1], GRID**2), tile_visuals([5, 1, 3, 1, 1], GRID**2 // MERGE**2)
     return [
         vlm_case("llava", "Llava", (clip, text_config("Llama"), one_tile), clip_unused, **clip_select),

@@ -1,0 +1,24 @@
+"""Sequence-parallel training of unmodified Hugging Face vision-language models.
+
+>>> import triton_sp
+>>> sorted(name for name in triton_sp.__all__ if name[0].islower())
+['errors', 'explain', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
+"""
+
+from triton_sp import errors
+from triton_sp._version import __version__
+from triton_sp.api import sync_gradients, unwrap, wrap
+from triton_sp.explain import explain
+from triton_sp.ops import varlen_attention
+from triton_sp.wrappers.install import SPConfig
+
+__all__ = [
+    "SPConfig",
+    "__version__",
+    "errors",
+    "explain",
+    "sync_gradients",
+    "unwrap",
+    "varlen_attention",
+    "wrap",
+]

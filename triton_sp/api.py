@@ -1,0 +1,104 @@
+"""wrap and unwrap: find the parts of a model, install the overrides, and undo them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import nn
+
+from triton_sp import comm, models
+from triton_sp.errors import GroupError, InputError
+from triton_sp.wrappers import model, text, vision
+from triton_sp.wrappers.install import Installation, SPConfig, installation_of, mark
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Model:
+    """Make a model train sequence-parallel on the ranks of a group, in place.
+
+    Every rank then calls the model with the same whole batch. Vision towers and decoder compute on the rank's tokens
+    and exchange heads in attention (Ulysses, arXiv:2309.14509). `out.loss` is the whole batch's on every rank;
+    `out.logits` holds this rank's tokens (1, T, V) without padding, or all if `config.gather_logits`. `generate` and
+    calls of inner modules run as before, unsharded, each rank by itself.
+
+    Args:
+        model_: a Hugging Face model, something around one (PEFT), or a plain module with a stack of attention blocks.
+        group: the ranks that share each batch: a ProcessGroup, a DeviceMesh (one axis, or the axis "sp"), an object
+            with `get_sequence_parallel_group()`, or None for all ranks.
+        config: see SPConfig.
+
+    Returns:
+        The same object. Parameter names, state_dict keys and classes are unchanged. Wrapping it again with the same
+        group and settings does nothing.
+
+    Raises:
+        GroupError: no usable group. InputError: not a module, or wrapped with other settings before.
+        UnsupportedModelError: a part that cannot be sharded correctly; names the module and the remedy.
+
+    >>> import torch.distributed as dist
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    >>> tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    >>> model = wrap(LlamaForCausalLM(tiny))
+    >>> ids = torch.tensor([[1, 2, 3]])
+    >>> model(input_ids=ids, labels=ids).loss.backward()
+    >>> dist.destroy_process_group()
+    """
+    config = config or SPConfig()
+    if not isinstance(model_, nn.Module):
+        raise InputError("model", expected="an nn.Module", found=type(model_).__name__, remedy="pass the model itself")
+    if not isinstance(config, SPConfig):
+        raise InputError("config", expected="an SPConfig", found=type(config).__name__, remedy="SPConfig(...)")
+    resolved = comm.resolve_group(group)
+    present = installation_of(model_)
+    if present is not None:
+        if (present.group, present.config) == (resolved, config):
+            return model_
+        raise InputError(
+            "model",
+            expected=f"a model that is not wrapped, or with {present.config} on group {present.group.name!r}",
+            found=f"{config} on group {resolved.name!r}",
+            remedy="call triton_sp.unwrap(model) first",
+        )
+    anatomy = models.find(model_)
+    for stack in anatomy.stacks:
+        if stack.refusal is not None:
+            raise stack.refusal
+    installation = Installation(resolved, config, anatomy)
+    for tower in anatomy.towers:
+        vision.install(tower, installation)
+    if anatomy.decoder is not None:
+        text.install(anatomy.decoder, installation)
+    installation.override(anatomy.entry, model.run_model)
+    mark(anatomy.entry, installation)
+    return model_
+
+
+def unwrap(model_: Model) -> Model:
+    """Undo `wrap`: the same object, with exactly the forward it had. Does nothing to a model that is not wrapped.
+
+    Raises:
+        SPError: something else has replaced a forward since, and must be taken off first.
+    """
+    installation = installation_of(model_)
+    if installation is not None:
+        installation.undo()
+    return model_
+
+
+def sync_gradients(model_: nn.Module) -> None:
+    """After backward, in a plain training loop: make every .grad the single-process gradient, on every rank.
+
+    Engines that average or add gradients over the group themselves (DDP, FSDP, DeepSpeed) must not be helped.
+    Parameters that need a gradient but got none on any rank get zeros.
+
+    Raises:
+        GroupError: the model is not wrapped.
+    """
+    installation = installation_of(model_)
+    if installation is None:
+        raise GroupError("model", expected="a wrapped model", found="one without a group", remedy="call wrap first")
+    group = installation.group
+    scale = 1.0 / group.size if installation.config.gradient == "mean" else 1.0
+    comm.all_reduce_gradients([p for p in model_.parameters() if p.requires_grad], group, scale)

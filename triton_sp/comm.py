@@ -1,0 +1,313 @@
+"""The only module that talks to torch.distributed: groups, the exchange, the gather, and the agreement check.
+
+Whatever crosses ranks has a backward that is its exact adjoint. Both movements are one primitive, the all-to-all with
+uneven parts, because that is the one collective which gloo and NCCL both run with parts of any size, 0 included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import _functional_collectives as funcol
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from triton_sp.errors import DisagreementError, GroupError, SPError
+from triton_sp.plan import Shards
+
+_NOTICE_BYTES = 1024  # what a rank tells the others before a forward: a kind, a digest or the text of an error
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process group by name. Unlike the group itself it can be copied and pickled with the model that holds it."""
+
+    name: str
+    rank: int
+    size: int
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        try:
+            return _resolve_process_group(self.name)
+        except RuntimeError as error:
+            raise GroupError(
+                "group",
+                expected=f"the process group {self.name!r} that the model was wrapped with",
+                found="no such group in this process",
+                remedy="call triton_sp.unwrap(model) and wrap it with a group of this process",
+            ) from error
+
+
+def resolve_group(group: Any = None) -> Group:
+    """Accept whatever names the ranks that share a batch.
+
+    Args:
+        group: a ProcessGroup; a DeviceMesh with one axis or an axis named "sp"; an object with DeepSpeed's
+            `get_sequence_parallel_group()`; None for all ranks.
+
+    Raises:
+        GroupError: torch.distributed is not initialised, the type is none of these, or this rank is not a member.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise GroupError(
+            "group",
+            expected="an initialised torch.distributed",
+            found="none in this process",
+            remedy="start with torchrun and call torch.distributed.init_process_group() before wrap",
+        )
+    process_group = _process_group(group)
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(process_group) < 0:
+        raise GroupError(
+            "group",
+            expected="a group that this rank is a member of",
+            found="a group of other ranks",
+            remedy="pass each rank the group that it belongs to",
+            rank=dist.get_rank(),
+        )
+    return Group(process_group.group_name, dist.get_rank(process_group), dist.get_world_size(process_group))
+
+
+def _process_group(group: Any) -> Any:
+    if group is None:
+        return dist.group.WORLD
+    if isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
+        return group
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim == 1:
+            return group.get_group()
+        if "sp" in (group.mesh_dim_names or ()):
+            return group["sp"].get_group()
+        raise GroupError(
+            "group",
+            expected='a DeviceMesh with one axis, or with an axis named "sp"',
+            found=f"axes {group.mesh_dim_names}",
+            remedy='pass mesh["name of the sequence axis"]',
+        )
+    if hasattr(group, "get_sequence_parallel_group"):
+        return group.get_sequence_parallel_group()
+    raise GroupError(
+        "group",
+        expected="a ProcessGroup, a DeviceMesh, an object with get_sequence_parallel_group(), or None",
+        found=type(group).__name__,
+        remedy="pass torch.distributed.new_group(ranks), or None for all ranks",
+    )
+
+
+# --- what was sent -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Ledger:
+    """Every collective of a `with comm.record()` block, as (name, bytes this rank sent to other ranks)."""
+
+    entries: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self.entries)
+
+    def count(self, name: str) -> int:
+        return sum(entry == name for entry, _ in self.entries)
+
+
+_ledgers: list[Ledger] = []
+
+
+@contextmanager
+def record() -> Iterator[Ledger]:
+    """Count the collectives and bytes of a block, the backward's too if it runs inside."""
+    ledger = Ledger()
+    _ledgers.append(ledger)
+    try:
+        yield ledger
+    finally:
+        _ledgers[:] = [other for other in _ledgers if other is not ledger]
+
+
+def _note(name: str, sent: int) -> None:
+    for ledger in _ledgers:
+        ledger.entries.append((name, sent))
+
+
+# --- movements ---------------------------------------------------------------------------------------------------
+
+
+def _all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
+    """Rows `send[p]` of x go to rank p; `receive[p]` rows come from it. All sizes are known: nothing is asked."""
+    row_bytes = x.element_size() * (x[:1].numel() if len(x) else 0)
+    _note(name, (sum(send) - send[group.rank]) * row_bytes)
+    out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
+    return funcol.wait_tensor(out)
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all; its adjoint is the all-to-all with the sizes swapped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = (send, receive), group
+        return _all_to_all(x, send, receive, group, "exchange")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        send, receive = ctx.sizes
+        return _all_to_all(grad, receive, send, ctx.group, "exchange"), None, None, None
+
+
+def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+    """Send `send[p]` rows of x (dim 0, in rank order) to each rank p; return what came, in rank order."""
+    return _Exchange.apply(x, tuple(send), tuple(receive), group)  # type: ignore[no-any-return]
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of uneven rows; its adjoint sends each rank the gradients of its rows, which it adds up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shards: Shards, group: Group) -> Tensor:
+        ctx.shards, ctx.group = shards, group
+        everywhere = x.expand(group.size, *x.shape).flatten(0, 1)
+        return _all_to_all(everywhere, [len(x)] * group.size, shards.sizes, group, "gather")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        group: Group = ctx.group
+        own = ctx.shards.sizes[group.rank]
+        shares = _all_to_all(grad, ctx.shards.sizes, [own] * group.size, group, "gather")
+        return shares.unflatten(0, (group.size, own)).sum(0), None, None
+
+
+def gather(x: Tensor, shards: Shards, group: Group) -> Tensor:
+    """The rows of all ranks, in rank order, from this rank's `shards.sizes[rank]` rows (dim 0)."""
+    return _Gather.apply(x, shards, group)  # type: ignore[no-any-return]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient multiplied by `factor`."""
+    return x if factor == 1.0 else _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
+
+
+class _TotalOfShares(torch.autograd.Function):
+    """The sum over ranks. Every rank holds the same total and the same upstream gradient, which each share gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def total_of_shares(x: Tensor, group: Group) -> Tensor:
+    """The sum over the ranks of each one's share, e.g. of the loss; the gradient of a share is the upstream's."""
+    return _TotalOfShares.apply(x, group)  # type: ignore[no-any-return]
+
+
+def all_reduce(x: Tensor, group: Group) -> Tensor:
+    """The sum over ranks, without a gradient."""
+    _note("all_reduce", x.numel() * x.element_size())
+    return funcol.wait_tensor(funcol.all_reduce(x.detach(), "sum", group.process_group))
+
+
+def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group, scale: float) -> None:
+    """Replace each .grad by `scale` times its sum over ranks; a rank without one takes part with zeros."""
+    for parameter in parameters:
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = all_reduce(grad, group).mul_(scale)
+
+
+# --- agreement ---------------------------------------------------------------------------------------------------
+
+
+def control_device(group: Group) -> torch.device:
+    """Where small host-side messages travel: the CPU if the group has a CPU backend, else this rank's GPU."""
+    types = {torch.device(kind).type for kind in group.process_group._device_types}
+    return torch.device("cpu") if "cpu" in types else torch.device(types.pop(), torch.accelerator.current_device_index())
+
+
+def _all_notices(notice: bytes, group: Group) -> list[bytes]:
+    padded = notice[:_NOTICE_BYTES].ljust(_NOTICE_BYTES, b"\0")
+    own = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(control_device(group))
+    sizes = [_NOTICE_BYTES] * group.size
+    everyone = _all_to_all(own.repeat(group.size), sizes, sizes, group, "agree").cpu()
+    return [bytes(row.tolist()).rstrip(b"\0") for row in everyone.split(_NOTICE_BYTES)]
+
+
+def agree(group: Group, describe: Callable[[], str]) -> None:
+    """Make all ranks go on, or all ranks raise, before the first collective of a call that one of them can't make.
+
+    Args:
+        describe: validates this rank's inputs and returns what must be equal on all ranks, one `field=value` a line.
+
+    Raises:
+        SPError: the rank's own, where `describe` raised one.
+        DisagreementError: `describe` raised on another rank, or the descriptions differ.
+    """
+    failure: BaseException | None = None
+    try:
+        notice = "\n".join(["ok", describe()])
+    except Exception as error:
+        failure, notice = error, f"error\n{error}"
+    notices = [raw.decode(errors="replace") for raw in _all_notices(notice.encode(), group)]
+    if failure is not None:
+        if isinstance(failure, SPError) and failure.rank is None:
+            raise type(failure)(
+                failure.field,
+                expected=failure.expected,
+                found=failure.found,
+                remedy=failure.remedy,
+                rank=group.rank,
+            ) from failure
+        raise failure
+    for rank, other in enumerate(notices):
+        if other.startswith("error\n"):
+            raise DisagreementError(
+                "batch",
+                expected="an input that every rank can use",
+                found=f"rank {rank} refused its own with: {other[6:]}",
+                remedy="pass every rank of the group the same, valid batch",
+                rank=group.rank,
+            )
+    _compare(group, notices)
+
+
+def _compare(group: Group, notices: list[str]) -> None:
+    first = notices[0].splitlines()
+    for rank, other in enumerate(notices):
+        for mine, theirs in zip(first, other.splitlines(), strict=False):
+            if mine != theirs:
+                name, _, here = mine.partition("=")
+                raise DisagreementError(
+                    name,
+                    expected=f"the same on all ranks (rank 0 has {here})",
+                    found=f"{theirs.partition('=')[2]} on rank {rank}",
+                    remedy="pass every rank of the group the same batch, model and settings",
+                    rank=group.rank,
+                )
+        if len(first) != len(other.splitlines()):
+            raise DisagreementError(
+                "batch fields",
+                expected=f"the {len(first) - 1} fields of rank 0",
+                found=f"{len(other.splitlines()) - 1} fields on rank {rank}",
+                remedy="pass every rank of the group the same batch",
+                rank=group.rank,
+            )

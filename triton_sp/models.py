@@ -1,0 +1,325 @@
+"""What a model is made of: vision towers, the text decoder, and how each attends. The only file that knows a model's name.
+
+Parts are found by structure: a stack of blocks is the longest list of equal blocks that hold attention; it is a vision
+tower if its model takes pixels and a decoder if its attention is causal. `FAMILIES` adds what structure cannot tell.
+A stack whose blocks hold anything that is not known to work token by token is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from triton_sp.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What can't be read off a part's structure, by the `model_type` of its configuration."""
+
+    taps: str | None = None  # modules that the tower runs on the hidden states between its blocks
+    packs_plain_ids: bool = True  # (B, S) position_ids that restart mark packed documents
+
+
+FAMILIES: dict[str, Family] = {
+    # vision towers
+    "clip_vision_model": Family(),
+    "dinov2": Family(),
+    "internvl_vision": Family(),
+    "qwen2_vl_vision": Family(),
+    "qwen2_vl": Family(),  # the tower's own model_type in transformers < 5.20
+    "qwen2_5_vl_vision": Family(),
+    "qwen2_5_vl": Family(),
+    "qwen3_vl_vision": Family(taps="deepstack_merger_list"),
+    "qwen3_vl": Family(taps="deepstack_merger_list"),
+    "siglip_vision_model": Family(),
+    "vit": Family(),
+    # decoders
+    "gemma": Family(),
+    "gpt_neox": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen2_vl_text": Family(packs_plain_ids=False),
+    "qwen2_5_vl_text": Family(packs_plain_ids=False),
+    "qwen3_vl_text": Family(),
+}
+
+DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_TOKEN_WISE = ("Norm", "Activation", "Dropout", "DropPath", "LayerScale", "Experts", "Router", "Identity", "GELU", "SiLU")
+_BLOCK_PARAMETERS = {
+    "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
+    "position_ids", "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions",
+    "head_mask", "layer_head_mask", "layer_past", "kwargs",
+}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Stack:
+    """One list of blocks and the attention modules in it."""
+
+    name: str
+    module: nn.Module  # the model whose forward runs the blocks
+    blocks: list[nn.Module]
+    attention: list[nn.Module]  # one or more a block, in order
+    family: str
+    door: bool  # attention goes through transformers' attention interface; otherwise it is opaque
+    refusal: UnsupportedModelError | None = None
+    known: bool = False
+    taps: list[nn.Module] = field(default_factory=list)
+    unit: int = 1  # neighbouring tokens that a tap or merger needs together
+    rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """What `find` found in one model.
+
+    Attributes:
+        entry: the module whose forward takes the batch.
+        whole: names of stacks that stay unsharded on purpose, with the reason.
+    """
+
+    entry: nn.Module
+    towers: list[Stack]
+    decoder: Stack | None
+    whole: list[tuple[str, str]]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return self.towers + ([self.decoder] if self.decoder else [])
+
+
+def is_hf(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face model, without importing transformers for those who do not use it."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
+def uses_door(module: nn.Module) -> bool:
+    """Whether a module's own forward calls transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def find(model: nn.Module) -> Anatomy:
+    """Find the parts of a model; `Stack.refusal` says which of them cannot be sharded correctly.
+
+    Raises:
+        UnsupportedModelError: there is nothing to shard.
+    """
+    entry = next((module for module in model.modules() if is_hf(module)), model)
+    names = {id(module): name for name, module in model.named_modules()}
+    anatomy = Anatomy(entry, [], None, [])
+    if entry is model and not is_hf(model):
+        anatomy.towers.extend(_opaque_stacks(model, names))
+    for owner, list_name, blocks in _hf_stacks(entry):
+        _sort_in(anatomy, owner, f"{names[id(owner)]}.{list_name}".strip("."), blocks, names)
+    if not anatomy.stacks:
+        raise UnsupportedModelError(
+            type(model).__name__,
+            expected="a stack of transformer blocks (a ModuleList or Sequential of equal blocks with attention)",
+            found="none" + "".join(f"; {name}: {reason}" for name, reason in anatomy.whole),
+            remedy="wrap the module that holds the blocks, or use triton_sp.wrappers in your own script",
+        )
+    return anatomy
+
+
+def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
+    """For each innermost HF model its longest list of blocks with attention."""
+    for owner in entry.modules():
+        if not is_hf(owner):
+            continue
+        lists = [
+            (name, list(module))
+            for name, module in owner.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) and _innermost_model(owner, name) is owner
+        ]
+        lists = [(name, blocks) for name, blocks in lists if any(_attention_like(m) for m in blocks[0].modules())]
+        if lists:
+            name, blocks = max(lists, key=lambda item: len(item[1]))
+            yield owner, name, blocks
+
+
+def _innermost_model(owner: nn.Module, path: str) -> nn.Module:
+    module = innermost = owner
+    for part in path.split("."):
+        module = getattr(module, part)
+        if is_hf(module):
+            innermost = module
+    return innermost
+
+
+def _attention_like(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def _takes_pixels(module: nn.Module) -> bool:
+    key = getattr(module.config, "base_config_key", "")
+    return key == "vision_config" or getattr(module, "main_input_name", "") == "pixel_values"
+
+
+def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
+    attention = [module for block in blocks for module in block.modules() if uses_door(module)]
+    config: Any = owner.config
+    family = config.model_type
+    stack = Stack(name, owner, blocks, attention, family, door=bool(attention), known=family in FAMILIES)
+    if _takes_pixels(owner):
+        ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
+        stack.module = ancestors[0]
+        stack.unit = int(getattr(owner, "spatial_merge_unit", 1))
+        taps = FAMILIES.get(family, Family()).taps
+        stack.taps = list(getattr(owner, taps)) if taps else []
+        if not attention:
+            stack.attention = _opaque_units(blocks)
+        stack.refusal = _refuse_blocks(stack, names)
+        anatomy.towers.append(stack)
+    elif attention and all(getattr(module, "is_causal", False) for module in attention):
+        stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
+        stack.refusal = _refuse_decoder(anatomy, stack, names)
+        anatomy.decoder = stack
+    elif attention:
+        anatomy.whole.append((name, f"{family}: neither takes pixels nor is causal"))
+    else:
+        found = type(next(m for m in blocks[0].modules() if _attention_like(m))).__name__
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="attention that goes through transformers' attention interface",
+            found=f"{found}, which computes attention itself",
+            remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
+        )
+        anatomy.decoder = stack
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(candidate is part for candidate in module.modules())
+
+
+def _refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
+    """The first reason why the blocks of a stack would not compute the same on a shard, or None."""
+    block = stack.blocks[0]
+    unknown = set(inspect.signature(type(block).forward).parameters) - _BLOCK_PARAMETERS - {"self", "x"}
+    if stack.door and unknown:
+        return UnsupportedModelError(
+            names[id(block)],
+            expected=f"a block that takes {sorted(_BLOCK_PARAMETERS - {'kwargs'})}",
+            found=f"parameters {sorted(unknown)}, which may or may not run along the tokens",
+            remedy="add the family to triton_sp/models.py once its blocks are known to be right on a shard",
+        )
+    if not stack.door:
+        return None  # proven by a trial on the first call instead, see wrappers/opaque.py
+    for module in block.modules():
+        leaf = not any(True for _ in module.children())
+        if leaf and not _token_wise(module) and not uses_door(module):
+            return UnsupportedModelError(
+                names.get(id(module), type(module).__name__),
+                expected="blocks of attention and of layers that work token by token",
+                found=type(module).__name__,
+                remedy="add the layer to triton_sp/models.py if each of its outputs depends on one token alone",
+            )
+    return None
+
+
+def _token_wise(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
+        return True
+    source = type(module).__module__
+    if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
+        return not _attention_like(module)
+    return any(word in type(module).__name__ for word in _TOKEN_WISE)
+
+
+def _refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
+    config: Any = stack.module.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - DECODER_LAYER_TYPES
+    if kinds:
+        return UnsupportedModelError(
+            stack.name,
+            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}",
+            found=f"{sorted(kinds)} in config.layer_types",
+            remedy="use a model without them; their masks are not handled yet",
+        )
+    parameters = inspect.signature(type(stack.module).forward).parameters
+    missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
+    rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
+    if missing or not rotary:
+        return UnsupportedModelError(
+            stack.name,
+            expected="a decoder whose positions enter by rotary embeddings of position_ids",
+            found=f"a {type(stack.module).__name__} without {sorted(missing) or 'a rotary embedding'}",
+            remedy="use a rotary model; ALiBi and learned positions count local tokens",
+        )
+    entry = anatomy.entry
+    head = getattr(entry, "get_output_embeddings", lambda: None)()
+    if entry is not stack.module and head is None and _has_own_head(entry):
+        return UnsupportedModelError(
+            type(entry).__name__,
+            expected="a model that ends in a language-modelling head, or the model without a head",
+            found="a head that picks or pools tokens of the whole sequence",
+            remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
+        )
+    return _refuse_blocks(stack, names)
+
+
+def _has_own_head(entry: nn.Module) -> bool:
+    return any(name in ("score", "classifier", "qa_outputs") for name, _ in entry.named_children())
+
+
+# --- models that are not from Hugging Face -------------------------------------------------------------------------
+
+
+def _opaque_stacks(model: nn.Module, names: dict[int, str]) -> Iterator[Stack]:
+    """The longest list of equal blocks with something like attention in it."""
+    candidates = [
+        (names[id(module)], list(module))
+        for module in model.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(module)
+        and len({type(block) for block in module}) == 1
+        and any(_attention_like(m) for m in next(iter(module)).modules())
+    ]
+    if candidates:
+        name, blocks = max(candidates, key=lambda item: len(item[1]))
+        yield Stack(name, model, blocks, _opaque_units(blocks), type(model).__name__, door=False)
+
+
+def _opaque_units(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The outermost attention module of each block, or the block where it has none of its own."""
+    units = []
+    for block in blocks:
+        inside = [module for module in block.modules() if module is not block and _attention_like(module)]
+        units.append(inside[0] if inside else block)
+    return units
+
+
+def expected_window(attention: nn.Module) -> int | None:
+    """The sliding window that a decoder's mask would apply in the layer of this attention module."""
+    config: Any = attention.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    if kinds and index is not None:
+        return window if kinds[index] == "sliding_attention" else None
+    return window
+
+
+def packs_plain_ids(decoder: Stack) -> bool:
+    """Whether (B, S) position_ids that restart mark packed documents, as the model's own mask would have it."""
+    return FAMILIES.get(decoder.family, Family()).packs_plain_ids
+
+
+def causal_lm_loss(entry: nn.Module) -> bool:
+    """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
+    loss = getattr(entry, "loss_function", None)
+    return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,104 @@
+"""The test kit, public: run a function on several CPU ranks, and compare gradients.
+
+>>> from triton_sp.testing import relative_error
+>>> import torch
+>>> relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))
+0.0
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||, and ||found|| where nothing is expected."""
+    size = float(expected.detach().double().norm())
+    difference = float((found.detach().double() - expected.detach().double()).norm())
+    return difference / size if size else difference
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    """A rank process: runs one job after another, each in a process group of its own."""
+    torch.set_num_threads(1)
+    while (job := pipe.recv()) is not None:
+        store, ranks, function, args = job
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            pipe.send((True, function(*args)))
+        except BaseException as error:
+            pipe.send((False, (error, traceback.format_exc())))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+class RankError(AssertionError):
+    """A job failed on some ranks; `errors` maps rank to exception."""
+
+    def __init__(self, errors: dict[int, BaseException], text: str) -> None:
+        self.errors = errors
+        super().__init__(text)
+
+
+class RankPool:
+    """Rank processes that stay alive between jobs: starting one costs seconds of imports.
+
+    >>> pool = RankPool()
+    >>> pool.run(dist.get_rank, ranks=2)
+    [0, 1]
+    >>> pool.close()
+    """
+
+    def __init__(self) -> None:
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[Any, Connection]] = []
+
+    def _start(self, ranks: int) -> None:
+        while len(self._workers) < ranks:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
+            process.start()
+            self._workers.append((process, ours))
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 120.0) -> list[Any]:
+        """Call `function(*args)` on each rank, in a default gloo group of `ranks`; return the results by rank.
+
+        Raises:
+            RankError: some rank raised; holds each one's exception.
+            TimeoutError: some rank did not answer; all are killed, and started anew on the next call.
+        """
+        self._start(ranks)
+        errors: dict[int, BaseException] = {}
+        texts, results = [], []
+        with tempfile.TemporaryDirectory() as folder:
+            for _, pipe in self._workers[:ranks]:
+                pipe.send((Path(folder) / "store", ranks, function, args))
+            for rank, (process, pipe) in enumerate(self._workers[:ranks]):
+                if not pipe.poll(timeout):
+                    self.close()
+                    raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {timeout} s")
+                ok, value = pipe.recv()
+                results.append(value)
+                if not ok:
+                    errors[rank] = value[0]
+                    texts.append(f"--- rank {rank}\n{value[1]}")
+        if errors:
+            raise RankError(errors, "\n".join(texts))
+        return results
+
+    def close(self) -> None:
+        for process, _ in self._workers:
+            process.kill()
+            process.join()
+        self._workers.clear()

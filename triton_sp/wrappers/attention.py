@@ -1,0 +1,137 @@
+"""The attention function that wrapped Hugging Face models call in place of sdpa or flash attention.
+
+Modules look their function up by the name in their own `config`, so a wrapped model's attention modules get a copy of
+their configuration with our name in it. The model's configuration keeps the original name: masks are still made for
+the original implementation, which runs whenever no scope is active (generate, other models, direct calls).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_sp import pipeline
+from triton_sp.errors import UnsupportedModelError
+from triton_sp.models import expected_window
+from triton_sp.wrappers.install import Installation
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
+
+NAME = "triton_sp"
+_PLAIN = "_triton_sp_plain_config"
+# Arguments that change what attention computes and that we do not compute.
+_MEANINGFUL = ("s_aux", "position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
+
+
+def redirect(attention: Sequence[nn.Module], installation: Installation) -> None:
+    """Let attention modules look up our function."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attention_forward)
+    copies: dict[int, Any] = {}
+    for module in attention:
+        config: Any = module.config
+        if id(config) not in copies:
+            ours = copy.copy(config)
+            setattr(ours, _PLAIN, config)
+            ours._attn_implementation_internal = NAME
+            copies[id(config)] = ours
+        installation.set(module, "config", copies[id(config)])
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention signature: q (B, H, L, D), k and v (B, K, L, D); returns (B, L, H, D) and None."""
+    scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
+    decoder = scope is not None
+    scope = scope or current(AttentionScope)
+    if scope is None:
+        return _plain(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
+            sliding_window=sliding_window, softcap=softcap, **kwargs,
+        )  # fmt: skip
+    causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
+    scope.tally["attention"] += 1
+    out = pipeline.attention(
+        *_packed(query, key, value),
+        scope.stream,
+        causal=causal,
+        window=sliding_window,
+        softcap=softcap,
+        scale=scaling,
+    )
+    return out[None], None
+
+
+def _packed(*states: Tensor) -> list[Tensor]:
+    """(1, H, T, D) -> (T, H, D), in one dtype: autocast leaves q and k in fp32 after the rotation, v in its own."""
+    assert all(x.shape[0] == 1 for x in states), [x.shape for x in states]
+    device = states[0].device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states[-1].dtype
+    return [x[0].transpose(0, 1).to(dtype) for x in states]
+
+
+def _refuse(
+    module: nn.Module,
+    mask: Tensor | None,
+    dropout: float,
+    direction_differs: bool,
+    window: int | None,
+    decoder: bool,
+    others: dict[str, Any],
+) -> None:
+    """Raise for whatever would change the result and is not computed here: nothing is dropped in silence."""
+
+    def refuse(expected: str, found: str, remedy: str) -> None:
+        raise UnsupportedModelError(type(module).__name__, expected=expected, found=found, remedy=remedy)
+
+    if dropout:
+        refuse("attention without dropout", f"dropout={dropout}", "set the configuration's attention_dropout to 0")
+    if direction_differs:
+        refuse("causal attention in decoders, full attention in towers", "the opposite", "report this model")
+    if mask is not None and not (decoder and mask.shape == (1, 1, 1, 1)):
+        refuse("no mask but segments, causality and window", f"a mask {tuple(mask.shape)}", "report this model")
+    if decoder and window != expected_window(module):
+        refuse(
+            f"sliding_window={expected_window(module)} as the configuration says", f"{window}", "report this model"
+        )
+    for name in _MEANINGFUL:
+        if others.get(name) is not None:
+            refuse(f"attention without {name}", f"a value of type {type(others[name]).__name__}", "report this model")
+
+
+def _plain(module: nn.Module, *states: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The attention that the model would have used without us."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ours: Any = module.config
+    plain = getattr(ours, _PLAIN)
+    name = plain._attn_implementation
+    function: Callable[..., Any]
+    if name == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = ALL_ATTENTION_FUNCTIONS[name]
+    # Only what was given: sdpa refuses a softcap of None no less than a value, eager functions differ in signature.
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    module.config = plain  # type: ignore[assignment]  # flash attention reads the name again
+    try:
+        return function(module, *states, **given)
+    finally:
+        module.config = ours  # type: ignore[assignment]

@@ -1,0 +1,127 @@
+"""How a wrapper gets into a model: `forward` of single instances is replaced, and every edit can be undone.
+
+No class is patched and no module is put around another, so parameter names, state_dict keys, isinstance, deepcopy and
+pickle stay as they are. An override holds its module and plain data only, never a process group.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from triton_sp.comm import Group
+from triton_sp.errors import SPError
+from triton_sp.models import Anatomy
+
+_MISSING = "<not set on the instance>"
+_MARK = "_triton_sp"
+
+
+@dataclass(frozen=True)
+class SPConfig:
+    """How a model is wrapped.
+
+    Attributes:
+        gradient: what will combine the ranks' gradients. "mean" for engines that average over ranks (DDP, FSDP, ZeRO
+            and `sync_gradients`), "sum" for those that add.
+        gather_logits: whether `out.logits` (without a head: `out.last_hidden_state`) holds all tokens, (B, S, V) with
+            0 at padding, instead of this rank's, (1, T, V).
+        check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them;
+            "off" trusts the caller.
+
+    >>> SPConfig(gradient="sum").gather_logits
+    False
+    """
+
+    gradient: Literal["mean", "sum"] = "mean"
+    gather_logits: bool = False
+    check: Literal["always", "off"] = "always"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("gradient", ("mean", "sum")), ("check", ("always", "off"))):
+            if getattr(self, name) not in allowed:
+                raise SPError(
+                    f"SPConfig.{name}",
+                    expected=f"one of {allowed}",
+                    found=repr(getattr(self, name)),
+                    remedy="correct the argument",
+                )
+
+
+@dataclass(eq=False)
+class Installation:
+    """One wrapped model: its group, settings and parts, and what was changed to wrap it."""
+
+    group: Group
+    config: SPConfig
+    anatomy: Anatomy
+    edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute of one instance, and remember how to take it back."""
+        self.edits.append((module, name, module.__dict__.get(name, _MISSING)))
+        setattr(module, name, value)
+
+    def override(self, module: nn.Module, run: Callable[..., Any]) -> None:
+        """Let `run(override, *args, **kwargs)` stand for `module.forward`."""
+        self.set(module, "forward", Override(module, run, self))
+
+    def undo(self) -> None:
+        for module, name, old in reversed(self.edits):
+            now = module.__dict__.get(name)
+            if name == "forward" and not isinstance(now, Override):
+                raise SPError(
+                    f"{type(module).__name__}.forward",
+                    expected="the forward that wrap installed",
+                    found="one that something else put over it since",
+                    remedy="take that one off first, e.g. by accelerator.unwrap_model",
+                )
+            if old is _MISSING:
+                delattr(module, name)
+            else:
+                setattr(module, name, old)
+        self.edits.clear()
+
+
+class Override:
+    """The `forward` of one module instance. A plain object, so that it copies and pickles with its module."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], installation: Installation) -> None:
+        self.module, self.run, self.installation = module, run, installation
+        self.below = module.__dict__.get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that was there before."""
+        if self.below is not None:
+            return self.below(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the model's own forward: trainers read it to see which columns of a batch the model takes."""
+        parameters = list(inspect.signature(type(self.module).forward).parameters.values())
+        return inspect.Signature(parameters[1:])
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        arguments = self.__signature__.bind_partial(*args, **kwargs).arguments
+        for parameter in self.__signature__.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(arguments.pop(parameter.name, {}))
+        return dict(arguments)
+
+
+def mark(model: nn.Module, installation: Installation) -> None:
+    installation.set(model, _MARK, installation)
+
+
+def installation_of(model: nn.Module) -> Installation | None:
+    """The installation that a model, or a model inside it (PEFT, DDP), is wrapped with."""
+    return next((m.__dict__[_MARK] for m in model.modules() if _MARK in m.__dict__), None)

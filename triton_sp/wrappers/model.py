@@ -1,0 +1,223 @@
+"""The wrapped model's own forward: check the batch, lay it out, run the model on this rank's part, form the loss."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sp import comm, pipeline
+from triton_sp._version import __version__
+from triton_sp.errors import InputError
+from triton_sp.loss import IGNORE, sharded_cross_entropy, shift
+from triton_sp.models import causal_lm_loss, packs_plain_ids
+from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.scope import Call, active
+from triton_sp.wrappers.text import TextCall, lay_out
+
+_CHECKED_VALUES = 1 << 22  # integer tensors up to this many elements are compared by value, others by shape
+
+
+def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a wrapped model. On one rank, and with a key/value cache, it is the model's own."""
+    installation = override.installation
+    arguments = override.bind(args, kwargs)
+    if installation.group.size == 1:
+        return override.original(*args, **kwargs)
+    if installation.anatomy.decoder is None:
+        return _run_vision_model(override, arguments, args, kwargs)
+    if _decodes(override, arguments):
+        return override.original(*args, **kwargs)
+    return _run_text_model(override, arguments)
+
+
+def _agree(installation: Installation, arguments: dict[str, Any], check: Callable[[], None]) -> None:
+    if installation.config.check == "off":
+        check()
+        return
+
+    def describe() -> str:
+        check()
+        return _describe(installation, arguments)
+
+    comm.agree(installation.group, describe)
+
+
+def _describe(installation: Installation, arguments: dict[str, Any]) -> str:
+    """What must be equal on all ranks, a line a field."""
+    model = installation.anatomy.entry
+    lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
+    lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
+    for name, value in sorted(arguments.items()):
+        if isinstance(value, Tensor):
+            lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value)}")
+        elif value is not None and not isinstance(value, Mapping | list | tuple):
+            lines.append(f"{name}={value!s:.40}")
+    return "\n".join(lines)
+
+
+def _digest(value: Tensor) -> str:
+    """Ids, labels, masks and grids by content: they decide every rank's plan."""
+    if value.is_floating_point() or value.numel() > _CHECKED_VALUES:
+        return ""
+    return " " + hashlib.blake2s(value.detach().cpu().contiguous().numpy().tobytes(), digest_size=6).hexdigest()
+
+
+# --- vision alone --------------------------------------------------------------------------------------------------
+
+
+def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    """Outputs are whole on every rank, and so is a loss that the caller forms of them."""
+    installation = override.installation
+    _agree(installation, arguments, lambda: _refuse(arguments, "output_attentions"))
+    with active(Call()):
+        out = override.original(*args, **kwargs)
+    factor = 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size
+    return _scale_outputs(out, factor)
+
+
+def _scale_outputs(out: Any, factor: float) -> Any:
+    """Every rank will send the whole gradient back through what it holds; under "sum" each counts for its share."""
+    if isinstance(out, Tensor):
+        return comm.scale_gradient(out, factor) if out.requires_grad else out
+    if isinstance(out, Mapping):
+        for name, value in out.items():
+            if isinstance(value, Tensor):
+                out[name] = _scale_outputs(value, factor)  # type: ignore[index]
+        return out
+    if type(out) is tuple:
+        return tuple(_scale_outputs(value, factor) for value in out)
+    return out
+
+
+# --- with a decoder ------------------------------------------------------------------------------------------------
+
+
+def _decodes(override: Override, arguments: dict[str, Any]) -> bool:
+    """Whether the call reads or writes a key/value cache, which holds whole sequences."""
+    if arguments.get("past_key_values") is not None:
+        return True
+    if not arguments.get("use_cache"):
+        return False
+    if override.module.training:
+        raise InputError(
+            "use_cache",
+            expected="False in training",
+            found="True",
+            remedy="pass use_cache=False; the default is taken as False",
+        )
+    return True
+
+
+def _refuse(arguments: dict[str, Any], *names: str) -> None:
+    remedies = {
+        "output_attentions": "attention weights are never formed; call triton_sp.unwrap(model) to look at them",
+        "output_hidden_states": "take last_hidden_state of the model without its head",
+        "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
+        "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
+        "output_router_logits": "the router's auxiliary loss of a shard is not that of the batch",
+    }
+    for name in names:
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, (bool, int)) and value == 0):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise InputError(name, expected="it left out", found=shown, remedy=remedies[name])
+
+
+def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, int]:
+    """(B, S) of a batch whose fields fit one another."""
+    _refuse(
+        arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
+    )
+    given = [name for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
+    if not given:
+        raise InputError("input_ids", expected="ids or inputs_embeds", found="neither", remedy="pass one of them")
+    shape = arguments[given[0]].shape
+    if len(shape) != (2 if given[0] == "input_ids" else 3):
+        raise InputError(given[0], expected="(B, S) ids or (B, S, C) embeddings", found=f"{tuple(shape)}", remedy="batch it")
+    rows, length = shape[:2]
+    for name in ("attention_mask", "labels"):
+        value = arguments.get(name)
+        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
+            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise InputError(name, expected=f"a tensor of shape {(rows, length)}", found=found, remedy="one entry a token")
+    positions = arguments.get("position_ids")
+    if positions is None and arguments.get("cu_seq_lens_q") is not None:
+        raise InputError(
+            "cu_seq_lens_q", expected="position_ids beside it", found="none", remedy="mark documents by position_ids"
+        )
+    if positions is not None and (positions.ndim not in (2, 3) or positions.shape[-1] != length):
+        raise InputError(
+            "position_ids",
+            expected=f"(B, {length}), (1, {length}) or (axes, B, {length})",
+            found=f"{tuple(positions.shape)}",
+            remedy="give the positions of the whole sequence",
+        )
+    if arguments.get("labels") is not None and not causal_lm_loss(override.module):
+        raise InputError(
+            "labels",
+            expected="a model whose loss is the shifted cross entropy",
+            found=f"{override.module.loss_type} loss",
+            remedy="compute the loss from the outputs (SPConfig(gather_logits=True))",
+        )
+    return rows, length
+
+
+def _documents(override: Override, arguments: dict[str, Any]) -> Tensor | None:
+    """The position ids by which transformers' masks tell packed documents apart: without a mask, with explicit ids."""
+    positions = arguments.get("position_ids")
+    if positions is None or arguments.get("attention_mask") is not None:
+        return None
+    if positions.ndim == 3:  # text positions and three visual axes; with three axes alone nothing is packed
+        return positions[0] if positions.shape[0] == 4 else None
+    decoder = override.installation.anatomy.decoder
+    assert decoder is not None
+    return positions if packs_plain_ids(decoder) else None
+
+
+def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
+    installation = override.installation
+    laid_out: list[tuple[TextCall, Tensor | None]] = []
+
+    def check() -> None:
+        shape = _check_batch(override, arguments)
+        labels = arguments.get("labels")
+        targets = None if labels is None else shift(labels)
+        mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
+        device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
+        laid_out.append((lay_out(shape, mask, documents, targets, installation.group, device), targets))
+
+    _agree(installation, arguments, check)
+    call, targets = laid_out[0]
+    as_tuple = arguments.pop("return_dict", getattr(override.module.config, "return_dict", True)) is False
+    items = arguments.pop("num_items_in_batch", None)
+    arguments.pop("labels", None)
+    arguments["use_cache"] = False
+    with active(call):
+        out = override.original(**arguments, return_dict=True)
+    loss = None
+    if targets is not None:
+        local = targets.flatten()[call.local_index]
+        count = (targets != IGNORE).sum() if items is None else items
+        loss = sharded_cross_entropy(
+            out.logits.flatten(0, 1), local, count, installation.group, installation.config.gradient
+        )
+    fields = dict(out.items())
+    if installation.config.gather_logits:
+        name = "logits" if "logits" in fields else "last_hidden_state"
+        fields[name] = _gather_outputs(fields[name], call, installation)
+    if loss is not None:
+        fields = {"loss": loss, **fields}
+    out = type(out)(**fields)
+    return out.to_tuple() if as_tuple else out
+
+
+def _gather_outputs(local: Tensor, call: TextCall, installation: Installation) -> Tensor:
+    """(1, T, V) of this rank -> (B, S, V) of the batch, 0 at padding."""
+    whole = pipeline.gather(local[0], call.stream)
+    rows, length = call.shape
+    out = whole.new_zeros(rows * length, whole.shape[-1]).index_copy(0, call.index, whole).view(rows, length, -1)
+    return comm.scale_gradient(out, 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size)

@@ -1,0 +1,100 @@
+"""What a call is about, for code that is reached only through the model's own forward.
+
+A scope is immutable. The vision towers' attention functions get no argument of ours, so theirs is ambient; whatever a
+tower checkpoints is bound to the scope it ran in, so that the recomputation in the backward runs in the same one. A
+flag that is cleared after the forward, or state on the modules, is not there or is another call's by then (with two
+tower calls, image and video, that gave gradients wrong by a factor of 9e4 without an error).
+The decoder's attention gets its scope as a keyword, which any kind of checkpointing carries along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from triton_sp.errors import UnsupportedModelError
+from triton_sp.pipeline import Stream
+
+KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention finds its scope
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """While the wrapped model's forward runs: its parts are sharded. Outside of it they run as they always did."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionScope:
+    """What an attention function needs: the stream, and the tally that proves every layer came by."""
+
+    stream: Stream
+    tally: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderScope:
+    """While a decoder runs: the longest position of the batch, on which some rotary frequencies depend."""
+
+    longest_position: Tensor
+
+
+_active: ContextVar[object] = ContextVar("triton_sp_scope", default=None)
+_T = TypeVar("_T")
+
+
+def current(kind: type[_T]) -> _T | None:
+    """The scope that is active, if it is of this kind."""
+    scope = _active.get()
+    return scope if isinstance(scope, kind) else None
+
+
+@contextmanager
+def active(scope: object) -> Iterator[None]:
+    token = _active.set(scope)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _run_in(scope: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with active(scope):
+        return function(*args, **kwargs)
+
+
+def _checkpoint_in_scope(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(partial(_run_in, _active.get(), function), *args, **kwargs)
+
+
+@contextmanager
+def bound_checkpoints(model: nn.Module) -> Iterator[None]:
+    """While a model runs, what it checkpoints is bound to the scope that is active at that moment."""
+    name = "_gradient_checkpointing_func"
+    modules = [module for module in model.modules() if name in module.__dict__]
+    saved = [module.__dict__[name] for module in modules]
+    for module, checkpoint in zip(modules, saved, strict=True):
+        module.__dict__[name] = partial(_checkpoint_in_scope, checkpoint)
+    try:
+        yield
+    finally:
+        for module, checkpoint in zip(modules, saved, strict=True):
+            module.__dict__[name] = checkpoint
+
+
+def outside(module: nn.Module) -> None:
+    """To be called where a part runs without a scope: fine for a direct call, wrong in a recomputation."""
+    if torch._C._current_graph_task_id() != -1:
+        raise UnsupportedModelError(
+            type(module).__name__,
+            expected="activation checkpointing through model.gradient_checkpointing_enable()",
+            found="a checkpoint around it that re-runs it in the backward on its own",
+            remedy="use gradient_checkpointing_enable(), or checkpoint the whole model",
+        )

@@ -1,0 +1,210 @@
+"""The decoder: one stream of the batch's tokens without padding, cut into shards before the first layer.
+
+A padded (B, S) batch becomes a stream (1, S') of its tokens, row after row, each row or packed document a segment; the
+decoder sees this rank's part of it. Positions are computed for the whole batch and then selected, so a token keeps the
+position that it has in one process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sp.comm import Group
+from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.loss import IGNORE
+from triton_sp.models import Stack
+from triton_sp.pipeline import Stream
+from triton_sp.plan import shard_tokens
+from triton_sp.wrappers.attention import redirect
+from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, current, outside
+
+
+@dataclass(frozen=True, eq=False)
+class TextCall(Call):
+    """One call of the wrapped model, as its decoder needs it.
+
+    Attributes:
+        stream: the stream that the batch's tokens form.
+        shape: (B, S) of the batch.
+        index: (S',) where each token of the stream stands in the flattened batch.
+        mask: the caller's attention_mask, to notice a composite model that makes another.
+    """
+
+    stream: Stream
+    shape: tuple[int, int]
+    index: Tensor
+    mask: Tensor | None
+    tally: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def local_index(self) -> Tensor:
+        return self.index[self.stream.local]
+
+
+def lay_out(
+    shape: tuple[int, int],
+    mask: Tensor | None,
+    documents: Tensor | None,
+    targets: Tensor | None,
+    group: Group,
+    device: torch.device,
+) -> TextCall:
+    """Plan the stream of a batch. All inputs are the whole batch's, so the answer is the same on every rank.
+
+    Args:
+        mask: (B, S), non-zero at tokens; None if all are.
+        documents: (B, S) position ids by which HF would tell packed documents apart, or None.
+        targets: (B, S) shifted labels, or None.
+
+    Raises:
+        InputError: a mask with holes, or a label that is predicted from padding after the tokens.
+    """
+    rows, length = shape
+    keep = torch.ones(shape, dtype=torch.bool) if mask is None else mask.detach().cpu().bool()
+    labelled = torch.zeros_like(keep) if targets is None else targets.detach().cpu() != IGNORE
+    _check_mask(keep, labelled)
+    # The last padding before the first token predicts that token: without keys, as sdpa and flash attention have it.
+    keyless = ~keep & labelled
+    index = (keep | keyless).flatten().nonzero().flatten()
+    if not len(index):
+        raise InputError(
+            "attention_mask", expected="at least one token", found="only padding", remedy="drop empty batches"
+        )
+    alone = keyless.flatten()[index]
+    starts = index % length == 0
+    starts[0] = True
+    starts[1:] |= (index[1:] // length != index[:-1] // length) | alone[1:] | alone[:-1]
+    if documents is not None:
+        ids = documents.detach().cpu().expand(shape).flatten()[index]
+        starts[1:] |= ids[1:] != ids[:-1] + 1
+    firsts = starts.nonzero().flatten()
+    cu_seqlens = torch.cat([firsts, torch.tensor([len(index)])]).to(torch.int32)
+    seqused_k = None
+    if bool(alone.any()):
+        seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(device, torch.int32)
+    stream = Stream(group, shard_tokens(len(index), group.size), cu_seqlens.to(device), seqused_k)
+    return TextCall(stream, shape, index.to(device), mask)
+
+
+def _check_mask(keep: Tensor, labelled: Tensor) -> None:
+    after_tokens = keep.cumsum(1) > 0  # at or behind the first token of the row
+    tokens_left = keep.flip(1).cumsum(1).flip(1) > 0
+    holes = ~keep & after_tokens & tokens_left
+    if bool(holes.any()):
+        row, column = holes.nonzero()[0].tolist()
+        raise InputError(
+            "attention_mask",
+            expected="padding before or after the tokens of a row, not between them",
+            found=f"a hole in row {row} at column {column}",
+            remedy="remove the masked tokens, or pass packed documents by position_ids",
+        )
+    wrong = ~keep & after_tokens & labelled
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(
+            "labels",
+            expected="-100 at the padding behind the tokens",
+            found=f"a label in row {row} at column {column + 1}, predicted from padding",
+            remedy="labels[attention_mask == 0] = -100",
+        )
+
+
+def install(stack: Stack, installation: Installation) -> None:
+    """Override a decoder's forward, its attention, and rotary embeddings that look at the longest position."""
+    redirect(stack.attention, installation)
+    for rotary in stack.rotaries:
+        installation.override(rotary, _run_rotary)
+    installation.override(stack.module, _run_decoder)
+
+
+def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
+    call = current(TextCall)
+    if call is None:
+        outside(override.module)
+        return override.original(*args, **kwargs)
+    stack = override.installation.anatomy.decoder
+    assert stack is not None
+    arguments = override.bind(args, kwargs)
+    longest = _localise(arguments, call, stack)
+    arguments[KEYWORD] = AttentionScope(call.stream, call.tally)
+    with active(DecoderScope(longest)):
+        out = override.original(**arguments)
+    if call.tally["attention"] != len(stack.attention):
+        raise UnsupportedModelError(
+            stack.name,
+            expected=f"{len(stack.attention)} sharded attention calls",
+            found=f"{call.tally['attention']}",
+            remedy="report this model: some of its attention went past the wrapper",
+        )
+    return out
+
+
+def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor:
+    """Replace what describes the whole batch by what describes this rank's tokens; return the longest position."""
+    (rows, length), index = call.shape, call.local_index
+    for name in ("input_ids", "inputs_embeds"):
+        if arguments.get(name) is not None:
+            arguments[name] = arguments[name].flatten(0, 1).index_select(0, index)[None]
+    mask = arguments.get("attention_mask")
+    if mask is not None and mask is not call.mask:
+        same = call.mask is not None and isinstance(mask, Tensor) and torch.equal(mask.bool(), call.mask.bool())
+        if not same:
+            raise UnsupportedModelError(
+                stack.name,
+                expected="the attention_mask of the batch",
+                found="a mask that the composite model made itself",
+                remedy="this family is not handled yet",
+            )
+    # Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
+    arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, device=index.device)
+
+    positions = arguments.get("position_ids")
+    if positions is None:
+        positions = torch.arange(length, device=index.device)[None]
+    longest = positions.max()
+    arguments["position_ids"] = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)[..., index][..., None, :]
+    arguments.pop("cache_position", None)
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+        arguments.pop(name, None)
+    _localise_deepstack(arguments, index)
+    for name, value in arguments.items():
+        handled = name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
+        if isinstance(value, Tensor) and not handled and length in value.shape:
+            raise UnsupportedModelError(
+                stack.name,
+                expected="inputs that are known to be per token",
+                found=f"{name} of shape {tuple(value.shape)}",
+                remedy="leave it out; it is not handled yet",
+            )
+    return longest
+
+
+def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:
+    """Qwen3-VL adds visual features of several depths in the first layers: keep the rows of this rank's tokens."""
+    mask = arguments.get("visual_pos_masks")
+    if mask is None:
+        return
+    flat = mask.flatten()
+    local = flat[index]
+    rows = (flat.cumsum(0) - 1)[index][local]
+    arguments["visual_pos_masks"] = local[None]
+    if arguments.get("deepstack_visual_embeds") is not None:
+        arguments["deepstack_visual_embeds"] = [
+            level.index_select(0, rows) for level in arguments["deepstack_visual_embeds"]
+        ]
+
+
+def _run_rotary(override: Override, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Long-context frequencies depend on the longest position of the batch, which may be another rank's: add it."""
+    scope = current(DecoderScope)
+    if scope is None:
+        return override.original(x, position_ids, *args, **kwargs)
+    extra = scope.longest_position.expand(*position_ids.shape[:-1], 1).to(position_ids.dtype)
+    tables = override.original(x, torch.cat([position_ids, extra], -1), *args, **kwargs)
+    return tuple(table[..., :-1, :] for table in tables)

@@ -1,0 +1,230 @@
+"""Vision towers: sharded before the first block, whole again after the last.
+
+A tower's own forward runs on every rank. Its first block takes the rank's part of the patches of the whole batch (a
+CLS token is a token like another), every block runs on that part, and the last one gathers. What a tower reads from
+between its blocks (DeepStack mergers, LLaVA's second to last hidden state) is gathered when it is read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+
+from triton_sp import pipeline
+from triton_sp.comm import Group
+from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.models import Stack
+from triton_sp.pipeline import Stream
+from triton_sp.plan import shard_tokens
+from triton_sp.wrappers import opaque
+from triton_sp.wrappers.attention import redirect
+from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpoints, current, outside
+
+
+@dataclass
+class Layout:
+    """How the hidden states looked before the first block: (T, C), or (B, N, C) with segments of N tokens."""
+
+    shape: torch.Size
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[:-1].numel()
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """The segments of dense hidden states; packed towers hand theirs to each block."""
+        rows, length = self.shape[0], self.shape[1]
+        return torch.arange(0, (rows + 1) * length, max(length, 1), dtype=torch.int32, device=self.device)[: rows + 1]
+
+
+@dataclass(eq=False)
+class TowerPass:
+    """One call of a tower. `layout` is written once, by the first block, and a recomputation writes the same."""
+
+    group: Group
+    stack: Stack
+    tally: Counter[str] = field(default_factory=Counter)
+    layout: Layout | None = None
+    last_output: Tensor | None = None  # of the block before, while the forward runs
+
+    def stream(self, cu_seqlens: Tensor | None = None) -> Stream:
+        assert self.layout is not None
+        shards = shard_tokens(self.layout.tokens, self.group.size, self.stack.unit)
+        return Stream(self.group, shards, self.layout.cu_seqlens if cu_seqlens is None else cu_seqlens)
+
+    def whole(self, local: Tensor) -> Tensor:
+        """The hidden states of all patches, shaped as they were before the first block."""
+        assert self.layout is not None
+        return pipeline.gather(local.flatten(0, -2), self.stream()).unflatten(0, self.layout.shape[:-1])
+
+
+def install(stack: Stack, installation: Installation) -> None:
+    """Override a tower's forward, its blocks, its taps and its attention."""
+    if stack.door:
+        redirect(stack.attention, installation)
+    else:
+        for unit in stack.attention:
+            if unit not in stack.blocks:
+                installation.override(unit, opaque.run_unit)
+    for block in stack.blocks:
+        installation.override(block, _run_block)
+    for tap in stack.taps:
+        installation.override(tap, _run_tap)
+    installation.override(stack.module, _run_tower)
+
+
+def _stack_of(override: Override) -> Stack:
+    module = override.module
+    towers = override.installation.anatomy.towers
+    return next(t for t in towers if t.module is module or any(m is module for m in (*t.blocks, *t.taps)))
+
+
+def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
+    if current(Call) is None:
+        outside(override.module)
+        return override.original(*args, **kwargs)
+    stack = _stack_of(override)
+    tower = TowerPass(override.installation.group, stack)
+    with active(tower), bound_checkpoints(stack.module):
+        out = override.original(*args, **kwargs)
+    tower.last_output = None
+    if tower.tally["attention"] != len(stack.attention):
+        raise UnsupportedModelError(
+            stack.name,
+            expected=f"{len(stack.attention)} sharded attention calls",
+            found=f"{tower.tally['attention']}",
+            remedy="report this model: some of its attention went past the wrapper",
+        )
+    states = getattr(out, "hidden_states", None)
+    if isinstance(states, tuple):
+        out.hidden_states = GatheredStates(states, tower)
+    return out
+
+
+def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
+    tower = current(TowerPass)
+    if tower is None:
+        outside(override.module)
+        return override.original(*args, **kwargs)
+    blocks = tower.stack.blocks
+    first, last = override.module is blocks[0], override.module is blocks[-1]
+    arguments = override.bind(args, kwargs)
+    name = next(iter(override.__signature__.parameters))
+    hidden = arguments.pop(name)
+    if first:
+        tower.layout = Layout(hidden.shape, hidden.device)
+        _check_unit(tower, hidden)
+    else:
+        _check_chain(tower, override.module, hidden)
+
+    stream = tower.stream(arguments.get("cu_seqlens"))
+    _localise(arguments, stream, override.module)
+    if first:
+        hidden = pipeline.shard(hidden.flatten(0, -2), stream)
+        hidden = hidden if tower.layout is not None and len(tower.layout.shape) == 2 else hidden[None]
+    door = tower.stack.door
+    with active(AttentionScope(stream, tower.tally)) if door else opaque.block_scope(tower, stream):
+        run = override.original if override.module not in tower.stack.attention else opaque.unit_runner(override)
+        out = run(hidden, **arguments)
+    local = out[0] if isinstance(out, tuple) else out
+    tower.last_output = local.detach()
+    if last:
+        local = tower.whole(local)
+    return (local, *out[1:]) if isinstance(out, tuple) else local
+
+
+def _check_unit(tower: TowerPass, hidden: Tensor) -> None:
+    if hidden.shape[:-1].numel() % tower.stack.unit:
+        raise InputError(
+            "pixel_values",
+            expected=f"a number of patches that is a multiple of {tower.stack.unit}",
+            found=f"{hidden.shape[:-1].numel()}",
+            remedy="use the model's own image processor",
+        )
+
+
+def _check_chain(tower: TowerPass, block: nn.Module, hidden: Tensor) -> None:
+    """Each block must get exactly what the block before returned, or what happened in between ran on a shard."""
+    before = tower.last_output
+    if before is None or torch._C._current_graph_task_id() != -1:  # a recomputation starts anywhere
+        return
+    if before.shape != hidden.shape or before.data_ptr() != hidden.data_ptr():
+        raise UnsupportedModelError(
+            type(block).__name__,
+            expected="blocks that follow one another directly",
+            found=f"hidden states {tuple(hidden.shape)} that are not what the block before returned",
+            remedy="this tower changes hidden states between its blocks and cannot be sharded",
+        )
+
+
+def _localise(arguments: dict[str, Any], stream: Stream, block: nn.Module) -> None:
+    """Replace what describes the whole stream by what describes this rank's tokens."""
+    tokens = len(stream.shards.range(stream.group.rank))
+    for name in ("position_embeddings", "rotary_pos_emb"):
+        value = arguments.get(name)
+        if isinstance(value, Tensor):
+            arguments[name] = pipeline.shard(value, stream)
+        elif value is not None:
+            arguments[name] = tuple(pipeline.shard(part, stream) for part in value)
+    if arguments.get("cu_seqlens") is not None:
+        # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
+        arguments["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32)
+    for name in ("attention_mask", "head_mask", "layer_head_mask"):
+        if arguments.get(name) is not None:
+            raise UnsupportedModelError(
+                type(block).__name__,
+                expected=f"no {name}",
+                found=f"one of shape {tuple(arguments[name].shape)}",
+                remedy="masked patches are not handled; pass images of one size, or call without the mask",
+            )
+    if arguments.get("output_attentions"):
+        raise InputError(
+            "output_attentions",
+            expected="False",
+            found="True",
+            remedy="attention weights are never formed; call triton_sp.unwrap(model) to look at them",
+        )
+
+
+def _run_tap(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A module between blocks: run on the rank's tokens, `unit` of which become one row; its rows are gathered."""
+    tower = current(TowerPass)
+    if tower is None:
+        return override.original(hidden, *args, **kwargs)
+    if hidden.shape[0] == tower.stream().shards.total:  # after the last block the hidden states are whole
+        return override.original(hidden, *args, **kwargs)
+    return pipeline.gather(override.original(hidden, *args, **kwargs), tower.stream(), tower.stack.unit)
+
+
+class GatheredStates(tuple[Tensor, ...]):
+    """A tower's `hidden_states`. The ones from between blocks hold a rank's patches and are gathered when read."""
+
+    _tower: TowerPass
+
+    def __new__(cls, states: tuple[Tensor, ...], tower: TowerPass) -> GatheredStates:
+        self = super().__new__(cls, states)
+        self._tower = tower
+        return self
+
+    @overload
+    def __getitem__(self, index: Any) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        state = super().__getitem__(index)
+        # Entry 0 went into the first block and entry n came out of the last: both are whole.
+        between = 0 < index % len(self) < len(self._tower.stack.blocks)
+        return self._tower.whole(state) if between and state is not None else state
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self)))

@@ -1,7 +1,8 @@
-"""Rank processes are started once for the whole run: each costs seconds of imports."""
+"""What tests share: rank processes and reference runs, each made once for the whole run."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -12,6 +13,24 @@ from triton_sp.testing import RankPool
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
+    """Processes that stay alive between tests: starting one costs seconds of imports."""
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """The file with the single-process run of (case, batch)."""
+    import parity
+    import zoo
+
+    folder = tmp_path_factory.mktemp("references")
+
+    def of(case: str, batch: str) -> Path:
+        path = folder / f"{case}-{batch}.pt"
+        if not path.exists():
+            parity.write_reference(zoo.CASES[case], batch, path)
+        return path
+
+    return of

@@ -1,15 +1,15 @@
-"""One job of the parity suite: a wrapped model on this rank against the same model in one process.
+"""The parity suite's jobs: a model in one process, and the same model wrapped on a rank, compared.
 
-The reference is the unwrapped model with its own attention. Its loss is formed here from its logits, in float64 where
-the model runs in it: transformers' own rounds the logits to float32, which parity at 1e-10 cannot see past.
+The reference is the unwrapped model with its own attention, run once and kept in a file that all ranks read. Its loss
+is formed here from its logits, in float64 where the model runs in it: transformers' own rounds the logits to float32,
+which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
 """
 
 from __future__ import annotations
 
-import copy
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,18 +24,36 @@ from triton_sp.testing import relative_error
 
 transformers.logging.set_verbosity_error()
 CHECKPOINTING = {"none": None, "reentrant": True, "non_reentrant": False}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a case: which batch, and how."""
+
+    batch: str
+    checkpointing: str = "none"
+    config: triton_sp.SPConfig = triton_sp.SPConfig()
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far one rank was from the reference."""
+    """How far one rank was from the reference, as relative errors."""
 
+    plan: Plan
     loss: float
     model_loss: float  # against the loss that transformers itself computes, in float32
     logits: float
     gradient: float
-    worst: str
+    worst: str  # the parameter with that gradient error
     losses: tuple[float, ...]  # of all ranks
+
+    def assert_within(self, tolerance: float) -> None:
+        assert len(set(self.losses)) == 1, self
+        assert self.loss <= min(tolerance, 1e-6), self
+        assert self.model_loss <= 1e-6, self
+        assert self.logits <= tolerance, self
+        assert self.gradient <= tolerance, self
 
 
 def loss_of(out: Any, labels: Tensor | None) -> Tensor:
@@ -47,14 +65,13 @@ def loss_of(out: Any, labels: Tensor | None) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
+        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters() if p.requires_grad
     }
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     """The worst relative error over parameters. A gradient that is mathematically zero is measured by the model's."""
+    assert found.keys() == expected.keys()
     total = float(torch.stack([g.double().norm() for g in expected.values()]).norm())
     errors = {}
     for name, grad in expected.items():
@@ -62,6 +79,19 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
         errors[name] = difference / max(float(grad.double().norm()), 1e-5 * total, 1e-30)
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
+
+
+def write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
+    """Loss, outputs and gradients of the unwrapped model, in this process."""
+    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+    labels = batch.pop("labels", None)
+    out = model(**batch)
+    loss = loss_of(out, labels)
+    loss.backward()
+    with torch.no_grad():
+        model_loss = loss if labels is None else model(**batch, labels=labels).loss
+    main = out.last_hidden_state if labels is None else out.logits
+    torch.save((loss.detach(), model_loss.detach(), main.detach(), gradients(model)), path)
 
 
 def set_checkpointing(model: nn.Module, kind: str) -> None:
@@ -72,69 +102,48 @@ def set_checkpointing(model: nn.Module, kind: str) -> None:
             model.enable_input_require_grads()
 
 
-def run(
-    name: str,
-    batch_name: str,
-    checkpointing: str = "none",
-    gradient: str = "mean",
-    gather: bool = False,
-    prepare: Callable[[nn.Module], None] | None = None,
-    group_ranks: list[int] | None = None,
-) -> Parity:
-    """Forward and backward, wrapped and not."""
-    case = zoo.CASES[name]
-    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
+    """Forward and backward of the wrapped model, on this rank."""
+    model, batch = case.build(case.dtype), case.batches[plan.batch](case.dtype)
     if prepare is not None:
         prepare(model)
-    reference = copy.deepcopy(model)
-    labels = batch.get("labels")
-
-    unlabelled = {key: value for key, value in batch.items() if key != "labels"}
-    expected = reference(**unlabelled)
-    expected_loss = loss_of(expected, labels)
-    expected_loss.backward()
-    with torch.no_grad():
-        model_loss = expected_loss.detach() if labels is None else copy.deepcopy(reference)(**batch).loss
-
-    set_checkpointing(model, checkpointing)
-    config = triton_sp.SPConfig(gradient=gradient, gather_logits=gather)
-    triton_sp.wrap(model, None if group_ranks is None else dist.new_group(group_ranks), config)
+    set_checkpointing(model, plan.checkpointing)
+    triton_sp.wrap(model, config=plan.config)
     out = model(**batch)
     loss = loss_of(out, None)
     loss.backward()
     triton_sp.sync_gradients(model)
 
-    worst, which = gradient_error(gradients(model), gradients(reference))
+    expected_loss, model_loss, main, grads = torch.load(reference)
+    gradient, worst = gradient_error(gradients(model), grads)
     losses = [torch.zeros_like(loss) for _ in range(dist.get_world_size())]
     dist.all_gather(losses, loss.detach())
-    result = Parity(
+    return Parity(
+        plan,
         relative_error(loss, expected_loss),
         relative_error(loss, model_loss),
-        logits_error(out, expected, batch, gather),
+        output_error(out, main, batch, plan.config.gather_logits),
+        gradient,
         worst,
-        which,
         tuple(float(x) for x in losses),
     )
-    gc.collect()
-    return result
 
 
-def logits_error(out: Any, expected: Any, batch: dict[str, Tensor], gathered: bool) -> float:
-    """Of this rank's tokens, found in the whole batch by their order."""
+def output_error(out: Any, expected: Tensor, batch: dict[str, Tensor], gathered: bool) -> float:
+    """Of a tower's states, or of the logits of this rank's tokens, found in the whole batch by their order."""
     if "labels" not in batch:
-        return relative_error(out.last_hidden_state, expected.last_hidden_state)
+        return relative_error(out.last_hidden_state, expected)
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    if gathered:
-        return relative_error(out.logits[mask], expected.logits[mask])
+    if gathered or dist.get_world_size() == 1:
+        return relative_error(out.logits[mask], expected[mask])
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    kept = (mask | (targets != -100)).flatten()
-    tokens = expected.logits.flatten(0, 1)[kept]
+    tokens = expected.flatten(0, 1)[(mask | (targets != -100)).flatten()]
     sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([out.logits.shape[1]]))
-    assert sum(int(s) for s in sizes) == len(tokens), (sizes, len(tokens))
-    start = sum(int(s) for s in sizes[: dist.get_rank()])
+    assert sum(map(int, sizes)) == len(tokens), (sizes, len(tokens))
+    start = sum(map(int, sizes[: dist.get_rank()]))
     return relative_error(out.logits[0], tokens[start : start + out.logits.shape[1]])
 
 
-def run_all(name: str, plans: list[dict[str, Any]]) -> list[Parity]:
-    return [run(name, **plan) for plan in plans]
+def run_all(name: str, plans: list[Plan], references: dict[str, Path]) -> list[Parity]:
+    return [run(zoo.CASES[name], plan, references[plan.batch]) for plan in plans]

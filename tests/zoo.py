@@ -94,8 +94,9 @@ def uneven_positions(mask: Tensor) -> Tensor:
     return index + index // 3
 
 
-def text_batch(name: str, dtype: torch.dtype) -> Batch:
-    """`dtype` is for the pixels of other families."""
+def text_batch(name: str, dtype: torch.dtype, padding_learns: bool = True) -> Batch:
+    """`dtype` is for the pixels of other families. `padding_learns`: the last padding in front of a row predicts its
+    first token, as labels = input_ids have it."""
     lengths = {
         "plain": [37],
         "left_pad": [18, 31, 6],
@@ -112,6 +113,8 @@ def text_batch(name: str, dtype: torch.dtype) -> Batch:
     batch = collate(rows, {"plain": None, "right_pad": "right"}.get(name, "left"))
     if name == "position_ids":
         batch["position_ids"] = uneven_positions(batch["attention_mask"])
+    if not padding_learns and "attention_mask" in batch:
+        batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = -100
     return batch
 
 
@@ -141,7 +144,9 @@ def text_case(name: str, family: str, attention: str = "sdpa", ranks: tuple[int,
         # attends to everything, to nothing in sdpa: it counts where it is on the left, as the first token's predictor.
         names, dtype = ["plain", "right_pad", "packed"], torch.float32
     recipe = partial(build, f"{family}ForCausalLM", text_config(family, **options), attention)
-    return Case(name, "text", recipe, {batch: partial(text_batch, batch) for batch in names}, (), ranks, dtype)
+    # Where a row has no key, eager attention averages all tokens of the row; sdpa and flash attention give 0.
+    batches = {batch: partial(text_batch, batch, padding_learns=attention != "eager") for batch in names}
+    return Case(name, "text", recipe, batches, (), ranks, dtype)
 
 
 # --- vision alone ------------------------------------------------------------------------------------------------

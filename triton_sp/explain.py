@@ -36,7 +36,9 @@ class Explanation:
         columns = ("part", "kind", "layers", "heads", "decision", "why")
         cells = [columns] + [tuple(str(getattr(row, name)) for name in columns) for row in self.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
         return "\n".join([self.title, *lines])
 
 
@@ -79,7 +81,9 @@ def _row(stack: models.Stack, kind: str, ranks: int | None) -> Row:
     decision = "sharded" if ranks else "would be sharded"
     why = "known family" if stack.known else "attention goes through transformers' interface; other layers token-wise"
     if not stack.door:
-        why = "attention of its own: " + ", ".join(sorted({method_of(unit) for unit in stack.attention}))
+        why = "attention of its own: " + ", ".join(
+            sorted({method_of(block) or "decided on the first call" for block in stack.blocks})
+        )
     if ranks == 1:
         decision, why = "unchanged", "one rank"
     refusal = stack.refusal

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_sp.errors import UnsupportedModelError
 
@@ -52,7 +53,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_TOKEN_WISE = ("Norm", "Activation", "Dropout", "DropPath", "LayerScale", "Experts", "Router", "Identity", "GELU", "SiLU")
+_TOKEN_WISE = (
+    "Norm",
+    "Activation",
+    "Dropout",
+    "DropPath",
+    "LayerScale",
+    "Experts",
+    "Router",
+    "Identity",
+    "GELU",
+    "SiLU",
+)
 _BLOCK_PARAMETERS = {
     "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
     "position_ids", "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions",
@@ -75,6 +87,7 @@ class Stack:
     taps: list[nn.Module] = field(default_factory=list)
     unit: int = 1  # neighbouring tokens that a tap or merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+    tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
 
 
 @dataclass(eq=False)
@@ -213,7 +226,7 @@ def _refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError
             remedy="add the family to triton_sp/models.py once its blocks are known to be right on a shard",
         )
     if not stack.door:
-        return None  # proven by a trial on the first call instead, see wrappers/opaque.py
+        return None  # proven by a trial on the first call instead, see wrappers/trial.py
     for module in block.modules():
         leaf = not any(True for _ in module.children())
         if leaf and not _token_wise(module) and not uses_door(module):
@@ -275,26 +288,56 @@ def _has_own_head(entry: nn.Module) -> bool:
 
 
 def _opaque_stacks(model: nn.Module, names: dict[int, str]) -> Iterator[Stack]:
-    """The longest list of equal blocks with something like attention in it."""
+    """The longest list of equal blocks that attend."""
     candidates = [
         (names[id(module)], list(module))
         for module in model.modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         and len(module)
         and len({type(block) for block in module}) == 1
-        and any(_attention_like(m) for m in next(iter(module)).modules())
+        and any(_attention_like(m) or _multiplies_queries(m) for m in next(iter(module)).modules())
     ]
     if candidates:
         name, blocks = max(candidates, key=lambda item: len(item[1]))
-        yield Stack(name, model, blocks, _opaque_units(blocks), type(model).__name__, door=False)
+        yield opaque_stack(name, model, blocks)
+
+
+def opaque_stack(name: str, owner: nn.Module, blocks: list[nn.Module]) -> Stack:
+    """A stack of blocks about which nothing is known but that they run one after another."""
+    units = _opaque_units(blocks)
+    first = any(isinstance(unit, nn.MultiheadAttention) and not unit.batch_first for unit in units)
+    first = first and not any(_code_names(m) & {"permute", "transpose", "movedim"} for m in blocks[0].modules())
+    stack = Stack(name, owner, blocks, units, type(owner).__name__, door=False, tokens_first=first)
+    batch_norm = next((m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)), None)
+    if batch_norm is not None:
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="blocks in which tokens meet in attention only",
+            found=f"a {type(batch_norm).__name__}, whose statistics are those of all tokens",
+            remedy="use blocks with LayerNorm",
+        )
+    return stack
+
+
+def _code_names(module: nn.Module) -> set[str]:
+    """The names that the code of a module's class uses, if it is not torch's own."""
+    if type(module).__module__.startswith("torch."):
+        return set()
+    methods = [value for value in vars(type(module)).values() if inspect.isfunction(value)]
+    return {name for method in methods for name in method.__code__.co_names}
+
+
+def _multiplies_queries(module: nn.Module) -> bool:
+    return bool(_code_names(module) & {"scaled_dot_product_attention", "softmax"})
 
 
 def _opaque_units(blocks: list[nn.Module]) -> list[nn.Module]:
-    """The outermost attention module of each block, or the block where it has none of its own."""
-    units = []
+    """The outermost attention modules of each block, or the block where it has none of its own."""
+    units: list[nn.Module] = []
     for block in blocks:
         inside = [module for module in block.modules() if module is not block and _attention_like(module)]
-        units.append(inside[0] if inside else block)
+        nested = {id(m) for module in inside for m in module.modules() if m is not module}
+        units += [module for module in inside if id(module) not in nested] or [block]
     return units
 
 

@@ -2,16 +2,17 @@
 
 If it calls `scaled_dot_product_attention`, that call is head-sharded: q, k and v of the rank's tokens go in, and out
 comes the result of attending to the whole stream. If it multiplies matrices itself it runs on gathered tokens and
-keeps its part. Which of the two is right is tried out: on its first call a module runs both ways, and the sharded call
-is kept only if it gives the same.
+keeps its part. Which of the two is right is tried out on the first call of each block, see trial.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,45 +20,68 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from triton_sp import comm, pipeline
-from triton_sp.errors import UnsupportedModelError
+from triton_sp import pipeline
+from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.pipeline import Stream
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.scope import active, current, outside
+from triton_sp.wrappers.trial import HEADS, hidden_of, random_states, settle, shards_inside
 
 if TYPE_CHECKING:
-    from triton_sp.wrappers.vision import TowerPass
+    from triton_sp.wrappers.vision import Layout, TowerPass
 
-HEADS, WHOLE = "heads exchanged", "gather-compute-slice"
-_METHOD = "_triton_sp_method"
+METHOD = "_triton_sp_method"
 
 
 @dataclass(frozen=True, eq=False)
 class UnitScope:
-    """While a block with opaque attention runs: its stream, and how to make the hidden states whole again."""
+    """While a module with opaque attention runs on this rank's tokens.
 
-    tower: TowerPass
+    Attributes:
+        method: HEADS or WHOLE.
+        stream: all tokens.
+        shape: this rank's hidden states without their channels.
+        whole: hidden states of all tokens from this rank's.
+        part: this rank's from those of all tokens.
+        tally: counts what came by.
+        dry: nothing is sent and the values mean nothing: finds out whether a method runs at all.
+    """
+
+    method: str
     stream: Stream
+    shape: torch.Size
+    whole: Callable[[Tensor], Tensor]
+    part: Callable[[Tensor], Tensor]
+    tally: Counter[str] = field(default_factory=Counter)
+    dry: bool = False
+
+
+# --- heads exchanged -----------------------------------------------------------------------------------------------
 
 
 class _ShardSDPA(TorchFunctionMode):
     """Replaces calls of scaled_dot_product_attention on the rank's tokens."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, scope: UnitScope) -> None:
         super().__init__()
-        self.stream = stream
-        self.calls = 0
+        self.attend = partial(_sharded_sdpa, scope)
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.calls += 1
-        return _sharded_sdpa(self.stream, *args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            func = self.attend
+        elif func is F.multi_head_attention_forward:
+            # torch switches the mode off inside its own functions, so this one is run with our attention in place
+            # of the global name that it looks up; the function itself is not touched.
+            names = F.multi_head_attention_forward.__globals__ | {
+                "scaled_dot_product_attention": self.attend,
+                "has_torch_function": lambda _: False,
+            }
+            func = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
+        return func(*args, **(kwargs or {}))
 
 
 def _sharded_sdpa(
-    stream: Stream,
+    scope: UnitScope,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -67,22 +91,37 @@ def _sharded_sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    tokens = len(stream.shards.range(stream.group.rank))
-    fits = query.ndim == 4 and query.shape[0] == 1 and query.shape[2] == key.shape[2] == tokens
-    if not fits or attn_mask is not None or dropout_p:
+    """SDPA's signature: (B, H, T, D), or (H, T, D) without a batch."""
+    if dropout_p:
         raise UnsupportedModelError(
             "scaled_dot_product_attention",
-            expected=f"q, k, v of shape (1, heads, {tokens}, head_dim), no mask and no dropout",
-            found=f"q {tuple(query.shape)}, mask {attn_mask is not None}, dropout {dropout_p}",
+            expected="attention without dropout",
+            found=f"dropout_p={dropout_p}",
+            remedy="set the attention's dropout to 0, or train with model.eval() around it",
+        )
+    if query.ndim == 3:
+        return _sharded_sdpa(scope, query[None], key[None], value[None], attn_mask, 0.0, is_causal, scale)[0]
+    tokens = len(scope.stream.shards.range(scope.stream.group.rank))
+    rows = scope.shape.numel() // tokens if tokens else query.shape[0]
+    fits = query.ndim == 4 and query.shape[0] == rows and query.shape[2] == key.shape[2] == tokens
+    if not fits or attn_mask is not None:
+        raise UnsupportedModelError(
+            "scaled_dot_product_attention",
+            expected=f"q, k, v of shape ({rows}, heads, {tokens}, head_dim) and no mask",
+            found=f"q {tuple(query.shape)}, {'no mask' if attn_mask is None else f'a mask {tuple(attn_mask.shape)}'}",
             remedy="keep attention on (batch, heads, tokens, head_dim) and express masks as separate images",
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = pipeline.attention(q, k, v, stream, causal=is_causal, scale=scale)
-    return out.transpose(0, 1)[None]
+    scope.tally["sdpa"] += 1
+    if scope.dry:
+        return query.new_zeros(*query.shape[:-1], value.shape[-1])
+    # Rows that share their tokens' positions are as independent as heads are, so they are treated as more heads.
+    q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (query, key, value))
+    out = pipeline.attention(q, k, v, scope.stream, causal=is_causal, scale=scale)
+    return out.transpose(0, 1).unflatten(0, query.shape[:2])
 
 
 @contextmanager
-def _no_fast_path() -> Iterator[None]:
+def no_fast_path() -> Iterator[None]:
     """torch's fused inference path of MultiheadAttention does not call scaled_dot_product_attention."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -92,99 +131,121 @@ def _no_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-@contextmanager
-def block_scope(tower: TowerPass, stream: Stream) -> Iterator[None]:
-    """While a block with opaque attention runs."""
-    with active(UnitScope(tower, stream)), _no_fast_path():
-        yield
+# --- either method -------------------------------------------------------------------------------------------------
 
 
 def run_unit(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an attention module, or of a whole block without one, on this rank's tokens (1, T, C)."""
+    """The forward of an attention module on this rank's tokens."""
     scope = current(UnitScope)
     if scope is None:
         outside(override.module)
         return override.original(*args, **kwargs)
-    return unit_runner(override)(*args, **kwargs)
-
-
-def unit_runner(override: Override) -> Callable[..., Any]:
-    scope = current(UnitScope)
-    assert scope is not None
-    return partial(_run, override, scope)
-
-
-def _run(override: Override, scope: UnitScope, *args: Any, **kwargs: Any) -> Any:
-    unit = override.module
-    if isinstance(unit, nn.MultiheadAttention):
+    if isinstance(override.module, nn.MultiheadAttention):
+        args, kwargs = (), override.bind(args, kwargs)
         kwargs["need_weights"] = False  # weights would make it multiply matrices itself
-    if _METHOD not in unit.__dict__:
-        override.installation.set(unit, _METHOD, _try_out(override, scope, args, kwargs))
-    scope.tower.tally["attention"] += 1
-    if unit.__dict__[_METHOD] == WHOLE:
-        return _run_whole(override, scope, args, kwargs)
-    return _run_heads(override, scope, args, kwargs)[0]
+    return run_in(scope, override.original, *args, **kwargs)
 
 
-def _run_heads(override: Override, scope: UnitScope, args: Any, kwargs: Any) -> tuple[Any, int]:
-    # The block's own scope must not be seen by modules inside the unit: it is one unit, not several.
-    with active(None), _ShardSDPA(scope.stream) as mode:
-        out = override.original(*args, **kwargs)
-    return out, mode.calls
+def run_in(scope: UnitScope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call attention in which all tokens meet, on this rank's tokens, and return this rank's."""
+    scope.tally["attention"] += 1
+    with active(None), no_fast_path():  # modules inside are part of this unit and run as they always do
+        if scope.method == HEADS:
+            with _ShardSDPA(scope):
+                return function(*args, **kwargs)
+        made: dict[int, Tensor] = {}
+
+        def whole(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.shape[:-1] != scope.shape:
+                return x
+            if id(x) not in made:  # self-attention stays self-attention: q, k and v are one object
+                made[id(x)] = scope.whole(x)
+            return made[id(x)]
+
+        out = function(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
+    if isinstance(out, tuple):
+        return (scope.part(out[0]), *out[1:])
+    return scope.part(out)
 
 
-def _run_whole(override: Override, scope: UnitScope, args: Any, kwargs: Any) -> Any:
-    """On the hidden states of all tokens; every tensor argument of the rank's tokens is made whole first."""
-    tokens = len(scope.stream.shards.range(scope.stream.group.rank))
-    seen: dict[int, Tensor] = {}
+def same_tokens(out: Any, scope: UnitScope, module: nn.Module) -> Any:
+    """`out`, if it holds one row for each of the rank's tokens."""
+    if hidden_of(out).shape[:-1] != scope.shape:
+        raise InputError(
+            type(module).__name__,
+            expected=f"an output of shape {(*scope.shape, 'channels')}",
+            found=f"{tuple(hidden_of(out).shape)}",
+            remedy="arguments that differ between the images of a batch are not handled; pass one image at a time",
+        )
+    return out
 
-    def whole(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[:2] != (1, tokens):
+
+def method_of(module: nn.Module) -> str | None:
+    """How a module with opaque attention runs, once its first call has shown it."""
+    return module.__dict__.get(METHOD)
+
+
+# --- blocks of a plain module --------------------------------------------------------------------------------------
+
+
+def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: dict[str, Any]) -> Any:
+    """A block on this rank's tokens. `arguments` are those of all tokens; what runs along the tokens is cut here."""
+    block, layout = override.module, tower.layout
+    assert layout is not None
+
+    def scope_of(stream: Stream, method: str, dry: bool) -> UnitScope:
+        def whole(local: Tensor) -> Tensor:
+            if dry:
+                return local.new_zeros(*layout.shape[:-1], local.shape[-1])
+            return layout.restore(pipeline.gather(local.flatten(0, -2), stream))
+
+        def part(x: Tensor) -> Tensor:
+            return layout.local(pipeline.shard(layout.flat(x), stream))
+
+        shape = layout.local(torch.empty(len(stream.shards.range(stream.group.rank)), 0, device="meta")).shape[:-1]
+        return UnitScope(method, stream, shape, whole, part, dry=dry)
+
+    def run(scope: UnitScope | None, states: Tensor) -> Any:
+        heads = scope is not None and scope.method == HEADS
+        given = localise(arguments, scope.stream, layout) if scope is not None and heads else arguments
+        with active(scope), no_fast_path():
+            if scope is not None and block in tower.stack.attention:
+                return run_in(scope, override.original, states, **given)
+            return override.original(states, **given)
+
+    stream = tower.stream(arguments.get("cu_seqlens"))
+    method = method_of(block)
+    if method is None:
+        cut = Stream(stream.group, shards_inside(layout.tokens, layout.length, stream.group.size), stream.cu_seqlens)
+        probe = random_states(layout.shape, hidden)
+        method = settle(block, run, partial(scope_of, cut), probe, stream.group)
+        override.installation.set(block, METHOD, method)
+    scope = scope_of(stream, method, False)
+    out = same_tokens(run(scope, hidden), scope, block)
+    tower.tally["attention"] += scope.tally["attention"]
+    return out
+
+
+def localise(arguments: dict[str, Any], stream: Stream, layout: Layout) -> dict[str, Any]:
+    """Arguments with this rank's rows of every tensor that runs along the tokens of the batch or of each image.
+
+    Only shapes are looked at. Where these mislead, the trial shows it.
+    """
+    start = stream.shards.starts[stream.group.rank]
+    count = len(stream.shards.range(stream.group.rank))
+
+    def rows(x: Any) -> Any:
+        if isinstance(x, tuple | list):
+            return type(x)(map(rows, x))
+        if not isinstance(x, Tensor) or not x.ndim or not layout.tokens:
             return x
-        if id(x) not in seen:
-            seen[id(x)] = scope.tower.whole(x)
-        return seen[id(x)]
+        if x.shape[:-1] == layout.shape[:-1] and x.ndim == len(layout.shape):
+            return layout.local(layout.flat(x)[start : start + count])
+        if x.shape[0] == layout.length:  # the same for every image
+            return x[torch.arange(start, start + count, device=x.device) % layout.length]
+        return x[start : start + count] if x.shape[0] == layout.tokens else x
 
-    with active(None):
-        out = override.original(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
-    first = out[0] if isinstance(out, tuple) else out
-    local = pipeline.shard(first.flatten(0, -2), scope.stream)[None]
-    return (local, *out[1:]) if isinstance(out, tuple) else local
-
-
-def _try_out(override: Override, scope: UnitScope, args: Any, kwargs: Any) -> str:
-    """Run both ways without gradients and without dropout, and let all ranks come to one verdict."""
-    modes = [(module, module.training) for module in override.module.modules()]
-    devices = [args[0].device] if args and isinstance(args[0], Tensor) and args[0].is_cuda else []
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        override.module.eval()
-        try:
-            expected = _first(_run_whole(override, scope, args, kwargs))
-            wrong = torch.zeros(1, device=expected.device)
-            try:
-                found, calls = _run_heads(override, scope, args, kwargs)
-                close = calls > 0 and torch.allclose(_first(found), expected, rtol=1e-3, atol=_tolerance(expected))
-                wrong += not close
-            except UnsupportedModelError:
-                wrong += 1
-            wrong = comm.all_reduce(wrong, scope.stream.group)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    return WHOLE if wrong.item() else HEADS
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out
-
-
-def _tolerance(x: Tensor) -> float:
-    """Rounding of the dtype at the size of the values, with room for another order of summation."""
-    size = float(x.abs().max()) if x.numel() else 0.0
-    return 64 * torch.finfo(x.dtype).eps * size
-
-
-def method_of(unit: nn.Module) -> str:
-    """How an opaque attention module runs, once its first call has shown it."""
-    return unit.__dict__.get(_METHOD, "decided on the first call")
-
+    given = {name: rows(value) for name, value in arguments.items()}
+    if arguments.get("cu_seqlens") is not None:
+        given["cu_seqlens"] = torch.tensor([0, count], dtype=torch.int32)  # one call of attention, not one a segment
+    return given

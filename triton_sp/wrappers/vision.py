@@ -29,20 +29,45 @@ from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpo
 
 @dataclass
 class Layout:
-    """How the hidden states looked before the first block: (T, C), or (B, N, C) with segments of N tokens."""
+    """How the hidden states looked before the first block.
+
+    (T, C), or a segment of N tokens for each of B images: (B, N, C), or (N, B, C) if `tokens_first`.
+    """
 
     shape: torch.Size
     device: torch.device
+    tokens_first: bool = False
 
     @property
     def tokens(self) -> int:
         return self.shape[:-1].numel()
 
+    @property
+    def length(self) -> int:
+        """Tokens of an image; of the whole stream if it is packed."""
+        return self.shape[0 if self.tokens_first else -2]
+
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """The segments of dense hidden states; packed towers hand theirs to each block."""
-        rows, length = self.shape[0], self.shape[1]
+        rows, length = self.tokens // max(self.length, 1), self.length
         return torch.arange(0, (rows + 1) * length, max(length, 1), dtype=torch.int32, device=self.device)[: rows + 1]
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        """The stream (S, C) of all tokens, image after image."""
+        return (hidden.transpose(0, 1) if self.tokens_first else hidden).flatten(0, -2)
+
+    def restore(self, tokens_SC: Tensor) -> Tensor:
+        """The adjoint of `flat`."""
+        if self.tokens_first:
+            return tokens_SC.unflatten(0, self.shape[1::-1]).transpose(0, 1)
+        return tokens_SC.unflatten(0, self.shape[:-1])
+
+    def local(self, tokens_TC: Tensor) -> Tensor:
+        """A rank's tokens as the blocks want them: like one image."""
+        if len(self.shape) == 2:
+            return tokens_TC
+        return tokens_TC[:, None] if self.tokens_first else tokens_TC[None]
 
 
 @dataclass(eq=False)
@@ -63,7 +88,7 @@ class TowerPass:
     def whole(self, local: Tensor) -> Tensor:
         """The hidden states of all patches, shaped as they were before the first block."""
         assert self.layout is not None
-        return pipeline.gather(local.flatten(0, -2), self.stream()).unflatten(0, self.layout.shape[:-1])
+        return self.layout.restore(pipeline.gather(local.flatten(0, -2), self.stream()))
 
 
 def install(stack: Stack, installation: Installation) -> None:
@@ -120,20 +145,20 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     name = next(iter(override.__signature__.parameters))
     hidden = arguments.pop(name)
     if first:
-        tower.layout = Layout(hidden.shape, hidden.device)
+        tower.layout = Layout(hidden.shape, hidden.device, tower.stack.tokens_first)
         _check_unit(tower, hidden)
     else:
         _check_chain(tower, override.module, hidden)
 
     stream = tower.stream(arguments.get("cu_seqlens"))
-    _localise(arguments, stream, override.module)
-    if first:
-        hidden = pipeline.shard(hidden.flatten(0, -2), stream)
-        hidden = hidden if tower.layout is not None and len(tower.layout.shape) == 2 else hidden[None]
-    door = tower.stack.door
-    with active(AttentionScope(stream, tower.tally)) if door else opaque.block_scope(tower, stream):
-        run = override.original if override.module not in tower.stack.attention else opaque.unit_runner(override)
-        out = run(hidden, **arguments)
+    if first and tower.layout is not None:
+        hidden = tower.layout.local(pipeline.shard(tower.layout.flat(hidden), stream))
+    if tower.stack.door:
+        _localise(arguments, stream, override.module)
+        with active(AttentionScope(stream, tower.tally)):
+            out = override.original(hidden, **arguments)
+    else:
+        out = opaque.run_block(override, tower, hidden, arguments)
     local = out[0] if isinstance(out, tuple) else out
     tower.last_output = local.detach()
     if last:

@@ -1,0 +1,87 @@
+"""Plain modules: whatever way they attend, they compute what they compute on one process, or are refused."""
+
+from __future__ import annotations
+
+import copy
+
+import plain_vits
+import pytest
+import torch
+from parity import gradient_error, gradients
+
+import triton_sp
+from triton_sp import comm, errors
+from triton_sp.testing import RankError, relative_error
+from triton_sp.wrappers.trial import HEADS, WHOLE
+
+METHODS = dict.fromkeys(plain_vits.MODELS, HEADS) | {"matmul": WHOLE, "mixing": WHOLE, "scaled": WHOLE}
+METHODS.pop("conv")
+
+
+def run(name: str, images: int) -> tuple[float, float, str, dict[str, int]]:
+    """Output error, gradient error, explain's account and the collectives of a second forward."""
+    model, pixels = plain_vits.build(name), plain_vits.pixels(images)
+    reference = copy.deepcopy(model)
+    triton_sp.wrap(model)
+    expected = reference(pixels)
+    model(pixels)
+    with comm.record() as ledger:
+        out = model(pixels)
+    forward = {kind: ledger.count(kind) for kind in ("exchange", "gather")}
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (expected * weights).mean().backward()
+    (out * weights).mean().backward()
+    triton_sp.sync_gradients(model)
+    error, _ = gradient_error(gradients(model), gradients(reference))
+    return relative_error(out, expected), error, str(triton_sp.explain(model)), forward
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_parity(ranks, name: str, size: int) -> None:
+    for output, gradient, told, forward in ranks.run(run, name, 3, ranks=size):
+        assert output < 1e-10, (name, output)
+        assert gradient < 1e-10, (name, gradient)
+        assert METHODS[name] in told, told
+        blocks = 2
+        if METHODS[name] == HEADS:
+            assert forward == {"exchange": 2 * blocks, "gather": 1}
+        else:
+            assert forward == {"exchange": 0, "gather": blocks + 1}
+
+
+def run_inference(name: str) -> float:
+    """eval and no_grad: torch's own layers take another way then."""
+    model, pixels = plain_vits.build(name).eval(), plain_vits.pixels(2)
+    with torch.no_grad():
+        expected = model(pixels)
+        return relative_error(triton_sp.wrap(model)(pixels), expected)
+
+
+@pytest.mark.parametrize("name", ["torch_layers", "torch_encoder", "tokens_first", "multihead"])
+def test_inference(ranks, name: str) -> None:
+    assert max(ranks.run(run_inference, name, ranks=2)) < 1e-10
+
+
+def run_refused(name: str) -> None:
+    model = triton_sp.wrap(plain_vits.build(name))
+    model(plain_vits.pixels(2))
+
+
+def test_tokens_that_meet_outside_of_attention_are_refused(ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks.run(run_refused, "conv", ranks=2)
+    for error in caught.value.errors.values():
+        assert isinstance(error, errors.UnsupportedModelError) and error.field == "ConvBlock"
+
+
+def run_one_image_a_rank(name: str) -> str:
+    """Shards that are whole images: nothing in this batch tells a block that mixes the tokens of an image."""
+    model = triton_sp.wrap(plain_vits.build(name))
+    model(plain_vits.pixels(2).zero_())
+    return str(triton_sp.explain(model))
+
+
+def test_trial_does_not_depend_on_the_batch(ranks) -> None:
+    for told in ranks.run(run_one_image_a_rank, "mixing", ranks=2):
+        assert WHOLE in told

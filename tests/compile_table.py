@@ -28,7 +28,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes a block may use
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4}  # matrix products for each (row, key) pair
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dkv_dk": 3, "dkv_dv": 2}  # matrix products for each (row, key) pair
 FIELDS = [
     "triton", "target", "kernel", "tier", "dim", "dtype", "rows", "keys", "warps", "stages", "registers",
     "spill_bytes", "stack_bytes", "shared_bytes", "matrix", "issued_over_useful", "narrow_loads", "mma_sync", "warnings",
@@ -58,7 +58,8 @@ def compiling_for(target: str, compiled: dict):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = real(self, *args, grid=grid, warmup=True, **options)
-        compiled[self.__name__.removeprefix("attend_")] = kernel.result() if hasattr(kernel, "result") else kernel
+        name = self.__name__.removeprefix("attend_") + ("" if options.get("DV", True) else "_dk") + ("" if options.get("DK", True) else "_dv")
+        compiled[name] = kernel.result() if hasattr(kernel, "result") else kernel
 
     driver, JITFunction.run = triton.runtime.driver._active, compile_only
     triton.runtime.driver.set_active(StandInDriver(TARGETS[target]))
@@ -88,7 +89,8 @@ def assemble(ptx: str, target: str) -> dict:
         source.flush()
         chip = "sm_90a" if target == "sm_90" else target
         command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={chip}", source.name, "-o", "/dev/null"]
-        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        log = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "Used" in log, log
     stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes spill st.*?(\d+) bytes", log).groups())
     warnings = " ".join(sorted(set(re.findall(r"C75\d\d", log))))
     registers = int(re.search(r"Used (\d+) registers", log)[1])
@@ -99,7 +101,7 @@ def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -
     """One row of the table."""
     choice, row = None, dict.fromkeys(FIELDS, "")
     with compiling_for(target, {}):
-        choice = launch.choose(kernel, dim, dtype)
+        choice = launch.choose(kernel.split("_")[0], dim, dtype)
     row |= {"triton": triton.__version__, "target": target, "kernel": kernel, "tier": "tl", "dim": dim}
     row |= {"dtype": str(dtype).removeprefix("torch."), "rows": choice.rows, "keys": choice.keys}
     row |= {"warps": choice.options["num_warps"], "stages": choice.options["num_stages"]}
@@ -119,8 +121,7 @@ def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -
         row["narrow_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*?\.[bu]16", ptx))
         if shapes:
             issued = sum(n * 64 * int(s.split("n")[1].split("k")[0]) * int(s.split("k")[1]) for s, n in shapes.items())
-            # The program holds two loops, over whole blocks and over masked ones.
-            useful = 2 * PRODUCTS[kernel] * choice.rows * choice.keys * dim
+            useful = PRODUCTS[kernel] * choice.rows * choice.keys * dim
             row["issued_over_useful"] = round(issued * choice.options["num_warps"] / 4 / useful, 3)
     row["matrix"] = " ".join(f"{n}*{shape}" for shape, n in sorted(shapes.items()))
     return row

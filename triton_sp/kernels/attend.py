@@ -17,30 +17,27 @@ from triton_sp.kernels.tiles import (
     extent_keys,
     load_split,
     locate,
+    masked,
+    reach,
     soft,
     store_split,
-    visible_blocks,
 )
 
 
 @triton.jit
 def attend_block(
-    acc0, acc1, top, total, q0, q1, position, block, k_ptr, v_ptr, k_row, v_row, keys, left, right, inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    acc0, acc1, top, total, q0, q1, lowest, highest, edge, first, k_ptr, v_ptr, k_row, v_row, keys, inner, outer,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax (`top` and `total`: maximum and sum of each row, base 2)."""
-    first = block * BN
     key = tl.arange(0, BN)
-    k0, k1 = load_split(k_ptr + first * k_row, key, k_row, keys - first, D, D0, D1, MASKED)
-    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, D, D0, D1, MASKED)
+    k0, k1 = load_split(k_ptr + first * k_row, key, k_row, keys - first, D, D0, D1)
+    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, D, D0, D1)
     s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
-    if MASKED:
-        key += first
-        seen = (key[None, :] >= position[:, None] - left) & (key[None, :] <= position[:, None] + right)
-        s = tl.where(seen & (key < keys)[None, :], s, float("-inf"))
+    s = masked(s, first + key, lowest, highest, float("-inf"), edge, BRANCH)
     new_top = tl.maximum(top, tl.max(s, 1) * outer)
     # A row that has seen no key yet has top = -inf, and -inf - -inf would be NaN.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(s * outer - base[:, None])
     alpha = tl.exp2(top - base)
     total = total * alpha + tl.sum(p, 1)
@@ -57,7 +54,7 @@ def attend_forward(
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
     rows, keys, segments, group, left, right, inner, outer,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(mask(q k^T scale)) v and its log-sum-exp, for rows [first, first + BM) of one segment and head.
 
@@ -71,37 +68,32 @@ def attend_forward(
     k_start, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
     q_row, k_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT
     v_row, out_row = v_row.to(tl.int64) * UNIT, out_row.to(tl.int64) * UNIT
-    k_head_ptr = k_ptr + k_start * k_row + (head // group) * (k_head.to(tl.int64) * UNIT)
-    v_head_ptr = v_ptr + k_start * v_row + (head // group) * (v_head.to(tl.int64) * UNIT)
+    k_base = k_ptr + k_start * k_row + (head // group) * (k_head.to(tl.int64) * UNIT)
+    v_base = v_ptr + k_start * v_row + (head // group) * (v_head.to(tl.int64) * UNIT)
+    q_base = q_ptr + (start + first) * q_row + head * (q_head.to(tl.int64) * UNIT)
+    out_base = out_ptr + (start + first) * out_row + head * (out_head.to(tl.int64) * UNIT)
 
-    row = first + tl.arange(0, BM)
-    q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
-    q0, q1 = load_split(q_base, row, q_row, length, D, D0, D1, True)
+    row = tl.arange(0, BM)  # from the tile's start, as are the addresses
+    q0, q1 = load_split(q_base, row, q_row, length - first, D, D0, D1)
     shift = k_length - length
-    begin, full_begin, full_end, end = visible_blocks(
-        first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
+    lowest, highest, begin, full_begin, full_end, end = reach(
+        first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
     )
     acc0 = tl.zeros([BM, D0], tl.float32)
     acc1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for block in range(full_begin, full_end):
+    for block in range(begin, end):
+        edge = (block < full_begin) | (block >= full_end)
         acc0, acc1, top, total = attend_block(
-            acc0, acc1, top, total, q0, q1, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row, k_length,
-            left, right, inner, outer, D, D0, D1, BN, SOFTCAP, False,
-        )  # fmt: skip
-    for edge in range(begin, end - (full_end - full_begin)):
-        block = tl.where(edge < full_begin, edge, edge + (full_end - full_begin))
-        acc0, acc1, top, total = attend_block(
-            acc0, acc1, top, total, q0, q1, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row, k_length,
-            left, right, inner, outer, D, D0, D1, BN, SOFTCAP, True,
+            acc0, acc1, top, total, q0, q1, lowest, highest, edge, block * BN, k_base, v_base, k_row, v_row, k_length,
+            inner, outer, D, D0, D1, BN, SOFTCAP, BRANCH,
         )  # fmt: skip
 
-    scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 for a row without a key, by definition
-    out_base = out_ptr + start * out_row + head * (out_head.to(tl.int64) * UNIT)
-    store_split(out_base, row, out_row, length, acc0 * scale[:, None], acc1 * scale[:, None], D, D0, D1)
-    lse = (top + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse_ptr + head.to(tl.int64) * rows + start + row, lse, mask=row < length)
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # the sum over no key is 0, and so is out
+    store_split(out_base, row, out_row, length - first, acc0 * scale[:, None], acc1 * scale[:, None], D, D0, D1)
+    lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
+    tl.store(lse_ptr + head.to(tl.int64) * rows + start + first + row, lse, mask=row < length - first)
 
 
 def forward(
@@ -140,6 +132,6 @@ def forward(
             q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides,
             rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer,
             D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
-            BM=choice.rows, BN=choice.keys, **choice.options,
+            BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip
     return out, lse_HT

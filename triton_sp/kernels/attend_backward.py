@@ -1,6 +1,6 @@
 """Attention of packed tokens, backward: two kernels, each the only writer of what it writes.
 
-`attend_dq` runs over rows and gives dq and delta = rowsum(dout * out); `attend_dkv` runs over keys and gives dk and dv,
+`attend_dq` runs over rows and gives dq and the statistics of each row; `attend_dkv` runs over keys and gives dk and dv,
 summing over the query heads of its key head in a fixed order. No atomics: gradients are equal bit for bit from run to
 run. The price is computing the scores twice (7 matrix products, where one kernel with atomics for dq needs 5).
 """
@@ -18,138 +18,115 @@ from triton_sp.kernels.tiles import (
     extent_keys,
     load_split,
     locate,
+    masked,
+    reach,
     soft,
     store_split,
-    visible_blocks,
 )
-
-
-@triton.jit
-def dq_block(
-    dq0, dq1, q0, q1, dout0, dout1, lse, delta, position, block, k_ptr, v_ptr, k_row, v_row, keys, left, right,
-    inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """dq += ds k over one block of keys, where ds = p (dout v^T - delta)."""
-    first = block * BN
-    key = tl.arange(0, BN)
-    k0, k1 = load_split(k_ptr + first * k_row, key, k_row, keys - first, D, D0, D1, MASKED)
-    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, D, D0, D1, MASKED)
-    s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
-    p = tl.exp2(s * outer - lse[:, None])
-    ds = p * (dot_rows(dout0, dout1, v0, v1, D1) - delta[:, None])
-    if SOFTCAP:
-        ds *= 1.0 - s * s
-    if MASKED:
-        key += first
-        seen = (key[None, :] >= position[:, None] - left) & (key[None, :] <= position[:, None] + right)
-        ds = tl.where(seen & (key < keys)[None, :], ds, 0.0)
-    return dot_into(dq0, dq1, ds, k0, k1, D1)
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dq(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dlse_ptr, dq_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dout_row, dout_head, dq_row, dq_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
-    """dq of the rows [first, first + BM) of one segment and head, and their delta. Tiles as in `attend_forward`."""
+    """dq = ds k of the rows [first, first + BM) of one segment and head, where ds = p (dout v^T - delta).
+
+    Writes what `attend_dkv` needs of each row: lse2, the log-sum-exp in base 2 (+inf for a row without a key, so that
+    its probabilities come out as 0), and delta = rowsum(dout * out) - dlse, since d lse / d s = p too.
+    """
     head = tl.program_id(1)
     segment, start, length, first = locate(tl.program_id(0), cu_q_ptr, segments, rows, BM)
     if first >= length:
         return
     k_start, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
-    k_row, v_row = k_row.to(tl.int64) * UNIT, v_row.to(tl.int64) * UNIT
-    q_row, dq_row = q_row.to(tl.int64) * UNIT, dq_row.to(tl.int64) * UNIT
-    out_row, dout_row = out_row.to(tl.int64) * UNIT, dout_row.to(tl.int64) * UNIT
-    k_head_ptr = k_ptr + k_start * k_row + (head // group) * (k_head.to(tl.int64) * UNIT)
-    v_head_ptr = v_ptr + k_start * v_row + (head // group) * (v_head.to(tl.int64) * UNIT)
+    q_row, k_row, v_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT, v_row.to(tl.int64) * UNIT
+    dq_row, out_row, dout_row = dq_row.to(tl.int64) * UNIT, out_row.to(tl.int64) * UNIT, dout_row.to(tl.int64) * UNIT
+    k_base = k_ptr + k_start * k_row + (head // group) * (k_head.to(tl.int64) * UNIT)
+    v_base = v_ptr + k_start * v_row + (head // group) * (v_head.to(tl.int64) * UNIT)
+    q_base = q_ptr + (start + first) * q_row + head * (q_head.to(tl.int64) * UNIT)
+    out_base = out_ptr + (start + first) * out_row + head * (out_head.to(tl.int64) * UNIT)
+    dout_base = dout_ptr + (start + first) * dout_row + head * (dout_head.to(tl.int64) * UNIT)
+    dq_base = dq_ptr + (start + first) * dq_row + head * (dq_head.to(tl.int64) * UNIT)
 
-    row = first + tl.arange(0, BM)
-    per_row = head.to(tl.int64) * rows + start + row
-    out_base = out_ptr + start * out_row + head * (out_head.to(tl.int64) * UNIT)
-    out0, out1 = load_split(out_base, row, out_row, length, D, D0, D1, True)
-    dout_base = dout_ptr + start * dout_row + head * (dout_head.to(tl.int64) * UNIT)
-    dout0, dout1 = load_split(dout_base, row, dout_row, length, D, D0, D1, True)
+    row = tl.arange(0, BM)  # from the tile's start, as are the addresses
+    per_row = head.to(tl.int64) * rows + start + first + row
+    out0, out1 = load_split(out_base, row, out_row, length - first, D, D0, D1)
+    dout0, dout1 = load_split(dout_base, row, dout_row, length - first, D, D0, D1)
     delta = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
     if D1 > 0:
         delta += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
-    if dlse_ptr is not None:  # d lse / d s = p, so its gradient takes the place of -delta
-        delta -= tl.load(dlse_ptr + per_row, mask=row < length, other=0.0)
-    tl.store(delta_ptr + per_row, delta, mask=row < length)
-    lse = tl.load(lse_ptr + per_row, mask=row < length, other=0.0) * 1.4426950408889634
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + per_row, mask=row < length - first, other=0.0)
+    lse2 = tl.load(lse_ptr + per_row, mask=row < length - first, other=0.0) * 1.4426950408889634
+    lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
+    tl.store(delta_ptr + per_row, delta, mask=row < length - first)
+    tl.store(lse2_ptr + per_row, lse2, mask=row < length - first)
 
-    q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
-    q0, q1 = load_split(q_base, row, q_row, length, D, D0, D1, True)
+    q0, q1 = load_split(q_base, row, q_row, length - first, D, D0, D1)
     shift = k_length - length
-    begin, full_begin, full_end, end = visible_blocks(
-        first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
+    lowest, highest, begin, full_begin, full_end, end = reach(
+        first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
     )
     dq0 = tl.zeros([BM, D0], tl.float32)
     dq1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
-    for block in range(full_begin, full_end):
-        dq0, dq1 = dq_block(
-            dq0, dq1, q0, q1, dout0, dout1, lse, delta, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row,
-            k_length, left, right, inner, outer, D, D0, D1, BN, SOFTCAP, False,
-        )  # fmt: skip
-    for edge in range(begin, end - (full_end - full_begin)):
-        block = tl.where(edge < full_begin, edge, edge + (full_end - full_begin))
-        dq0, dq1 = dq_block(
-            dq0, dq1, q0, q1, dout0, dout1, lse, delta, row + shift, block, k_head_ptr, v_head_ptr, k_row, v_row,
-            k_length, left, right, inner, outer, D, D0, D1, BN, SOFTCAP, True,
-        )  # fmt: skip
-    dq_base = dq_ptr + start * dq_row + head * (dq_head.to(tl.int64) * UNIT)
-    store_split(dq_base, row, dq_row, length, dq0 * scale, dq1 * scale, D, D0, D1)
+    for block in range(begin, end):
+        key = tl.arange(0, BN)
+        k0, k1 = load_split(k_base + block * BN * k_row, key, k_row, k_length - block * BN, D, D0, D1)
+        v0, v1 = load_split(v_base + block * BN * v_row, key, v_row, k_length - block * BN, D, D0, D1)
+        s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
+        edge = (block < full_begin) | (block >= full_end)
+        p = masked(tl.exp2(s * outer - lse2[:, None]), block * BN + key, lowest, highest, 0.0, edge, BRANCH)
+        ds = p * (dot_rows(dout0, dout1, v0, v1, D1) - delta[:, None])
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        dq0, dq1 = dot_into(dq0, dq1, ds, k0, k1, D1)
+    store_split(dq_base, row, dq_row, length - first, dq0 * scale, dq1 * scale, D, D0, D1)
 
 
 @triton.jit
 def dkv_block(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, position, block, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_row, dout_row, rows,
-    left, right, inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, first, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
+    q_row, dout_row, rows, inner, outer,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk += ds^T q and dv += p^T dout over one block of rows.
 
     The scores are computed transposed, k q^T: a transposed accumulator as an operand is wrong code in Triton 3.4-3.7.
     """
-    first = block * BM
     row = tl.arange(0, BM)
-    q0, q1 = load_split(q_ptr + first * q_row, row, q_row, rows - first, D, D0, D1, MASKED)
-    dout0, dout1 = load_split(dout_ptr + first * dout_row, row, dout_row, rows - first, D, D0, D1, MASKED)
-    row += first
-    if MASKED:
-        lse = tl.load(lse_ptr + row, mask=row < rows, other=0.0)
-        delta = tl.load(delta_ptr + row, mask=row < rows, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + row)
-        delta = tl.load(delta_ptr + row)
+    q0, q1 = load_split(q_ptr + first * q_row, row, q_row, rows - first, D, D0, D1)
+    dout0, dout1 = load_split(dout_ptr + first * dout_row, row, dout_row, rows - first, D, D0, D1)
+    # Read without a mask, as 32-bit offsets and before the products: each of these decided between spilling and not.
+    # So what was read past the segment's end can be NaN, and ds is masked as p is.
+    lse2 = tl.load(lse2_ptr + (first + row))
+    delta = tl.load(delta_ptr + (first + row))
     s = soft(dot_rows(k0, k1, q0, q1, D1), inner, SOFTCAP)
-    p = tl.exp2(s * outer - lse[None, :] * 1.4426950408889634)
-    if MASKED:
-        seen = (row[None, :] >= position[:, None] - right) & (row[None, :] <= position[:, None] + left)
-        seen &= (row < rows)[None, :]
-        p = tl.where(seen, p, 0.0)
-    dv0, dv1 = dot_into(dv0, dv1, p, dout0, dout1, D1)
-    ds = p * (dot_rows(v0, v1, dout0, dout1, D1) - delta[None, :])
-    if SOFTCAP:
-        ds *= 1.0 - s * s
-    if MASKED:
-        ds = tl.where(seen, ds, 0.0)
-    dk0, dk1 = dot_into(dk0, dk1, ds, q0, q1, D1)
+    p = masked(tl.exp2(s * outer - lse2[None, :]), first + row, lowest, highest, 0.0, edge, BRANCH)
+    if DV:
+        dv0, dv1 = dot_into(dv0, dv1, p, dout0, dout1, D1)
+    if DK:
+        ds = p * (dot_rows(v0, v1, dout0, dout1, D1) - delta[None, :])
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        ds = masked(ds, first + row, lowest, highest, 0.0, edge, BRANCH)
+        dk0, dk1 = dot_into(dk0, dk1, ds, q0, q1, D1)
     return dk0, dk1, dv0, dv1
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dkv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, dk_row, dk_head, dv_row, dv_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the keys [first, first + BN) of one segment and key head. Keys that no row sees get 0."""
+    """dk (if DK) and dv (if DV) of the keys [first, first + BN) of one segment and key head."""
     k_head_number = tl.program_id(1)
     segment, k_start, k_extent, first = locate(tl.program_id(0), cu_k_ptr, segments, keys, BN)
     if first >= k_extent:
@@ -157,21 +134,21 @@ def attend_dkv(
     _, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
     start, length = extent(segment, cu_q_ptr, segments, rows, False)
     length = tl.where(segment < segments, length, 0)
-    q_row, k_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT
-    v_row, dout_row = v_row.to(tl.int64) * UNIT, dout_row.to(tl.int64) * UNIT
-    dk_row, dv_row = dk_row.to(tl.int64) * UNIT, dv_row.to(tl.int64) * UNIT
+    q_row, k_row, v_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT, v_row.to(tl.int64) * UNIT
+    dout_row, dk_row, dv_row = dout_row.to(tl.int64) * UNIT, dk_row.to(tl.int64) * UNIT, dv_row.to(tl.int64) * UNIT
+    k_base = k_ptr + (k_start + first) * k_row + k_head_number * (k_head.to(tl.int64) * UNIT)
+    v_base = v_ptr + (k_start + first) * v_row + k_head_number * (v_head.to(tl.int64) * UNIT)
+    dk_base = dk_ptr + (k_start + first) * dk_row + k_head_number * (dk_head.to(tl.int64) * UNIT)
+    dv_base = dv_ptr + (k_start + first) * dv_row + k_head_number * (dv_head.to(tl.int64) * UNIT)
 
-    key = first + tl.arange(0, BN)
-    k_base = k_ptr + k_start * k_row + k_head_number * (k_head.to(tl.int64) * UNIT)
-    k0, k1 = load_split(k_base, key, k_row, k_length, D, D0, D1, True)
-    v_base = v_ptr + k_start * v_row + k_head_number * (v_head.to(tl.int64) * UNIT)
-    v0, v1 = load_split(v_base, key, v_row, k_length, D, D0, D1, True)
+    key = tl.arange(0, BN)  # from the tile's start, as are the addresses
+    k0, k1 = load_split(k_base, key, k_row, k_length - first, D, D0, D1)
+    v0, v1 = load_split(v_base, key, v_row, k_length - first, D, D0, D1)
     shift = k_length - length
-    begin, full_begin, full_end, end = visible_blocks(
-        first - shift, tl.minimum(first + BN, k_length) - 1 - shift, right, left, length, BM
+    lowest, highest, begin, full_begin, full_end, end = reach(
+        first + key - shift, first - shift, tl.minimum(first + BN, k_length) - 1 - shift, right, left, length, BM
     )
-    if first >= k_length:  # keys that seqused_k leaves out
-        full_begin, full_end, end = begin, begin, begin
+    end = tl.where(first < k_length, end, begin)  # no row sees the keys that seqused_k leaves out
     dk0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
     dv0 = tl.zeros([BN, D0], tl.float32)
@@ -180,24 +157,21 @@ def attend_dkv(
         q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
         dout_base = dout_ptr + start * dout_row + head * (dout_head.to(tl.int64) * UNIT)
         per_row = tl.cast(head, tl.int64) * rows + start
-        for block in range(full_begin, full_end):
+        for block in range(begin, end):
+            edge = (block < full_begin) | (block >= full_end)
             dk0, dk1, dv0, dv1 = dkv_block(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, key - shift, block, q_base, dout_base, lse_ptr + per_row,
-                delta_ptr + per_row, q_row, dout_row, length, left, right, inner, outer, D, D0, D1, BM, SOFTCAP, False,
+                dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, block * BM, q_base, dout_base,
+                lse2_ptr + per_row, delta_ptr + per_row, q_row, dout_row, length, inner, outer,
+                D, D0, D1, BM, SOFTCAP, BRANCH, DK, DV,
             )  # fmt: skip
-        for edge in range(begin, end - (full_end - full_begin)):
-            block = tl.where(edge < full_begin, edge, edge + (full_end - full_begin))
-            dk0, dk1, dv0, dv1 = dkv_block(
-                dk0, dk1, dv0, dv1, k0, k1, v0, v1, key - shift, block, q_base, dout_base, lse_ptr + per_row,
-                delta_ptr + per_row, q_row, dout_row, length, left, right, inner, outer, D, D0, D1, BM, SOFTCAP, True,
-            )  # fmt: skip
-    # Sums of keys at or past k_length are those of zero keys, not zero: they are set to 0 here.
-    real = (key < k_length)[:, None]
-    dk_base = dk_ptr + k_start * dk_row + k_head_number * (dk_head.to(tl.int64) * UNIT)
-    dv_base = dv_ptr + k_start * dv_row + k_head_number * (dv_head.to(tl.int64) * UNIT)
-    dk0, dk1 = tl.where(real, dk0 * scale, 0.0), tl.where(real, dk1 * scale, 0.0)
-    store_split(dk_base, key, dk_row, k_extent, dk0, dk1, D, D0, D1)
-    store_split(dv_base, key, dv_row, k_extent, tl.where(real, dv0, 0.0), tl.where(real, dv1, 0.0), D, D0, D1)
+    # The sums of keys at or past k_length are those of a key of zeros, not zero: they are set to 0 here.
+    real = (key < k_length - first)[:, None]
+    if DK:
+        dk0, dk1 = tl.where(real, dk0 * scale, 0.0), tl.where(real, dk1 * scale, 0.0)
+        store_split(dk_base, key, dk_row, k_extent - first, dk0, dk1, D, D0, D1)
+    if DV:
+        dv0, dv1 = tl.where(real, dv0, 0.0), tl.where(real, dv1, 0.0)
+        store_split(dv_base, key, dv_row, k_extent - first, dv0, dv1, D, D0, D1)
 
 
 def backward(
@@ -225,24 +199,27 @@ def backward(
     rows, heads, dim = q_THD.shape
     q, k, v, out, dout = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD, out_THD, dout_THD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    delta_HT = torch.empty_like(lse_HT)
     dlse_HT = None if dlse_HT is None else dlse_HT.contiguous()
     segments = cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(scale, softcap)
     common = (rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer, scale)
+    choice, dkv = launch.choose("dq", dim, q.dtype), launch.choose("dkv", dim, q.dtype)
+    # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
+    lse2, delta = torch.empty(2, heads * rows + dkv.rows, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
-        choice = launch.choose("dq", dim, q.dtype)
         unit, strides = launch.strides(q, k, v, out, dout, dq)
         attend_dq[(rows // choice.rows + segments + 1, heads)](
-            q, k, v, out, dout, lse_HT, delta_HT, dlse_HT, dq, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides, *common,
+            q, k, v, out, dout, lse_HT, dlse_HT, dq, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k,
+            *strides, *common,
             D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
-            BM=choice.rows, BN=choice.keys, **choice.options,
+            BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip
-        choice = launch.choose("dkv", dim, q.dtype)
         unit, strides = launch.strides(q, k, v, dout, dk, dv)
-        attend_dkv[(k.shape[0] // choice.keys + segments + 1, k.shape[1])](
-            q, k, v, dout, lse_HT, delta_HT, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides, *common,
-            D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
-            BM=choice.rows, BN=choice.keys, **choice.options,
-        )  # fmt: skip
+        # Both sums of a tile of keys do not fit the registers at D = 256: there each gets a launch (9 products, not 7).
+        for wants_dk, wants_dv in ((True, False), (False, True)) if dim > 128 else ((True, True),):
+            attend_dkv[(k.shape[0] // dkv.keys + segments + 1, k.shape[1])](
+                q, k, v, dout, dk, dv, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides, *common,
+                D=dim, D0=dkv.split[0], D1=dkv.split[1], UNIT=unit, SOFTCAP=softcap > 0,
+                BM=dkv.rows, BN=dkv.keys, BRANCH=dkv.branch, DK=wants_dk, DV=wants_dv, **dkv.options,
+            )  # fmt: skip
     return dq, dk, dv

@@ -29,11 +29,12 @@ SPLITS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 88: (64, 32), 96: (64, 32), 1
 
 
 class Choice(NamedTuple):
-    """Rows and keys of a tile, the parts of D, and the options of the launch."""
+    """Rows and keys of a tile, the parts of D, whether masks are branched around, and the options of the launch."""
 
     rows: int
     keys: int
     split: tuple[int, int]
+    branch: bool
     options: dict[str, Any]
 
 
@@ -42,19 +43,18 @@ def _options(rows: int, keys: int, warps: int, stages: int, **more: int) -> tupl
 
 
 # (kernel, largest D of the row): rows, keys, options. Chosen from the compile table, not measured on a GPU yet.
+# On Hopper 128 registers a thread (maxnreg) lets two blocks of 8 warps share an SM, one computing while one waits.
 SM90 = {
-    ("forward", 64): _options(128, 64, 8, 3),
+    ("forward", 64): _options(128, 64, 8, 3, maxnreg=128),
+    ("forward", 80): _options(128, 64, 8, 2, maxnreg=128),
     ("forward", 96): _options(128, 64, 8, 2),
-    ("forward", 128): _options(128, 64, 8, 2),
-    ("forward", 256): _options(128, 64, 8, 2),
-    ("dq", 64): _options(128, 64, 8, 2),
-    ("dq", 96): _options(128, 64, 8, 2),
+    ("forward", 128): _options(128, 128, 8, 2),
+    ("forward", 256): _options(128, 32, 8, 2),
+    ("dq", 64): _options(128, 64, 8, 2, maxnreg=128),
     ("dq", 128): _options(128, 64, 8, 2),
-    ("dq", 256): _options(64, 64, 8, 1),
-    ("dkv", 64): _options(64, 128, 8, 2),
-    ("dkv", 96): _options(64, 128, 8, 2),
-    ("dkv", 128): _options(64, 128, 8, 2),
-    ("dkv", 256): _options(64, 64, 8, 1),
+    ("dq", 256): _options(128, 32, 8, 1),
+    ("dkv", 128): _options(32, 128, 8, 2),
+    ("dkv", 256): _options(32, 128, 8, 1),
 }
 SM80 = {
     ("forward", 64): _options(128, 64, 4, 3),
@@ -133,7 +133,7 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
     rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= dim)
     rows, keys, options = tuned().get(f"{where} {kernel} {dim}", (rows, keys, options))
-    return Choice(rows, keys, split(dim), options)
+    return Choice(rows, keys, split(dim), where == "cuda:90", options)
 
 
 def split(dim: int) -> tuple[int, int]:
@@ -148,8 +148,11 @@ def split(dim: int) -> tuple[int, int]:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """x, or a copy of it where its last dim is not contiguous (an expanded gradient, a transposed head dim)."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x, or a copy of it where its last dim is not contiguous (an expanded gradient, a transposed head dim).
+
+    Also where rows lie so far apart that a tile of 128 would exceed 32-bit offsets.
+    """
+    return x if x.stride(-1) == 1 and x.stride(0) < 1 << 24 else x.contiguous()
 
 
 def strides(*tensors: Tensor) -> tuple[int, list[int]]:

@@ -50,44 +50,51 @@ def extent_keys(segment, cu_ptr, used_ptr, segments, total):
 
 
 @triton.jit
-def visible_blocks(x_first, x_last, behind, ahead, limit, BLOCK: tl.constexpr):
-    """Blocks of y in [0, limit) with x - behind <= y <= x + ahead for x in [x_first, x_last].
+def reach(x, x_first, x_last, behind, ahead, limit, BLOCK: tl.constexpr):
+    """Which y in [0, limit) the x of a tile meet, where x meets y if x - behind <= y <= x + ahead.
 
-    Returns begin <= full_begin <= full_end <= end: blocks [begin, end) hold some such pair, and in those from
-    full_begin to full_end every pair is one, so that they need no mask. For x in [4, 7], behind = 100, ahead = 0,
-    limit = 8 and BLOCK = 2: (0, 0, 2, 4), that is keys 0..3 unmasked, 4..7 masked.
+    Returns the lowest and highest y for each x, the blocks [begin, end) of y that hold any such pair, and the blocks
+    [full_begin, full_end) in which every pair of the tile is one, so that they need no mask. For x in [4, 7],
+    behind = 100, ahead = 0, limit = 8, BLOCK = 2: blocks [0, 4), of which [0, 2), that is keys 0..3, are full.
     """
     low = tl.maximum(x_first - behind, 0)
-    high = tl.maximum(tl.minimum(x_last + ahead + 1, limit), 0)
+    high = tl.minimum(x_last + ahead + 1, limit)
     begin = low // BLOCK
     end = tl.where(high > low, (high + BLOCK - 1) // BLOCK, begin)
-    full_low = tl.maximum(x_last - behind, 0)
-    full_high = tl.maximum(tl.minimum(x_first + ahead + 1, limit), 0)
-    full_begin = tl.minimum((full_low + BLOCK - 1) // BLOCK, end)
-    full_end = tl.maximum(tl.minimum(full_high // BLOCK, end), full_begin)
-    return begin, full_begin, full_end, end
+    full_begin = (tl.maximum(x_last - behind, 0) + BLOCK - 1) // BLOCK
+    full_end = tl.maximum(tl.minimum(x_first + ahead + 1, limit), 0) // BLOCK
+    return x - behind, tl.minimum(x + ahead, limit - 1), begin, full_begin, full_end, end
 
 
 @triton.jit
-def load_part(ptr, rows, stride, limit, FROM: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    cols = FROM + tl.arange(0, WIDTH)
-    ptrs = ptr + (rows[:, None] * stride + cols[None, :])
-    if MASKED and FROM + WIDTH > D:
-        return tl.load(ptrs, mask=(rows < limit)[:, None] & (cols < D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(ptrs, mask=(rows < limit)[:, None], other=0.0)
-    elif FROM + WIDTH > D:
-        return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+def masked(s, y, lowest, highest, other, edge, BRANCH: tl.constexpr):
+    """s (x, y) where x meets y, else `other`.
+
+    On Hopper a branch spares full blocks the work. Elsewhere matrix operands are held in registers, the branch keeps
+    them there, and ptxas spills up to 16 KB a thread (sm_80, dk and dv): there every block is masked.
+    """
+    if BRANCH:
+        if edge:
+            s = tl.where((y[None, :] >= lowest[:, None]) & (y[None, :] <= highest[:, None]), s, other)
     else:
-        return tl.load(ptrs)
+        s = tl.where((y[None, :] >= lowest[:, None]) & (y[None, :] <= highest[:, None]), s, other)
+    return s
 
 
 @triton.jit
-def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of (.., D) as two tiles. MASKED reads rows at or past `limit` as 0: NaN there must not reach a product."""
-    x0 = load_part(ptr, rows, stride, limit, 0, D0, D, MASKED)
+def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows of (.., D) as two tiles, rows at or past `limit` as 0: NaN there must not reach a product.
+
+    `ptr` is where the tile starts, reached with 64-bit offsets; inside a tile 32 bits do (see launch.dense_rows) and
+    save the registers that make dk and dv fit at D = 128.
+    """
+    inside = (rows < limit)[:, None]
+    x0 = tl.load(ptr + (rows[:, None] * stride.to(tl.int32) + tl.arange(0, D0)[None, :]), mask=inside, other=0.0)
     if D1 > 0:
-        x1 = load_part(ptr, rows, stride, limit, D0, D1, D, MASKED)
+        cols = D0 + tl.arange(0, D1)
+        if D0 + D1 > D:
+            inside &= (cols < D)[None, :]
+        x1 = tl.load(ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :]), mask=inside, other=0.0)
     else:
         x1 = x0
     return x0, x1
@@ -99,10 +106,10 @@ def store_split(
 ):
     cols = tl.arange(0, D0)
     inside = (rows < limit)[:, None]
-    tl.store(ptr + (rows[:, None] * stride + cols[None, :]), x0.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :]), x0.to(ptr.dtype.element_ty), mask=inside)
     if D1 > 0:
         cols = D0 + tl.arange(0, D1)
-        ptrs = ptr + (rows[:, None] * stride + cols[None, :])
+        ptrs = ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :])
         tl.store(ptrs, x1.to(ptr.dtype.element_ty), mask=inside & (cols < D)[None, :])
 
 

@@ -134,7 +134,7 @@ def output_error(out: Any, expected: Tensor, batch: dict[str, Tensor], gathered:
     if "labels" not in batch:
         return relative_error(out.last_hidden_state, expected)
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    if gathered or dist.get_world_size() == 1:
+    if gathered:
         return relative_error(out.logits[mask], expected[mask])
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     tokens = expected.flatten(0, 1)[(mask | (targets != -100)).flatten()]
@@ -147,3 +147,18 @@ def output_error(out: Any, expected: Tensor, batch: dict[str, Tensor], gathered:
 
 def run_all(name: str, plans: list[Plan], references: dict[str, Path]) -> list[Parity]:
     return [run(zoo.CASES[name], plan, references[plan.batch]) for plan in plans]
+
+
+def run_bitwise(name: str) -> list[str]:
+    """On one rank: what differs by a bit from the model itself, over two batches."""
+    case, different = zoo.CASES[name], []
+    for batch_name in list(case.batches)[:2]:
+        grads = []
+        for wrapped in (False, True):
+            model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+            out = (triton_sp.wrap(model) if wrapped else model)(**batch)
+            loss = zoo.loss_of(out)
+            loss.backward()
+            grads.append({"loss": loss.detach(), **gradients(model)})
+        different += [f"{batch_name} {key}" for key in grads[0] if not torch.equal(grads[0][key], grads[1][key])]
+    return different

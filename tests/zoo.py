@@ -138,11 +138,10 @@ def text_config(name: str, head_dim: int = 8, kv_heads: int = HEADS, layers: int
 
 
 def text_case(name: str, family: str, attention: str = "sdpa", ranks: tuple[int, ...] = (1, 2, 3, 4), **options: Any):
-    names, dtype = ["plain", "left_pad", "right_pad", "position_ids", "packed"], torch.float64
-    if attention == "eager":
-        # It fills masks with the least float64, which is -inf in its softmax, which is in float32. And a padding row
-        # attends to everything, to nothing in sdpa: it counts where it is on the left, as the first token's predictor.
-        names, dtype = ["plain", "right_pad", "packed"], torch.float32
+    names = ("plain", "left_pad", "right_pad", "position_ids", "packed")
+    # Eager attention fills masks with the least float64, which is -inf in its softmax, which is in float32. Gemma's
+    # norms round their weight to float32, so its gradient is a sum of float32 numbers.
+    dtype = torch.float32 if attention == "eager" or family == "Gemma" else torch.float64
     recipe = partial(build, f"{family}ForCausalLM", text_config(family, **options), attention)
     # Where a row has no key, eager attention averages all tokens of the row; sdpa and flash attention give 0.
     batches = {batch: partial(text_batch, batch, padding_learns=attention != "eager") for batch in names}

@@ -31,7 +31,8 @@ SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes a bl
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dkv_dk": 3, "dkv_dv": 2}  # matrix products for each (row, key) pair
 FIELDS = [
     "triton", "target", "kernel", "tier", "dim", "dtype", "rows", "keys", "warps", "stages", "registers",
-    "spill_bytes", "stack_bytes", "shared_bytes", "matrix", "issued_over_useful", "narrow_loads", "mma_sync", "warnings",
+    "spill_bytes", "stack_bytes", "shared_bytes", "matrix", "issued_over_useful", "narrow_loads",
+    "mma_sync", "warnings",
 ]  # fmt: skip
 
 
@@ -58,7 +59,11 @@ def compiling_for(target: str, compiled: dict):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = real(self, *args, grid=grid, warmup=True, **options)
-        name = self.__name__.removeprefix("attend_") + ("" if options.get("DV", True) else "_dk") + ("" if options.get("DK", True) else "_dv")
+        name = (
+            self.__name__.removeprefix("attend_")
+            + ("" if options.get("DV", True) else "_dk")
+            + ("" if options.get("DK", True) else "_dv")
+        )
         compiled[name] = kernel.result() if hasattr(kernel, "result") else kernel
 
     driver, JITFunction.run = triton.runtime.driver._active, compile_only
@@ -74,7 +79,7 @@ def compile_attend(target: str, dim: int, dtype: torch.dtype = torch.bfloat16, h
     """The kernels {"forward", "dq", "dkv"} as the launchers compile them for packed tensors with an odd head count."""
     q = torch.zeros(64, heads, dim, dtype=dtype)
     cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
-    options = dict(scale=dim**-0.5, softcap=0.0, left=launch.UNLIMITED, right=launch.UNLIMITED)
+    options = {"scale": dim**-0.5, "softcap": 0.0, "left": launch.UNLIMITED, "right": launch.UNLIMITED}
     compiled = {}
     with compiling_for(target, compiled):
         out, lse = attend.forward(q, q, q, cu_seqlens, cu_seqlens, None, **options)
@@ -88,7 +93,17 @@ def assemble(ptx: str, target: str) -> dict:
         source.write(ptx)
         source.flush()
         chip = "sm_90a" if target == "sm_90" else target
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={chip}", source.name, "-o", "/dev/null"]
+        tools = triton.knobs.nvidia
+        # Triton 3.9 takes its newer assembler from sm_90 on.
+        newer = target == "sm_90" and triton.__version__ >= "3.9"
+        command = [
+            (tools.ptxas_blackwell if newer else tools.ptxas).path,
+            "-v",
+            f"--gpu-name={chip}",
+            source.name,
+            "-o",
+            "/dev/null",
+        ]
         log = subprocess.run(command, capture_output=True, text=True).stderr
     assert "Used" in log, log
     stack, stores, loads = map(int, re.search(r"(\d+) bytes stack.*?(\d+) bytes spill st.*?(\d+) bytes", log).groups())

@@ -27,7 +27,8 @@ from triton_sp.kernels.tiles import (
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dq(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, lse2_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, lse2_ptr, delta_ptr,
+    cu_q_ptr, cu_k_ptr, used_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dout_row, dout_head, dq_row, dq_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,

@@ -57,18 +57,17 @@ SM90 = {
     ("dkv", 256): _options(32, 128, 8, 1),
 }
 SM80 = {
-    ("forward", 64): _options(128, 64, 4, 3),
-    ("forward", 96): _options(128, 64, 8, 3),
-    ("forward", 128): _options(128, 64, 8, 2),
-    ("forward", 256): _options(64, 32, 8, 2),
-    ("dq", 64): _options(64, 64, 4, 2),
-    ("dq", 96): _options(64, 64, 8, 2),
-    ("dq", 128): _options(64, 64, 8, 2),
-    ("dq", 256): _options(64, 32, 8, 1),
-    ("dkv", 64): _options(64, 64, 4, 2),
-    ("dkv", 96): _options(64, 64, 8, 2),
-    ("dkv", 128): _options(64, 64, 8, 2),
-    ("dkv", 256): _options(32, 64, 8, 1),
+    ("forward", 64): _options(128, 64, 4, 2),
+    ("forward", 96): _options(128, 64, 8, 2),
+    ("forward", 128): _options(128, 32, 8, 2),
+    ("forward", 256): _options(128, 16, 8, 1),
+    ("dq", 64): _options(64, 32, 4, 2),
+    ("dq", 128): _options(128, 32, 8, 2),
+    ("dq", 256): _options(64, 16, 4, 1),
+    ("dkv", 64): _options(32, 64, 4, 2),
+    ("dkv", 80): _options(32, 64, 4, 1),
+    ("dkv", 128): _options(16, 128, 8, 2),
+    ("dkv", 256): _options(16, 64, 4, 1),
 }
 # Consumer chips (sm_86, sm_89, sm_120) have 99 KiB of shared memory a block.
 SMALL = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}
@@ -121,13 +120,14 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
             found=str(dim),
             remedy="pad q, k and v with zeros to the next of these, or run the reference on the CPU",
         )
-    allowed = (torch.float32, torch.float16) if where == "interpreter" else (torch.float32, torch.float16, torch.bfloat16)
+    allowed = (
+        (torch.float32, torch.float16) if where == "interpreter" else (torch.float32, torch.float16, torch.bfloat16)
+    )
     if dtype not in allowed:
         raise UnsupportedKernelError(
             "dtype of q, k, v",
             expected=" or ".join(str(x) for x in allowed),
             found=str(dtype),
-            # Triton's interpreter multiplies the bit patterns of bf16 (3.6.0 and 3.9.0), without a word.
             remedy="convert them, or unset TRITON_INTERPRET" if where == "interpreter" else "convert them",
         )
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]

@@ -101,9 +101,7 @@ def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: 
 
 
 @triton.jit
-def store_split(
-    ptr, rows, stride, limit, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):
+def store_split(ptr, rows, stride, limit, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     cols = tl.arange(0, D0)
     inside = (rows < limit)[:, None]
     tl.store(ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :]), x0.to(ptr.dtype.element_ty), mask=inside)

@@ -111,7 +111,7 @@ class RotaryBlock(Block):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         q, k, v = split_heads(self.attn.qkv(self.norm1(x)), 3)
-        q, k = (torch.cat([y * angles.cos(), y * angles.sin()], -1) for y in (q, k))
+        q, k = (y * angles.cos() + y.flip(-1) * angles.sin() for y in (q, k))
         return x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

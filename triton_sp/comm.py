@@ -252,6 +252,13 @@ def _all_notices(notice: bytes, group: Group) -> list[bytes]:
     return [bytes(row.tolist()).rstrip(b"\0") for row in everyone.split(_NOTICE_BYTES)]
 
 
+def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:
+    """The integers of every rank, in rank order; each rank gives as many."""
+    own = torch.tensor(values, dtype=torch.int64, device=control_device(group))
+    sizes = [len(own)] * group.size
+    return _all_to_all(own.repeat(group.size), sizes, sizes, group, "agree").view(group.size, -1).tolist()
+
+
 def agree(group: Group, describe: Callable[[], str]) -> None:
     """Make all ranks go on, or all ranks raise, before the first collective of a call that one of them can't make.
 

@@ -135,7 +135,7 @@ def no_fast_path() -> Iterator[None]:
 
 
 def run_unit(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """The forward of an attention module on this rank's tokens."""
+    """The forward of an attention module inside a block that runs on this rank's tokens."""
     scope = current(UnitScope)
     if scope is None:
         outside(override.module)
@@ -143,16 +143,17 @@ def run_unit(override: Override, *args: Any, **kwargs: Any) -> Any:
     if isinstance(override.module, nn.MultiheadAttention):
         args, kwargs = (), override.bind(args, kwargs)
         kwargs["need_weights"] = False  # weights would make it multiply matrices itself
+    if scope.method == HEADS:
+        return override.original(*args, **kwargs)
     return run_in(scope, override.original, *args, **kwargs)
 
 
 def run_in(scope: UnitScope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call attention in which all tokens meet, on this rank's tokens, and return this rank's."""
-    scope.tally["attention"] += 1
-    with active(None), no_fast_path():  # modules inside are part of this unit and run as they always do
-        if scope.method == HEADS:
-            with _ShardSDPA(scope):
-                return function(*args, **kwargs)
+    """Call a function in which all tokens meet, with this rank's tokens, for this rank's tokens."""
+    if scope.method == HEADS:
+        with active(scope), no_fast_path(), _ShardSDPA(scope):
+            return function(*args, **kwargs)
+    with active(None), no_fast_path():
         made: dict[int, Tensor] = {}
 
         def whole(x: Any) -> Any:
@@ -206,12 +207,12 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
         return UnitScope(method, stream, shape, whole, part, dry=dry)
 
     def run(scope: UnitScope | None, states: Tensor) -> Any:
-        heads = scope is not None and scope.method == HEADS
-        given = localise(arguments, scope.stream, layout) if scope is not None and heads else arguments
+        if scope is not None and scope.method == HEADS:
+            return run_in(scope, override.original, states, **localise(arguments, scope.stream, layout))
+        if scope is not None and block in tower.stack.attention:
+            return run_in(scope, override.original, states, **arguments)
         with active(scope), no_fast_path():
-            if scope is not None and block in tower.stack.attention:
-                return run_in(scope, override.original, states, **given)
-            return override.original(states, **given)
+            return override.original(states, **arguments)
 
     stream = tower.stream(arguments.get("cu_seqlens"))
     method = method_of(block)
@@ -222,7 +223,7 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
         override.installation.set(block, METHOD, method)
     scope = scope_of(stream, method, False)
     out = same_tokens(run(scope, hidden), scope, block)
-    tower.tally["attention"] += scope.tally["attention"]
+    tower.tally["attention"] += 1
     return out
 
 

@@ -121,10 +121,11 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     with active(tower), bound_checkpoints(stack.module):
         out = override.original(*args, **kwargs)
     tower.last_output = None
-    if tower.tally["attention"] != len(stack.attention):
+    layers = len(stack.attention if stack.door else stack.blocks)
+    if tower.tally["attention"] != layers:
         raise UnsupportedModelError(
             stack.name,
-            expected=f"{len(stack.attention)} sharded attention calls",
+            expected=f"{layers} sharded attention calls",
             found=f"{tower.tally['attention']}",
             remedy="report this model: some of its attention went past the wrapper",
         )

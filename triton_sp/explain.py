@@ -8,7 +8,6 @@ from torch import nn
 
 from triton_sp import models
 from triton_sp.errors import SPError
-from triton_sp.plan import share_heads
 from triton_sp.wrappers.install import installation_of
 from triton_sp.wrappers.opaque import method_of
 
@@ -86,12 +85,6 @@ def _row(stack: models.Stack, kind: str, ranks: int | None) -> Row:
         )
     if ranks == 1:
         decision, why = "unchanged", "one rank"
-    refusal = stack.refusal
-    if refusal is None and heads is not None and ranks:
-        try:
-            share_heads(*heads, ranks, field=stack.name)
-        except SPError as error:
-            refusal = error  # type: ignore[assignment]
-    if refusal is not None:
-        decision, why = "refused", str(refusal)
+    if stack.refusal is not None:
+        decision, why = "refused", str(stack.refusal)
     return Row(stack.name, f"{kind} ({stack.family})", len(stack.blocks), shown, decision, why)

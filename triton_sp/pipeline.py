@@ -14,69 +14,84 @@ Shape letters: T local tokens, S tokens of the whole stream, H heads, K key/valu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
-import torch
 from torch import Tensor
 
-from triton_sp import comm, ops
+from triton_sp import comm, ops, packing
 from triton_sp.comm import Group
-from triton_sp.plan import HeadShares, Shards, share_heads
+from triton_sp.heads import Route, route, share_heads, share_whole_heads
+from triton_sp.plan import Segments, Shards
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
     """One token stream of one batch, as every rank of the group sees it. Immutable, so that a recomputation in the
-    backward reads what the forward read.
+    backward reads what the forward read; what layers have in common is worked out once.
 
     Attributes:
         cu_seqlens: int32 (segments + 1,), the segments of the whole stream.
         seqused_k: int32 (segments,), or None where every token of a segment is a key of it. A padding position that
             carries a label is a segment of one row and no key.
+        known: the values of cu_seqlens, where they are at hand; else they are read from the device when needed, once.
     """
 
     group: Group
     shards: Shards
     cu_seqlens: Tensor
     seqused_k: Tensor | None = None
+    known: Segments | None = None
+    _passages: dict[tuple[int, int, bool, int | None], Passage] = field(default_factory=dict, repr=False)
 
     @property
     def local(self) -> slice:
         own = self.shards.range(self.group.rank)
         return slice(own.start, own.stop)
 
+    @cached_property
+    def segments(self) -> Segments:
+        return self.known or Segments(tuple(self.cu_seqlens.tolist()))
+
+    def passage(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> Passage:
+        """How layers with these heads and this mask exchange."""
+        key = (num_heads, num_kv_heads, causal, window)
+        if key not in self._passages:
+            ranks = self.group.size
+            # Whole heads need not know the segments, which may still be on the device.
+            shares = share_whole_heads(num_heads, num_kv_heads, ranks, self.shards.total)
+            shares = shares or share_heads(num_heads, num_kv_heads, ranks, self.segments.work(causal, window))
+            self._passages[key] = Passage(self, route(self.shards, shares, self.group.rank))
+        return self._passages[key]
+
+    def part(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cu_seqlens_q, cu_seqlens_k and seqused_k of some rows and the keys that they see. Nothing is read."""
+        if len(rows) == len(keys) == self.shards.total:
+            return self.cu_seqlens, self.cu_seqlens, self.seqused_k
+        touched = self.segments.within(rows)
+        bounds = self.cu_seqlens[touched.start : touched.stop + 1]
+        cu_q, cu_k = ((bounds - part.start).clamp(0, len(part)) for part in (rows, keys))
+        if self.seqused_k is None:
+            return cu_q, cu_k, None
+        return cu_q, cu_k, self.seqused_k[touched.start : touched.stop].minimum(cu_k.diff())
+
+
+class Passage:
+    """A route with its tables on the device, and the segments of each of its items."""
+
+    def __init__(self, stream: Stream, way: Route) -> None:
+        self.route = way
+        device = stream.cu_seqlens.device
+        self.inputs, self.arrivals, self.outputs, self.results = (
+            packing.box_table(leg.boxes, device) for leg in (way.inputs, way.arrivals, way.outputs, way.results)
+        )
+        self.segments = [stream.part(item.rows, item.keys) for item in way.share]
+
 
 def shard(x: Tensor, stream: Stream, dim: int = 0) -> Tensor:
     """This rank's tokens of a tensor whose `dim` is the whole stream. The adjoint of a slice is zero padding."""
     own = stream.shards.range(stream.group.rank)
     return x.narrow(dim, own.start, len(own))
-
-
-def pack(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, shares: HeadShares) -> Tensor:
-    """The send buffer: for each rank in order (T, its q heads + k heads + v heads, D), flattened.
-
-    >>> q = torch.tensor([[0., 1.], [2., 3.]]).unsqueeze(-1)          # 2 tokens, 2 heads, D = 1
-    >>> pack(q, q + 10, q + 20, share_heads(2, 2, 2)).tolist()
-    [0.0, 10.0, 20.0, 2.0, 12.0, 22.0, 1.0, 11.0, 21.0, 3.0, 13.0, 23.0]
-    """
-    parts = []
-    for q_heads, kv_heads in zip(shares.q, shares.kv, strict=True):
-        kv = slice(kv_heads.start, kv_heads.stop)
-        parts.append(torch.cat([q_THD[:, q_heads.start : q_heads.stop], k_TKD[:, kv], v_TKD[:, kv]], 1).flatten())
-    return torch.cat(parts)
-
-
-def unpack(received: Tensor, tokens: int, shares: HeadShares, head_dim: int) -> Tensor:
-    """(T, H, D) from the receive buffer of the second exchange: each rank's heads of the local tokens, in rank order.
-
-    >>> unpack(torch.tensor([0., 2., 1., 3.]), 2, share_heads(2, 2, 2), 1).squeeze(-1).tolist()
-    [[0.0, 1.0], [2.0, 3.0]]
-    """
-    sizes = [tokens * len(heads) * head_dim for heads in shares.q]
-    parts = received.split(sizes)
-    return torch.cat(
-        [part.view(tokens, len(heads), head_dim) for part, heads in zip(parts, shares.q, strict=True)], 1
-    )
 
 
 def attention(
@@ -98,24 +113,45 @@ def attention(
     Returns:
         (T, H, D), this rank's tokens, all heads.
     """
-    group, shards = stream.group, stream.shards
-    (tokens, num_heads, head_dim), num_kv_heads = q_THD.shape, k_TKD.shape[1]
-    shares = share_heads(num_heads, num_kv_heads, group.size)
-    own_q, own_kv, own_packed = len(shares.q[group.rank]), len(shares.kv[group.rank]), shares.packed(group.rank)
+    attend = partial(ops.varlen_attention, causal=causal, window=window, softcap=softcap, scale=scale)
+    group, tokens, num_heads = stream.group, q_THD.shape[0], q_THD.shape[1]
+    passage = stream.passage(num_heads, k_TKD.shape[1], causal, window)
+    route = passage.route
 
-    send = [tokens * shares.packed(rank) * head_dim for rank in range(group.size)]
-    receive = [size * own_packed * head_dim for size in shards.sizes]
-    # Sources arrive in rank order and shards are contiguous, so the receive buffer already is the stream in order.
-    buffer = comm.exchange(pack(q_THD, k_TKD, v_TKD, shares), send, receive, group)
-    q, k, v = buffer.view(shards.total, own_packed, head_dim).split([own_q, own_kv, own_kv], 1)
+    send = packing.pack([q_THD, k_TKD, v_TKD], passage.inputs, sum(route.inputs.sizes))
+    received = comm.exchange(send, route.inputs.sizes, route.arrivals.sizes, group)
+    outs = [
+        attend(q, k, v, cu_q, cu_k, seqused_k=used)
+        for (q, k, v), (cu_q, cu_k, used) in zip(_items(received, passage), passage.segments, strict=True)
+    ]
+    received = comm.exchange(_join(outs, received, passage), route.outputs.sizes, route.results.sizes, group)
+    return packing.unpack(received, passage.results, [(tokens, num_heads)])[0]
 
-    out = ops.varlen_attention(
-        q, k, v, stream.cu_seqlens, seqused_k=stream.seqused_k, causal=causal, window=window, softcap=softcap, scale=scale
-    )
 
-    send = [size * own_q * head_dim for size in shards.sizes]
-    receive = [tokens * len(heads) * head_dim for heads in shares.q]
-    return unpack(comm.exchange(out.flatten(), send, receive, group), tokens, shares, head_dim)
+def _items(received: Tensor, passage: Passage) -> list[list[Tensor]]:
+    """q, k and v of each item. Sources arrive in rank order and shards are contiguous, so that a buffer for one item of
+    whole heads already is its stream in order, and is only viewed."""
+    share = passage.route.share
+    if passage.route.in_place:
+        (item,) = share
+        packed = received.unflatten(0, (len(item.rows), -1))
+        return [list(packed.split([len(item.q), len(item.kv), len(item.kv)], 1))]
+    shapes = [
+        shape
+        for item in share
+        for shape in ((len(item.rows), len(item.q)), (len(item.keys), len(item.kv)), (len(item.keys), len(item.kv)))
+    ]
+    parts = packing.unpack(received, passage.arrivals, shapes)
+    return [parts[i : i + 3] for i in range(0, len(parts), 3)]
+
+
+def _join(outs: list[Tensor], received: Tensor, passage: Passage) -> Tensor:
+    """The items' outputs as the send buffer: one item's already is."""
+    if not outs:  # a rank without work sends nothing, but must take part in the backward
+        return received[:0]
+    if len(outs) == 1:
+        return outs[0].flatten(0, 1)
+    return packing.pack(outs, passage.outputs, sum(passage.route.outputs.sizes))
 
 
 def gather(x: Tensor, stream: Stream, unit: int = 1) -> Tensor:

@@ -1,13 +1,18 @@
-"""Who owns which tokens and which heads. Pure Python over sizes that every rank knows, so the answer needs no
-communication and is the same everywhere.
+"""Who owns which tokens of a stream. Pure Python over sizes that every rank knows, so the answer needs no communication
+and is the same everywhere.
+
+`shards` of a stream are as equal as possible (`shard_tokens`), or cut where segments end (`shard_segments`), so that
+attention inside segments needs no exchange. Which heads a rank computes is the matter of heads.py, which of the plans
+is the fastest that of cost.py.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-
-from triton_sp.errors import UnsupportedModelError
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -50,43 +55,125 @@ def shard_tokens(total: int, ranks: int, unit: int = 1) -> Shards:
 
 
 @dataclass(frozen=True)
-class HeadShares:
-    """The query heads, and the key/value heads these need, of each rank in rank order.
+class Segments:
+    """The segments of a stream, as `cu_seqlens` has them: where each starts, and the end of the last.
 
-    A key/value head stands in the share of every rank that has one of its query heads.
+    >>> segments = Segments((0, 3, 8))
+    >>> segments.at(2), segments.at(3), segments.local(Shards((3, 5))), segments.local(Shards((4, 4)))
+    (0, 1, True, False)
     """
 
-    q: tuple[range, ...]
-    kv: tuple[range, ...]
+    starts: tuple[int, ...]
+
+    def at(self, row: int) -> int:
+        """The segment that a row belongs to."""
+        return bisect_right(self.starts, row) - 1
+
+    def within(self, rows: range) -> range:
+        """The segments that have one of these rows."""
+        return range(self.at(rows.start), self.at(rows.stop - 1) + 1) if rows else range(0)
+
+    def local(self, shards: Shards) -> bool:
+        """Whether every segment lies on one rank."""
+        return all(start >= self.starts[-1] or self.starts[self.at(start)] == start for start in shards.starts)
+
+    def work(self, causal: bool = False, window: int | None = None) -> Work:
+        """How many keys the rows see; see Work."""
+        ends = [0]
+        for start, stop in pairwise(self.starts):
+            ends.append(ends[-1] + _pairs(stop - start, stop - start, causal, window))
+        return Work(self, causal, window, tuple(ends))
+
+
+def _pairs(rows: int, length: int, causal: bool, window: int | None) -> int:
+    """(row, key) pairs of the first `rows` rows of a segment: the attention FLOPs of a head are 4 D times that."""
+    if not causal:
+        return rows * (length if window is None else min(length, 2 * window - 1))
+    short = rows if window is None else min(rows, window)
+    return short * (short + 1) // 2 + (rows - short) * (window or 0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The attention work of a stream, in (row, key) pairs of one head, and how much of it stands before each row.
+
+    A row of a causal segment sees the keys up to its own, at most `window`. (Without causality a window counts as
+    2 window - 1 keys for every row, the ones at the edges of a segment too.)
+
+    >>> work = Segments((0, 4, 6)).work(causal=True)
+    >>> work.total, [work.before(row) for row in range(7)], work.row_at(6), work.row_at(7)
+    (13, [0, 1, 3, 6, 10, 11, 13], 3, 4)
+    """
+
+    segments: Segments
+    causal: bool
+    window: int | None
+    ends: tuple[int, ...]  # the work before each segment, and all of it
 
     @property
-    def num_heads(self) -> int:
-        return self.q[-1].stop
+    def total(self) -> int:
+        return self.ends[-1]
 
-    def packed(self, rank: int) -> int:
-        """Heads in the send buffer for `rank`: its queries, keys and values."""
-        return len(self.q[rank]) + 2 * len(self.kv[rank])
+    def before(self, row: int) -> int:
+        starts = self.segments.starts
+        if row >= starts[-1]:
+            return self.total
+        segment = self.segments.at(row)
+        length = starts[segment + 1] - starts[segment]
+        return self.ends[segment] + _pairs(row - starts[segment], length, self.causal, self.window)
+
+    def row_at(self, work: int) -> int:
+        """The first row that at least `work` stands before."""
+        return bisect_left(range(self.segments.starts[-1]), work, key=self.before)
+
+    def keys(self, rows: range) -> range:
+        """The keys that these rows see, from the first to the last."""
+        starts = self.segments.starts
+        first, last = self.segments.at(rows.start), self.segments.at(rows.stop - 1)
+        if not self.causal:
+            assert self.window is None
+            return range(starts[first], starts[last + 1])
+        seen = 0 if self.window is None else rows.start - self.window + 1
+        return range(max(starts[first], seen), rows.stop)
 
 
-def share_heads(num_heads: int, num_kv_heads: int, ranks: int, field: str = "attention heads") -> HeadShares:
-    """Give each rank the same number of query heads, and the key/value heads that go with them.
+def shard_segments(segments: Segments, ranks: int, costs: Sequence[float], unit: int = 1) -> Shards | None:
+    """Cut a stream where segments end, so that the costliest rank costs as little as possible and none is empty.
 
-    Raises:
-        UnsupportedModelError: `ranks` does not divide `num_heads`, or neither of `num_kv_heads` and `ranks` divides
-            the other.
+    Args:
+        costs: of each segment.
+        unit: cuts are at multiples of it.
 
-    >>> shares = share_heads(8, 2, 4)
-    >>> shares.q, shares.kv
-    ((range(0, 2), range(2, 4), range(4, 6), range(6, 8)), (range(0, 1), range(0, 1), range(1, 2), range(1, 2)))
+    Returns:
+        None where there are fewer places to cut than there must be.
+
+    >>> shard_segments(Segments((0, 4, 8, 12, 24)), 2, [1, 1, 1, 3]).sizes
+    (12, 12)
     """
-    if num_heads % ranks or (num_kv_heads % ranks and ranks % num_kv_heads) or num_heads % num_kv_heads:
-        raise UnsupportedModelError(
-            field,
-            expected=f"query heads that {ranks} ranks divide, and key/value heads that are a multiple or a divisor of it",
-            found=f"{num_heads} query and {num_kv_heads} key/value heads",
-            remedy="use a group whose size divides the head count",
-        )
-    per_rank, group = num_heads // ranks, num_heads // num_kv_heads
-    q = tuple(range(rank * per_rank, (rank + 1) * per_rank) for rank in range(ranks))
-    kv = tuple(range(heads.start // group, (heads.stop - 1) // group + 1) for heads in q)
-    return HeadShares(q, kv)
+    blocks: list[tuple[int, float]] = []  # segments between two places where a cut may be, as (tokens, cost)
+    size, cost = 0, 0.0
+    for (start, stop), price in zip(pairwise(segments.starts), costs, strict=True):
+        size, cost = size + stop - start, cost + price
+        if size and stop % unit == 0:
+            blocks.append((size, cost))
+            size, cost = 0, 0.0
+    if size or len(blocks) < ranks:
+        return None
+    low, high = max(cost for _, cost in blocks), sum(cost for _, cost in blocks)
+    for _ in range(32):  # the least capacity with which `ranks` parts are enough, to 1e-9 of the whole
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(_fill(blocks, ranks, middle)) <= ranks else (middle, high)
+    return Shards(tuple(_fill(blocks, ranks, high * (1 + 1e-9))))
+
+
+def _fill(blocks: list[tuple[int, float]], ranks: int, capacity: float) -> list[int]:
+    """Sizes of parts that are each filled up to a capacity, but leave a block for every rank that follows."""
+    sizes, load = [0], 0.0
+    for index, (size, cost) in enumerate(blocks):
+        left = len(blocks) - index  # this one counted
+        if sizes[-1] and (load + cost > capacity or left <= ranks - len(sizes)):
+            sizes.append(0)
+            load = 0.0
+        sizes[-1] += size
+        load += cost
+    return sizes

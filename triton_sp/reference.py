@@ -108,3 +108,31 @@ def varlen_attention(
     if not exact:
         return out, None
     return out, torch.cat(lses) if lses else q_THD.new_zeros(0, q_THD.shape[1], dtype=torch.float32)
+
+
+def pack(xs: Sequence[Tensor], boxes: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Boxes of several tensors in one buffer; see `packing.pack`."""
+    flat = xs[0].new_empty(size, xs[0].shape[-1])
+    for tensor, row, rows, head, heads, start, stride in boxes:
+        _window(flat, rows, heads, start, stride).copy_(xs[tensor][row : row + rows, head : head + heads])
+    return flat
+
+
+def unpack(
+    flat: Tensor, boxes: Sequence[Sequence[int]], rows_of: Sequence[int], heads_of: Sequence[int]
+) -> list[Tensor]:
+    """The boxes of a buffer added to tensors of 0; see `packing.unpack`."""
+    flat, wide = flat.contiguous(), torch.promote_types(flat.dtype, torch.float32)
+    xs = [
+        torch.zeros(rows, heads, flat.shape[-1], dtype=wide, device=flat.device)
+        for rows, heads in zip(rows_of, heads_of, strict=True)
+    ]
+    for tensor, row, rows, head, heads, start, stride in boxes:
+        xs[tensor][row : row + rows, head : head + heads] += _window(flat, rows, heads, start, stride)
+    return [x.to(flat.dtype) for x in xs]
+
+
+def _window(flat: Tensor, rows: int, heads: int, start: int, stride: int) -> Tensor:
+    """(rows, heads, D) of a buffer (size, D): `heads` neighbouring vectors, every `stride`."""
+    dim = flat.shape[-1]
+    return flat.as_strided((rows, heads, dim), (stride * dim, dim, 1), flat.storage_offset() + start * dim)

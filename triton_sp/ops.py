@@ -6,7 +6,6 @@ fallback: what the chosen implementation cannot do raises.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 from typing import Any, Literal, overload
@@ -17,6 +16,7 @@ from torch import Tensor
 from triton_sp import reference
 from triton_sp.errors import InputError
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 UNLIMITED = 1 << 30  # a reach of the mask beyond any segment, as in kernels/launch.py
 
 
@@ -30,16 +30,11 @@ def implementation(device: torch.device | str) -> str:
     'reference'
     """
     kind = torch.device(device).type
-    if not _has_triton() or kind not in ("cuda", "cpu"):
+    if not HAS_TRITON or kind not in ("cuda", "cpu"):
         return "reference"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "triton-interpret"
     return "triton" if kind == "cuda" else "reference"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @overload
@@ -136,7 +131,7 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
-    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
+    factor = q_THD.shape[-1] ** -0.5 if scale is None else scale
     if implementation(q_THD.device) == "reference":
         _check_values(q_THD, k_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k)
         with torch.autocast(device, enabled=False):
@@ -150,13 +145,13 @@ def varlen_attention(
                 causal=causal,
                 window=window,
                 softcap=softcap or 0.0,
-                scale=scale,
+                scale=factor,
                 exact=return_lse,
             )
         return (out, lse_TH) if lse_TH is not None else out
     left = UNLIMITED if window is None else window - 1
     out, lse_HT = attend(
-        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, scale, softcap or 0.0, left, 0 if causal else left
+        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, factor, softcap or 0.0, left, 0 if causal else left
     )
     return (out, lse_HT.transpose(0, 1)) if return_lse else out
 

@@ -76,8 +76,7 @@ CDNA = {
     ("forward", 256): _options(64, 32, 4, 1),
     ("dq", 128): _options(64, 32, 4, 1),
     ("dq", 256): _options(32, 32, 4, 1),
-    ("dkv", 128): _options(32, 64, 4, 1),
-    ("dkv", 256): _options(32, 32, 4, 1),
+    ("dkv", 256): _options(32, 64, 4, 1),
 }
 # fp32 is multiplied exactly, without matrix units; it is there to check against, not to be fast.
 FP32 = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}

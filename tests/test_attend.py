@@ -1,0 +1,55 @@
+"""varlen_attention: the kernels in Triton's interpreter, and the choice between them and the reference."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from triton_sp import ops
+from triton_sp.errors import InputError
+
+CASES = pathlib.Path(__file__).parent / "attend_cases.py"
+
+
+@pytest.mark.skipif(not ops.HAS_TRITON, reason="needs Triton, of which there is none for this platform")
+def test_kernels_in_the_interpreter():
+    # In a process of its own: the switch must be set before Triton is imported.
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "--durations=5", "-p", "no:cacheprovider"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+def test_cpu_runs_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert ops.implementation("cpu") == "reference"
+    assert ops.implementation(torch.device("cuda", 1)) == ("triton" if ops.HAS_TRITON else "reference")
+    monkeypatch.setattr(ops, "HAS_TRITON", False)
+    assert ops.implementation("cuda") == "reference"
+
+
+def test_package_imports_without_triton():
+    script = "import sys; sys.modules['triton'] = None; import triton_sp; print(triton_sp.varlen_attention.__name__)"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip() == "varlen_attention", run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window": 0}, {"softcap": -1.0}, {"scale": 0.0}, {"cu_seqlens_k": torch.zeros(3).int()}]
+)
+def test_wrong_settings_raise(wrong):
+    x = torch.zeros(4, 2, 8)
+    with pytest.raises(InputError):
+        ops.varlen_attention(x, x, x, torch.tensor([0, 4]), **wrong)
+
+
+def test_reference_has_gradients_of_both_results():
+    q, k, v = (torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+    def both(q, k, v):
+        return ops.varlen_attention(q, k, v, torch.tensor([0, 3, 7]), causal=True, window=2, return_lse=True)
+
+    assert torch.autograd.gradcheck(both, (q, k, v))

@@ -20,6 +20,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from triton_sp.errors import DisagreementError, GroupError, SPError
 from triton_sp.plan import Shards
 
+_BUCKET_BYTES = 64 << 20  # of gradients in one collective
 _NOTICE_BYTES = 1024  # what a rank tells the others before a forward: a kind, a digest or the text of an error
 
 
@@ -229,10 +230,27 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group, scale: float) -> None:
-    """Replace each .grad by `scale` times its sum over ranks; a rank without one takes part with zeros."""
+    """Replace each .grad by `scale` times its sum over ranks; a rank without one takes part with zeros.
+
+    Gradients travel in buckets: a model has hundreds of small ones, and each collective costs its latency.
+    """
+    for bucket in _buckets(parameters):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        total = all_reduce(torch.cat([grad.flatten() for grad in grads]), group).mul_(scale)
+        for parameter, part in zip(bucket, total.split([grad.numel() for grad in grads]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()  # not a view: it would keep the whole bucket
+
+
+def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters of one dtype and device, in order, up to a size; the same on every rank."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
     for parameter in parameters:
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parameter.grad = all_reduce(grad, group).mul_(scale)
+        bucket = kinds.setdefault((parameter.dtype, parameter.device), [])
+        if bucket and sum(p.nbytes for p in bucket) + parameter.nbytes > _BUCKET_BYTES:
+            yield bucket
+            bucket = kinds[parameter.dtype, parameter.device] = []
+        bucket.append(parameter)
+    yield from kinds.values()
 
 
 # --- agreement ---------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ def _localise(arguments: dict[str, Any], stream: Stream, block: nn.Module) -> No
     if arguments.get("cu_seqlens") is not None:
         # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
         arguments["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32)
-    for name in ("attention_mask", "head_mask", "layer_head_mask"):
+    for name in ("attention_mask", "causal_attention_mask", "head_mask", "layer_head_mask"):
         if arguments.get(name) is not None:
             raise UnsupportedModelError(
                 type(block).__name__,

@@ -91,7 +91,7 @@ def sync_gradients(model_: nn.Module) -> None:
     """After backward, in a plain training loop: make every .grad the single-process gradient, on every rank.
 
     Engines that average or add gradients over the group themselves (DDP, FSDP, DeepSpeed) must not be helped.
-    Parameters that need a gradient but got none on any rank get zeros.
+    A parameter that got none on any rank keeps none.
 
     Raises:
         GroupError: the model is not wrapped.

@@ -232,9 +232,14 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group, scale: float) -> None:
     """Replace each .grad by `scale` times its sum over ranks; a rank without one takes part with zeros.
 
+    What has none on any rank keeps none, as in one process: an optimizer would decay a weight whose gradient is zero.
     Gradients travel in buckets: a model has hundreds of small ones, and each collective costs its latency.
     """
-    for bucket in _buckets(parameters):
+    if not parameters:
+        return
+    present = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    used = all_reduce(present, group).tolist()
+    for bucket in _buckets([p for p, count in zip(parameters, used, strict=True) if count]):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         total = all_reduce(torch.cat([grad.flatten() for grad in grads]), group).mul_(scale)
         for parameter, part in zip(bucket, total.split([grad.numel() for grad in grads]), strict=True):

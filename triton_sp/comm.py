@@ -45,6 +45,9 @@ class Group:
             ) from error
 
 
+ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes whole; nothing is sent in it
+
+
 def resolve_group(group: Any = None) -> Group:
     """Accept whatever names the ranks that share a batch.
 
@@ -187,6 +190,8 @@ class _Gather(torch.autograd.Function):
 
 def gather(x: Tensor, shards: Shards, group: Group) -> Tensor:
     """The rows of all ranks, in rank order, from this rank's `shards.sizes[rank]` rows (dim 0)."""
+    if group.size == 1:
+        return x
     return _Gather.apply(x, shards, group)  # type: ignore[no-any-return]
 
 

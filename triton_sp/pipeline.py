@@ -21,6 +21,7 @@ from torch import Tensor
 
 from triton_sp import comm, ops, packing
 from triton_sp.comm import Group
+from triton_sp.cost import PlanName
 from triton_sp.heads import Route, route, share_heads, share_whole_heads
 from triton_sp.plan import Segments, Shards
 
@@ -35,6 +36,7 @@ class Stream:
         seqused_k: int32 (segments,), or None where every token of a segment is a key of it. A padding position that
             carries a label is a segment of one row and no key.
         known: the values of cu_seqlens, where they are at hand; else they are read from the device when needed, once.
+        plan: "segments" if shards end where segments end, of these layers or of others.
     """
 
     group: Group
@@ -42,6 +44,7 @@ class Stream:
     cu_seqlens: Tensor
     seqused_k: Tensor | None = None
     known: Segments | None = None
+    plan: PlanName = "heads"
     _passages: dict[tuple[int, int, bool, int | None], Passage] = field(default_factory=dict, repr=False)
 
     @property
@@ -52,6 +55,17 @@ class Stream:
     @cached_property
     def segments(self) -> Segments:
         return self.known or Segments(tuple(self.cu_seqlens.tolist()))
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether every segment is one rank's, so that layers attend to what they have."""
+        return self.group.size == 1 or (self.plan == "segments" and self.segments.local(self.shards))
+
+    @cached_property
+    def own(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cu_seqlens_q, cu_seqlens_k and seqused_k of this rank's tokens, where `is_local`."""
+        tokens = self.shards.range(self.group.rank)
+        return self.part(tokens, tokens)
 
     def passage(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> Passage:
         """How layers with these heads and this mask exchange."""
@@ -105,7 +119,8 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention over the whole stream from this rank's tokens: two exchanges, a fair share of the heads each.
+    """Attention over the whole stream from this rank's tokens: two exchanges, a fair share of the heads each; no
+    exchange where shards end with segments.
 
     Args:
         q_THD, k_TKD, v_TKD: this rank's tokens, all heads; position embeddings applied.
@@ -114,6 +129,9 @@ def attention(
         (T, H, D), this rank's tokens, all heads.
     """
     attend = partial(ops.varlen_attention, causal=causal, window=window, softcap=softcap, scale=scale)
+    if stream.is_local:
+        cu_q, cu_k, used = stream.own
+        return attend(q_THD, k_TKD, v_TKD, cu_q, cu_k, seqused_k=used)
     group, tokens, num_heads = stream.group, q_THD.shape[0], q_THD.shape[1]
     passage = stream.passage(num_heads, k_TKD.shape[1], causal, window)
     route = passage.route

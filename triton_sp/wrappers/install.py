@@ -32,6 +32,10 @@ class SPConfig:
             0 at padding, instead of this rank's, (1, T, V).
         check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them;
             "off" trusts the caller.
+        plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
+            vision towers, "replicate" ask for one; where it is not possible "auto" decides.
+        link: what the cost model reckons with: "nvlink", "pcie", "gloo", or "auto" for what `triton-sp calibrate` has
+            measured on this machine, else "gloo" on CPUs and "nvlink" on GPUs.
 
     >>> SPConfig(gradient="sum").gather_logits
     False
@@ -40,9 +44,16 @@ class SPConfig:
     gradient: Literal["mean", "sum"] = "mean"
     gather_logits: bool = False
     check: Literal["always", "off"] = "always"
+    plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
+    link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("gradient", ("mean", "sum")), ("check", ("always", "off"))):
+        for name, allowed in (
+            ("gradient", ("mean", "sum")),
+            ("check", ("always", "off")),
+            ("plan", ("auto", "heads", "segments", "replicate")),
+            ("link", ("auto", "nvlink", "pcie", "gloo")),
+        ):
             if getattr(self, name) not in allowed:
                 raise SPError(
                     f"SPConfig.{name}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from triton_sp import comm, pipeline
 from triton_sp._version import __version__
+from triton_sp.cost import find_link
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, sharded_cross_entropy, shift
-from triton_sp.models import causal_lm_loss, packs_plain_ids
+from triton_sp.models import causal_lm_loss, device_of, packs_plain_ids
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.planning import plan_decoder
 from triton_sp.wrappers.scope import Call, active
 from triton_sp.wrappers.text import TextCall, lay_out
 
@@ -51,6 +54,8 @@ def _describe(installation: Installation, arguments: dict[str, Any]) -> str:
     model = installation.anatomy.entry
     lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
     lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
+    # Calibrated on each host: where they differ, plans would.
+    lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
     for name, value in sorted(arguments.items()):
         if isinstance(value, Tensor):
             lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value)}")
@@ -188,7 +193,8 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         targets = None if labels is None else shift(labels)
         mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
         device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
-        laid_out.append((lay_out(shape, mask, documents, targets, installation.group, device), targets))
+        plan = partial(plan_decoder, installation, device)
+        laid_out.append((lay_out(shape, mask, documents, targets, installation.group, device, plan), targets))
 
     _agree(installation, arguments, check)
     call, targets = laid_out[0]

@@ -89,9 +89,14 @@ def bound_checkpoints(model: nn.Module) -> Iterator[None]:
             module.__dict__[name] = checkpoint
 
 
+def recomputing() -> bool:
+    """Whether this runs inside a backward: the recomputation of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def outside(module: nn.Module) -> None:
     """To be called where a part runs without a scope: fine for a direct call, wrong in a recomputation."""
-    if torch._C._current_graph_task_id() != -1:
+    if recomputing():
         raise UnsupportedModelError(
             type(module).__name__,
             expected="activation checkpointing through model.gradient_checkpointing_enable()",

@@ -8,6 +8,7 @@ position that it has in one process.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from triton_sp.comm import Group
+from triton_sp.cost import Choice
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.loss import IGNORE
 from triton_sp.models import Stack
 from triton_sp.pipeline import Stream
-from triton_sp.plan import shard_tokens
+from triton_sp.plan import Segments
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, current, outside
@@ -54,6 +56,7 @@ def lay_out(
     targets: Tensor | None,
     group: Group,
     device: torch.device,
+    plan: Callable[[Segments], Choice],
 ) -> TextCall:
     """Plan the stream of a batch. All inputs are the whole batch's, so the answer is the same on every rank.
 
@@ -61,6 +64,7 @@ def lay_out(
         mask: (B, S), non-zero at tokens; None if all are.
         documents: (B, S) position ids by which HF would tell packed documents apart, or None.
         targets: (B, S) shifted labels, or None.
+        plan: decides how the stream is cut, from its segments.
 
     Raises:
         InputError: a mask with holes, or a label that is predicted from padding after the tokens.
@@ -88,7 +92,9 @@ def lay_out(
     seqused_k = None
     if bool(alone.any()):
         seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(device, torch.int32)
-    stream = Stream(group, shard_tokens(len(index), group.size), cu_seqlens.to(device), seqused_k)
+    segments = Segments(tuple(cu_seqlens.tolist()))
+    choice = plan(segments)
+    stream = Stream(group, choice.shards, cu_seqlens.to(device), seqused_k, segments, choice.plan)
     return TextCall(stream, shape, index.to(device), mask)
 
 

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp import pipeline
-from triton_sp.comm import Group
+from triton_sp.comm import ALONE, Group
+from triton_sp.cost import Choice
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.models import Stack
 from triton_sp.pipeline import Stream
-from triton_sp.plan import shard_tokens
+from triton_sp.plan import Segments
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
-from triton_sp.wrappers.install import Installation, Override
-from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpoints, current, outside
+from triton_sp.wrappers.install import Installation, Override, SPConfig
+from triton_sp.wrappers.planning import plan_tower
+from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpoints, current, outside, recomputing
 
 
 @dataclass
@@ -50,8 +52,11 @@ class Layout:
     @cached_property
     def cu_seqlens(self) -> Tensor:
         """The segments of dense hidden states; packed towers hand theirs to each block."""
-        rows, length = self.tokens // max(self.length, 1), self.length
-        return torch.arange(0, (rows + 1) * length, max(length, 1), dtype=torch.int32, device=self.device)[: rows + 1]
+        return torch.tensor(self.segments.starts, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def segments(self) -> Segments:
+        return Segments(tuple(range(0, self.tokens + 1, max(self.length, 1))))
 
     def flat(self, hidden: Tensor) -> Tensor:
         """The stream (S, C) of all tokens, image after image."""
@@ -72,18 +77,36 @@ class Layout:
 
 @dataclass(eq=False)
 class TowerPass:
-    """One call of a tower. `layout` is written once, by the first block, and a recomputation writes the same."""
+    """One call of a tower. Layout, choice and streams are written by the first block, and not by a recomputation."""
 
     group: Group
     stack: Stack
+    config: SPConfig
     tally: Counter[str] = field(default_factory=Counter)
     layout: Layout | None = None
+    choice: Choice | None = None
+    streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
     last_output: Tensor | None = None  # of the block before, while the forward runs
 
-    def stream(self, cu_seqlens: Tensor | None = None) -> Stream:
-        assert self.layout is not None
-        shards = shard_tokens(self.layout.tokens, self.group.size, self.stack.unit)
-        return Stream(self.group, shards, self.layout.cu_seqlens if cu_seqlens is None else cu_seqlens)
+    def plan(self, hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Decide how the stream is cut, from the segments that the first block attends in."""
+        layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first)
+        self.streams.clear()
+        # The one host read of a call; layers whose segments are others need another, if shards end with segments.
+        segments = layout.segments if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
+        self.choice = plan_tower(self.stack, self.config, self.group, segments, hidden)
+        self.stream(cu_seqlens, segments)
+
+    def stream(self, cu_seqlens: Tensor | None = None, known: Segments | None = None) -> Stream:
+        """The stream with these segments, the same object in every layer that has them."""
+        assert self.layout is not None and self.choice is not None
+        if cu_seqlens is None:
+            cu_seqlens, known = self.layout.cu_seqlens, self.layout.segments
+        key = (cu_seqlens.data_ptr(), len(cu_seqlens))
+        if key not in self.streams:
+            group = ALONE if self.choice.plan == "replicate" else self.group
+            self.streams[key] = Stream(group, self.choice.shards, cu_seqlens, known=known, plan=self.choice.plan)
+        return self.streams[key]
 
     def whole(self, local: Tensor) -> Tensor:
         """The hidden states of all patches, shaped as they were before the first block."""
@@ -117,7 +140,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
         outside(override.module)
         return override.original(*args, **kwargs)
     stack = _stack_of(override)
-    tower = TowerPass(override.installation.group, stack)
+    tower = TowerPass(override.installation.group, stack, override.installation.config)
     with active(tower), bound_checkpoints(stack.module):
         out = override.original(*args, **kwargs)
     tower.last_output = None
@@ -146,8 +169,9 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     name = next(iter(override.__signature__.parameters))
     hidden = arguments.pop(name)
     if first:
-        tower.layout = Layout(hidden.shape, hidden.device, tower.stack.tokens_first)
         _check_unit(tower, hidden)
+    if first and not recomputing():
+        tower.plan(hidden, arguments.get("cu_seqlens"))
     else:
         _check_chain(tower, override.module, hidden)
 
@@ -180,7 +204,7 @@ def _check_unit(tower: TowerPass, hidden: Tensor) -> None:
 def _check_chain(tower: TowerPass, block: nn.Module, hidden: Tensor) -> None:
     """Each block must get exactly what the block before returned, or what happened in between ran on a shard."""
     before = tower.last_output
-    if before is None or torch._C._current_graph_task_id() != -1:  # a recomputation starts anywhere
+    if before is None or recomputing():  # which starts anywhere
         return
     if before.shape != hidden.shape or before.data_ptr() != hidden.data_ptr():
         raise UnsupportedModelError(

@@ -1,0 +1,78 @@
+"""Parity with every plan forced in turn, and what each plan sends: collectives and bytes, counted."""
+
+from __future__ import annotations
+
+import parity
+import pytest
+import zoo
+from parity import TOLERANCE, Plan, run_all
+
+import triton_sp
+from triton_sp import comm
+
+MODELS = ["qwen2_5_vl", "qwen3_vl", "internvl", "vit", "llama"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("plan", ["auto", "segments", "replicate"])
+@pytest.mark.parametrize("name", MODELS)
+def test_parity(ranks, reference, name: str, plan: str, size: int) -> None:
+    """("heads" is forced in test_parity.py, for all models.)"""
+    case = zoo.CASES[name]
+    config = triton_sp.SPConfig(gradient="sum" if size == 3 else "mean", plan=plan)
+    batches = [b for b in case.batches if b in ("plain", "many_images", "image_and_video", "left_pad", "packed")]
+    plans = [Plan(batch, config=config) for batch in batches]
+    plans.append(Plan(batches[-1], checkpointing="non_reentrant", config=config))
+    references = {batch: reference(name, batch) for batch in batches}
+    # Replicated, a tower's backward runs on each rank's share of the gradient, which Qwen's rotation and RMSNorm round
+    # to float32: their sum has other digits than the whole.
+    rounds = name.startswith("qwen") and plan != "segments"
+    for found in ranks.run(run_all, name, plans, references, ranks=size):
+        for result in found:
+            result.assert_within(1e-6 if rounds else TOLERANCE[case.dtype])
+
+
+def ledger(name: str, batch_name: str, plan: str) -> list[tuple[str, int]]:
+    """What a forward and backward of the wrapped model sends from this rank."""
+    case = zoo.CASES[name]
+    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+    triton_sp.wrap(model, config=triton_sp.SPConfig(plan=plan))
+    with comm.record() as record:
+        parity.loss_of(model(**batch), None).backward()
+    return record.entries
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_heads_cost_two_exchanges_a_layer(ranks, size: int) -> None:
+    """Of the bytes that the formula says: (P - 1) / P of the local q, k, v and outputs, and as many backward."""
+    tokens, heads, dim, layers, itemsize = 5 * 37, zoo.HEADS, 4, 2, 8
+    found = ranks.run(ledger, "vit", "many_images", "heads", ranks=size)
+    sizes = [tokens // size + (rank < tokens % size) for rank in range(size)]
+    for rank, entries in enumerate(found):
+        exchanges = [sent for name, sent in entries if name == "exchange"]
+        assert len(exchanges) == 2 * 2 * layers
+        first = 3 * sizes[rank] * heads * dim * (size - 1) // size * itemsize
+        second = (tokens - sizes[rank]) * heads // size * dim * itemsize
+        assert exchanges == [first, second] * layers + [second_back for _ in range(layers) for second_back in (
+            sizes[rank] * heads * dim * (size - 1) // size * itemsize,
+            3 * (tokens - sizes[rank]) * heads // size * dim * itemsize,
+        )]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", ["segments", "replicate"])
+def test_local_plans_exchange_nothing(ranks, plan: str) -> None:
+    for entries in ranks.run(ledger, "vit", "many_images", plan, ranks=4):
+        names = [name for name, _ in entries]
+        assert names.count("exchange") == 0
+        assert names.count("gather") == (2 if plan == "segments" else 0)  # at the tower's end, and its backward
+
+
+def test_windowed_layers_exchange_nothing(ranks) -> None:
+    """Qwen2.5-VL: of 3 layers the one that sees whole images exchanges, forward and backward; so does the decoder."""
+    case = zoo.CASES["qwen2_5_vl"]
+    heads = ranks.run(ledger, case.name, "plain", "heads", ranks=2)
+    windows = ranks.run(ledger, case.name, "plain", "segments", ranks=2)
+    for before, after in zip(heads, windows, strict=True):
+        assert [name for name, _ in before].count("exchange") - [name for name, _ in after].count(
+            "exchange"
+        ) == 2 * 2 * 2

@@ -1,4 +1,4 @@
-"""What a model is made of: vision towers, the text decoder, and how each attends. The only file that knows a model's name.
+"""What a model is made of: vision towers, the decoder, and how each attends. The only file that knows a model's name.
 
 Parts are found by structure: a stack of blocks is the longest list of equal blocks that hold attention; it is a vision
 tower if its model takes pixels and a decoder if its attention is causal. `FAMILIES` adds what structure cannot tell.
@@ -153,7 +153,11 @@ def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Modul
             for name, module in owner.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) and _innermost_model(owner, name) is owner
         ]
-        lists = [(name, blocks) for name, blocks in lists if any(_attention_like(m) for m in blocks[0].modules())]
+        lists = [
+            (name, blocks)
+            for name, blocks in lists
+            if any(_attention_like(m) for block in blocks for m in block.modules())
+        ]
         if lists:
             name, blocks = max(lists, key=lambda item: len(item[1]))
             yield owner, name, blocks
@@ -179,6 +183,8 @@ def _takes_pixels(module: nn.Module) -> bool:
 
 
 def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
+    # torch's checkpoint_wrapper puts a module around each block; the overrides belong on the block itself.
+    blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
     attention = [module for block in blocks for module in block.modules() if uses_door(module)]
     config: Any = owner.config
     family = config.model_type
@@ -196,6 +202,14 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     elif attention and all(getattr(module, "is_causal", False) for module in attention):
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
         stack.refusal = _refuse_decoder(anatomy, stack, names)
+        anatomy.decoder = stack
+    elif attention and getattr(anatomy.entry, "get_output_embeddings", lambda: None)() is not None:
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="a decoder with causal attention",
+            found=f"{type(attention[0]).__name__} with is_causal=False: the model around it makes its masks",
+            remedy="use a causal model; prefix and image masks are not handled yet",
+        )
         anatomy.decoder = stack
     elif attention:
         anatomy.whole.append((name, f"{family}: neither takes pixels nor is causal"))
@@ -227,16 +241,40 @@ def _refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError
         )
     if not stack.door:
         return None  # proven by a trial on the first call instead, see wrappers/trial.py
-    for module in block.modules():
-        leaf = not any(True for _ in module.children())
-        if leaf and not _token_wise(module) and not uses_door(module):
-            return UnsupportedModelError(
-                names.get(id(module), type(module).__name__),
-                expected="blocks of attention and of layers that work token by token",
-                found=type(module).__name__,
-                remedy="add the layer to triton_sp/models.py if each of its outputs depends on one token alone",
-            )
+    modules = [module for block in stack.blocks for module in block.modules()]
+    return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
+
+
+def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelError | None:
+    name = names.get(id(module), type(module).__name__)
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    leaf = not any(True for _ in module.children())
+    if getattr(module, "drop_prob", 0):
+        return _refuse_stochastic_depth(name, module)
+    if uses_door(module) and own:
+        return UnsupportedModelError(
+            name,
+            expected="attention whose parameters all lie in layers that work token by token",
+            found=f"parameters {own} of its own",
+            remedy="use a model without them; attention sinks and learned biases are not handled yet",
+        )
+    if leaf and not _token_wise(module) and not uses_door(module):
+        return UnsupportedModelError(
+            name,
+            expected="blocks of attention and of layers that work token by token",
+            found=type(module).__name__,
+            remedy="add the layer to triton_sp/models.py if each of its outputs depends on one token alone",
+        )
     return None
+
+
+def _refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        name,
+        expected="blocks without stochastic depth, which drops images and not tokens",
+        found=f"drop_prob={module.drop_prob}",
+        remedy="set the drop path rate of the configuration to 0",
+    )
 
 
 def _token_wise(module: nn.Module) -> bool:
@@ -308,7 +346,11 @@ def opaque_stack(name: str, owner: nn.Module, blocks: list[nn.Module]) -> Stack:
     first = any(isinstance(unit, nn.MultiheadAttention) and not unit.batch_first for unit in units)
     first = first and not any(_code_names(m) & {"permute", "transpose", "movedim"} for m in blocks[0].modules())
     stack = Stack(name, owner, blocks, units, type(owner).__name__, door=False, tokens_first=first)
-    batch_norm = next((m for block in blocks for m in block.modules() if isinstance(m, _BatchNorm)), None)
+    modules = [module for block in blocks for module in block.modules()]
+    dropping = next((module for module in modules if getattr(module, "drop_prob", 0)), None)
+    if dropping is not None:
+        stack.refusal = _refuse_stochastic_depth(name, dropping)
+    batch_norm = next((module for module in modules if isinstance(module, _BatchNorm)), None)
     if batch_norm is not None:
         stack.refusal = UnsupportedModelError(
             name,

@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from triton_sp import pipeline
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.models import expected_window
-from triton_sp.wrappers.install import Installation
+from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 
 NAME = "triton_sp"
@@ -41,6 +42,27 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
             ours._attn_implementation_internal = NAME
             copies[id(config)] = ours
         installation.set(module, "config", copies[id(config)])
+        installation.override(module, _run_attention)
+
+
+def _run_attention(override: Override, *args: Any, **kwargs: Any) -> Any:
+    """A rank without tokens attends with one row that counts for nothing: reshapes of the kind (0, -1, D) fail."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor) or hidden.numel():
+        return override.original(*args, **kwargs)
+    arguments = {name: _with_a_row(name, value) for name, value in override.bind(args, kwargs).items()}
+    out = override.original(**arguments)
+    return (out[0][..., :0, :], *out[1:]) if isinstance(out, tuple) else out[..., :0, :]
+
+
+def _with_a_row(name: str, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_with_a_row(name, part) for part in value)
+    if name == "cu_seqlens":
+        return torch.tensor([0, 1], dtype=value.dtype, device=value.device)
+    if not isinstance(value, Tensor) or value.numel():
+        return value
+    return F.pad(value, (0, 0, 0, 1) if value.is_floating_point() else (0, 1))
 
 
 def attention_forward(
@@ -68,15 +90,16 @@ def attention_forward(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
     scope.tally["attention"] += 1
+    tokens = len(scope.stream.shards.range(scope.stream.group.rank))
     out = pipeline.attention(
-        *_packed(query, key, value),
+        *(x[:tokens] for x in _packed(query, key, value)),
         scope.stream,
         causal=causal,
         window=sliding_window,
         softcap=softcap,
         scale=scaling,
     )
-    return out[None], None
+    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 
 def _packed(*states: Tensor) -> list[Tensor]:
@@ -108,9 +131,7 @@ def _refuse(
     if mask is not None and not (decoder and mask.shape == (1, 1, 1, 1)):
         refuse("no mask but segments, causality and window", f"a mask {tuple(mask.shape)}", "report this model")
     if decoder and window != expected_window(module):
-        refuse(
-            f"sliding_window={expected_window(module)} as the configuration says", f"{window}", "report this model"
-        )
+        refuse(f"sliding_window={expected_window(module)} as the configuration says", f"{window}", "report this model")
     for name in _MEANINGFUL:
         if others.get(name) is not None:
             refuse(f"attention without {name}", f"a value of type {type(others[name]).__name__}", "report this model")

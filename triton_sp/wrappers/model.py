@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
@@ -27,14 +27,31 @@ _CHECKED_VALUES = 1 << 22  # integer tensors up to this many elements are compar
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of a wrapped model. On one rank, and with a key/value cache, it is the model's own."""
     installation = override.installation
-    arguments = override.bind(args, kwargs)
     if installation.group.size == 1:
         return override.original(*args, **kwargs)
+    arguments = _bind(override, args, kwargs)
     if installation.anatomy.decoder is None:
         return _run_vision_model(override, arguments, args, kwargs)
     if _decodes(override, arguments):
         return override.original(*args, **kwargs)
     return _run_text_model(override, arguments)
+
+
+def _bind(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name. A rank whose call does not fit the model's signature must not leave the others waiting."""
+    try:
+        return override.bind(args, kwargs)
+    except TypeError as error:
+        failure = error  # Python forgets `error` here
+
+    def refuse() -> None:
+        name = type(override.module).__name__
+        raise InputError(
+            f"arguments of {name}", expected=f"{override.__signature__}", found=str(failure), remedy="correct the call"
+        ) from failure
+
+    _agree(override.installation, {}, refuse)
+    raise failure
 
 
 def _agree(installation: Installation, arguments: dict[str, Any], check: Callable[[], None]) -> None:
@@ -86,16 +103,23 @@ def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, 
 
 def _scale_outputs(out: Any, factor: float) -> Any:
     """Every rank will send the whole gradient back through what it holds; under "sum" each counts for its share."""
+    if factor == 1.0 or out is None or isinstance(out, bool | int | float | str):
+        return out
     if isinstance(out, Tensor):
         return comm.scale_gradient(out, factor) if out.requires_grad else out
-    if isinstance(out, Mapping):
+    if isinstance(out, MutableMapping):
         for name, value in out.items():
-            if isinstance(value, Tensor):
-                out[name] = _scale_outputs(value, factor)  # type: ignore[index]
+            out[name] = _scale_outputs(value, factor)
         return out
-    if type(out) is tuple:
-        return tuple(_scale_outputs(value, factor) for value in out)
-    return out
+    if isinstance(out, list | tuple):
+        scaled = [_scale_outputs(value, factor) for value in out]
+        return scaled if isinstance(out, list) else tuple(scaled)
+    raise InputError(
+        "SPConfig.gradient",
+        expected="'mean' for a model whose outputs are not tensors, lists, tuples and mappings",
+        found=f"'sum' and an output of type {type(out).__name__}",
+        remedy="use SPConfig(gradient='mean')",
+    )
 
 
 # --- with a decoder ------------------------------------------------------------------------------------------------
@@ -103,18 +127,9 @@ def _scale_outputs(out: Any, factor: float) -> Any:
 
 def _decodes(override: Override, arguments: dict[str, Any]) -> bool:
     """Whether the call reads or writes a key/value cache, which holds whole sequences."""
-    if arguments.get("past_key_values") is not None:
-        return True
-    if not arguments.get("use_cache"):
-        return False
-    if override.module.training:
-        raise InputError(
-            "use_cache",
-            expected="False in training",
-            found="True",
-            remedy="pass use_cache=False; the default is taken as False",
-        )
-    return True
+    if override.module.training and torch.is_grad_enabled():
+        return False  # a step of training: _check_batch refuses a cache there
+    return arguments.get("past_key_values") is not None or bool(arguments.get("use_cache"))
 
 
 def _refuse(arguments: dict[str, Any], *names: str) -> None:
@@ -132,23 +147,38 @@ def _refuse(arguments: dict[str, Any], *names: str) -> None:
             raise InputError(name, expected="it left out", found=shown, remedy=remedies[name])
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
 def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, int]:
     """(B, S) of a batch whose fields fit one another."""
     _refuse(
         arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
     )
+    for name in ("use_cache", "past_key_values"):
+        if arguments.get(name) not in (None, False):
+            raise InputError(
+                name,
+                expected=f"{name} left out in training",
+                found=f"{arguments[name]!s:.40}",
+                remedy="a cache holds whole sequences; use it in eval mode or under torch.no_grad()",
+            )
     given = [name for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None]
     if not given:
         raise InputError("input_ids", expected="ids or inputs_embeds", found="neither", remedy="pass one of them")
-    shape = arguments[given[0]].shape
-    if len(shape) != (2 if given[0] == "input_ids" else 3):
-        raise InputError(given[0], expected="(B, S) ids or (B, S, C) embeddings", found=f"{tuple(shape)}", remedy="batch it")
-    rows, length = shape[:2]
+    tokens, axes = arguments[given[0]], 2 if given[0] == "input_ids" else 3
+    if not isinstance(tokens, Tensor) or tokens.ndim != axes or tokens.is_floating_point() != (axes == 3):
+        expected = "integers (B, S)" if axes == 2 else "embeddings (B, S, C)"
+        raise InputError(given[0], expected=expected, found=_shown(tokens), remedy="pass a batch of token ids")
+    rows, length = tokens.shape[:2]
     for name in ("attention_mask", "labels"):
         value = arguments.get(name)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise InputError(name, expected=f"a tensor of shape {(rows, length)}", found=found, remedy="one entry a token")
+            expected = f"a tensor of shape {(rows, length)}"
+            raise InputError(name, expected=expected, found=_shown(value), remedy="give one entry a token")
     positions = arguments.get("position_ids")
     if positions is None and arguments.get("cu_seq_lens_q") is not None:
         raise InputError(

@@ -1,0 +1,124 @@
+"""What is sent: two exchanges an attention layer each way and a gather a tower, of exactly the bytes that must move."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+import zoo
+
+import triton_sp
+from triton_sp import comm, plan
+from triton_sp.comm import Ledger
+from triton_sp.loss import shift
+
+
+@dataclass
+class Sent:
+    """Of one step on one rank: the entries of the forward, of the backward, and the sizes of the batch."""
+
+    forward: list[tuple[str, int]]
+    backward: list[tuple[str, int]]
+    tokens: int
+
+
+def step(name: str, batch_name: str, **options: bool) -> Sent:
+    case = zoo.CASES[name]
+    model, batch = triton_sp.wrap(case.build(case.dtype)), case.batches[batch_name](case.dtype)
+    with comm.record() as forward:
+        loss = zoo.loss_of(model(**batch, **options))
+    with comm.record() as backward:
+        loss.backward()
+    if "labels" not in batch:
+        tower = next(module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+        tokens = tower(batch["pixel_values"]).flatten(2).shape[-1] * len(batch["pixel_values"])
+    else:
+        mask = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+        tokens = int((mask | (shift(batch["labels"]) != -100)).sum())
+    return Sent(forward.entries, backward.entries, tokens)
+
+
+def kinds(entries: list[tuple[str, int]]) -> Counter[str]:
+    return Counter(name for name, _ in entries)
+
+
+def bytes_of(entries: list[tuple[str, int]], name: str) -> list[int]:
+    return [size for entry, size in entries if entry == name]
+
+
+LAYERS = {"llama": 2, "gemma": 2, "mistral": 2, "phi3_longrope": 2, "gpt_neox": 2}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_decoder(ranks, name: str) -> None:
+    """One message for agreement and one for the loss; nothing for masks, positions or sizes."""
+    for sent in ranks.run(step, name, "left_pad", ranks=2):
+        assert kinds(sent.forward) == {"agree": 1, "exchange": 2 * LAYERS[name], "all_reduce": 1}
+        assert kinds(sent.backward) == {"exchange": 2 * LAYERS[name]}
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip_vision", "dinov2"])
+def test_tower(ranks, name: str) -> None:
+    for sent in ranks.run(step, name, "many_images", ranks=2):
+        assert kinds(sent.forward) == {"agree": 1, "exchange": 4, "gather": 1}
+        assert kinds(sent.backward) == {"exchange": 4, "gather": 1}
+
+
+def towers_of(name: str) -> Counter[str]:
+    """The forward of a batch with images less that of one without: what the tower sends."""
+    sent = {batch: kinds(step(name, batch).forward) for batch in ("plain", "no_images")}
+    return sent["plain"] - sent["no_images"]
+
+
+def test_tower_of_a_composite(ranks) -> None:
+    """Three blocks in Qwen2.5-VL; in Qwen3-VL two of the three are tapped; LLaVA reads one of three before the last."""
+    assert ranks.run(towers_of, "qwen2_5_vl", ranks=2) == [{"exchange": 6, "gather": 1}] * 2
+    assert ranks.run(towers_of, "qwen3_vl", ranks=2) == [{"exchange": 6, "gather": 3}] * 2
+    assert ranks.run(towers_of, "llava", ranks=2) == [{"exchange": 6, "gather": 2}] * 2
+
+
+def hidden_states_read(count: int) -> int:
+    case = zoo.CASES["clip_vision"]
+    model = triton_sp.wrap(case.build(case.dtype))
+    with comm.record() as ledger:
+        out = model(**case.batches["plain"](case.dtype), output_hidden_states=True)
+        for index in range(count):
+            out.hidden_states[1 + 0 * index]
+    return ledger.count("gather")
+
+
+def test_hidden_states_are_gathered_when_read(ranks) -> None:
+    assert ranks.run(hidden_states_read, 0, ranks=2) == [1, 1]
+    assert ranks.run(hidden_states_read, 1, ranks=2) == [2, 2]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("name", "kv_heads"), [("llama", 12), ("gemma", 1)])
+def test_bytes(ranks, name: str, kv_heads: int, size: int) -> None:
+    """Of T local tokens, q and a copy of k and v for each rank that needs them go out, but for the rank's own share;
+    the results come back. The backward sends the same, the other way."""
+    heads, head_dim, width = zoo.HEADS, 8, zoo.CASES[name].dtype.itemsize
+    everyone = ranks.run(step, name, "plain", ranks=size)
+    shards = plan.shard_tokens(everyone[0].tokens, size)
+    copies = max(kv_heads, size)  # a key/value head stands in the share of every rank that has one of its query heads
+    for rank, sent in enumerate(everyone):
+        tokens, total = shards.sizes[rank], shards.total
+        inputs = tokens * (heads + 2 * copies) * (size - 1) // size * head_dim * width
+        results = (total - tokens) * heads // size * head_dim * width
+        assert bytes_of(sent.forward, "exchange") == [inputs, results] * LAYERS[name]
+        back_results = tokens * heads * (size - 1) // size * head_dim * width
+        back_inputs = (total - tokens) * (heads + 2 * copies) // size * head_dim * width
+        assert bytes_of(sent.backward, "exchange") == [back_results, back_inputs] * LAYERS[name]
+
+
+def test_ledger_sees_only_its_block() -> None:
+    with comm.record() as outer:
+        with comm.record() as inner:
+            comm._note("exchange", 3)
+        comm._note("gather", 4)
+    comm._note("gather", 5)
+    assert (inner.entries, outer.count("gather"), outer.bytes) == ([("exchange", 3)], 1, 7)
+    assert isinstance(outer, Ledger) and not dist.is_initialized()

@@ -22,7 +22,7 @@ def run(name: str, images: int) -> tuple[float, float, str, dict[str, int]]:
     """Output error, gradient error, explain's account and the collectives of a second forward."""
     model, pixels = plain_vits.build(name), plain_vits.pixels(images)
     reference = copy.deepcopy(model)
-    triton_sp.wrap(model)
+    triton_sp.wrap(model, config=triton_sp.SPConfig(plan="heads"))
     expected = reference(pixels)
     model(pixels)
     with comm.record() as ledger:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check gpu compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,13 @@ check: .venv/.ready
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest --doctest-modules triton_sp -p no:cacheprovider
+
+# On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched.
+gpu:
+	$(PYTHON) perf/gpu.py
+
+compile-table: .venv/.ready
+	$(BIN)/python tests/compile_table.py
 
 # torch first and by exact version: where a local build of it exists (CPU machines) pip takes that one, and the
 # second install then leaves it alone.

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from triton_sp import ops
@@ -121,6 +119,8 @@ def assert_exact(case, tensors=None, attend=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", DIMS if ON_GPU else [64, 72, 80, 96])
 def test_head_dims(dim, dtype):
+    if ON_GPU and dtype == torch.float32 and dim > 80:
+        pytest.skip("exact fp32 products take the compiler up to half a minute")
     assert_exact(Case(dim=dim, dtype=dtype))
 
 
@@ -161,28 +161,6 @@ def replace_dtype(case, dtype):
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 5, 0], [1], [16, 32]])
 def test_empty_and_whole_tiles(lengths):
     assert_exact(Case(lengths, slack=0 if sum(lengths) else 4, heads=1))
-
-
-@settings(max_examples=60 if ON_GPU else 8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_properties(data):
-    lengths = st.integers(0, 36)
-    segments = data.draw(st.lists(st.tuples(lengths, lengths), max_size=2))
-    k_heads = data.draw(st.integers(1, 2))
-    case = Case(
-        [q for q, _ in segments],
-        [k for _, k in segments],
-        [data.draw(st.integers(0, k)) for _, k in segments] if data.draw(st.booleans()) else None,
-        slack=data.draw(st.integers(0, 5)),
-        heads=k_heads * data.draw(st.integers(1, 2)),
-        k_heads=k_heads,
-        dim=data.draw(st.sampled_from([64, 72, 80])),
-        dtype=data.draw(st.sampled_from(DTYPES)),
-        causal=data.draw(st.booleans()),
-        window=data.draw(st.none() | st.integers(1, 30)),
-        softcap=data.draw(st.none() | st.floats(1, 10)),
-    )
-    assert_exact(case)
 
 
 def test_lse_and_its_gradient():
@@ -338,6 +316,22 @@ def test_malformed_tables_raise(table, monkeypatch):
     x = torch.zeros(9, 1, 64, device=DEVICE)
     with pytest.raises(InputError, match="cu_seqlens_q"):
         varlen_attention(x, x, x, table.to(DEVICE))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    rows, heads, dim = 140_032, 128, 128
+    assert rows * heads * dim > 2**31
+    q = torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    table = torch.arange(0, rows + 1, 64, device=DEVICE, dtype=torch.int32)
+    out = varlen_attention(q, q, q, table)
+    (grad,) = torch.autograd.grad(out, q, out.detach())
+    last = q.detach()[-64:].clone().requires_grad_()
+    alone = varlen_attention(last, last, last, table[:2])
+    assert torch.equal(out[-64:], alone)
+    assert torch.equal(grad[-64:], torch.autograd.grad(alone, last, alone.detach())[0])
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -9,7 +9,6 @@ import csv
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
@@ -59,11 +58,9 @@ def compiling_for(target: str, compiled: dict):
 
     def compile_only(self, *args, grid, warmup, **options):
         kernel = real(self, *args, grid=grid, warmup=True, **options)
-        name = (
-            self.__name__.removeprefix("attend_")
-            + ("" if options.get("DV", True) else "_dk")
-            + ("" if options.get("DK", True) else "_dv")
-        )
+        name = self.__name__.removeprefix("attend_")
+        if options.get("DK") != options.get("DV"):  # one of the two launches at D = 256
+            name += "_dk" if options["DK"] else "_dv"
         compiled[name] = kernel.result() if hasattr(kernel, "result") else kernel
 
     driver, JITFunction.run = triton.runtime.driver._active, compile_only
@@ -131,13 +128,15 @@ def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -
     else:
         ptx = compiled.asm["ptx"]
         row |= assemble(ptx, target)
-        shapes = Counter(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(m64n\d+k\d+)", ptx))
-        row["mma_sync"] = len(re.findall(r"mma\.sync\.aligned\.m\d+", ptx))
+        shapes = Counter(re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+        row["mma_sync"] = sum(n for shape, n in shapes.items() if not shape.startswith("m64"))
         row["narrow_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*?\.[bu]16", ptx))
-        if shapes:
-            issued = sum(n * 64 * int(s.split("n")[1].split("k")[0]) * int(s.split("k")[1]) for s, n in shapes.items())
-            useful = PRODUCTS[kernel] * choice.rows * choice.keys * dim
-            row["issued_over_useful"] = round(issued * choice.options["num_warps"] / 4 / useful, 3)
+        issued = 0
+        for shape, n in shapes.items():
+            m, columns, depth = map(int, re.findall(r"\d+", shape))
+            # Every warp runs the instruction; one of m64 is shared by the four of a warpgroup.
+            issued += n * m * columns * depth * choice.options["num_warps"] // (4 if m == 64 else 1)
+        row["issued_over_useful"] = round(issued / (PRODUCTS[kernel] * choice.rows * choice.keys * dim), 3)
     row["matrix"] = " ".join(f"{n}*{shape}" for shape, n in sorted(shapes.items()))
     return row
 
@@ -151,14 +150,19 @@ def rows_for(targets=TARGETS, dims=tuple(launch.SPLITS), dtypes=(torch.bfloat16,
                     yield describe(target, kernel, dim, dtype, compiled)
 
 
-def main(path: pathlib.Path = TABLE) -> None:
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+def main() -> None:
+    """Write the rows of this Triton into the table, and keep those of other versions."""
+    with open(TABLE, newline="") as file:
+        others = [row for row in csv.DictReader(file) if row["triton"] != triton.__version__]
+    rows = []
+    for row in rows_for():
+        print(*row.values(), flush=True)
+        rows.append(row)
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row in rows_for():
-            writer.writerow(row)
-            print(*row.values(), flush=True)
+        writer.writerows(sorted([*others, *rows], key=lambda row: row["triton"]))
 
 
 if __name__ == "__main__":
-    main(*map(pathlib.Path, sys.argv[1:]))
+    main()

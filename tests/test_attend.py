@@ -11,15 +11,15 @@ import torch
 from triton_sp import ops
 from triton_sp.errors import InputError
 
-CASES = pathlib.Path(__file__).parent / "attend_cases.py"
+HERE = pathlib.Path(__file__).parent
 
 
 @pytest.mark.skipif(not ops.HAS_TRITON, reason="needs Triton, of which there is none for this platform")
 def test_kernels_in_the_interpreter():
     # In a process of its own: the switch must be set before Triton is imported.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", str(CASES), "-q", "-x", "--durations=5", "-p", "no:cacheprovider"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "attend_cases.py", "attend_properties.py", "-x", "--noconftest"]
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 

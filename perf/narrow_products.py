@@ -1,0 +1,49 @@
+"""What a matrix product with 16 columns costs beside one with 32: perf/results/<gpu>/narrow_products.csv.
+
+Head dims 72 and 80 are computed as 64 + 16, and whether the 16-wide part runs at its fair share of the matrix units
+decides up to 20 % there. Each program multiplies tiles that never leave the SM, with p in registers as in attention.
+"""
+
+import statistics
+
+import torch
+import triton
+import triton.language as tl
+from attend import milliseconds
+from machine import Report
+
+STEPS = 4096
+
+
+@triton.jit
+def narrow_products(x_ptr, out_ptr, steps, BM: tl.constexpr, BK: tl.constexpr, N: tl.constexpr):  # noqa: ANN001, ANN201
+    rows, depth, cols = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, N)
+    q = tl.load(x_ptr + rows[:, None] * 64 + tl.arange(0, 64)[None, :])
+    k = tl.load(x_ptr + depth[:, None] * 64 + tl.arange(0, 64)[None, :])
+    v = tl.load(x_ptr + depth[:, None] * N + cols[None, :])
+    p = tl.dot(q, tl.trans(k)).to(q.dtype)
+    acc = tl.zeros([BM, N], tl.float32)
+    for _ in range(steps):
+        acc = tl.dot(p, v, acc)
+    tl.store(out_ptr + tl.program_id(0) * BM * N + rows[:, None] * N + cols[None, :], acc)
+
+
+def main() -> None:
+    report = Report("narrow_products", ["columns", "ms", "tflops"])
+    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    x = torch.randn(128 * 256, device="cuda", dtype=torch.bfloat16) * 0.01
+    for columns in (16, 32, 64, 128):
+        out = torch.empty(programs * 128 * columns, device="cuda")
+
+        def run(out: torch.Tensor = out, columns: int = columns) -> None:
+            narrow_products[(programs,)](x, out, STEPS, BM=128, BK=64, N=columns, num_warps=8)
+
+        for _ in range(3):
+            run()
+        median = statistics.median(milliseconds(run) for _ in range(20))
+        work = 2e-9 * programs * STEPS * 128 * 64 * columns
+        report.add(columns=columns, ms=round(median, 4), tflops=round(work / median, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The attend kernels compiled without a GPU, held to the committed table (tests/data/attend_compiled.csv).
+
+By default the cases that decide: every kernel on sm_90 at the head dims of vision towers and of language models, and
+one head dim for sm_80 and gfx942. TRITON_SP_COMPILE=all compiles the whole table, as `make compile-table` writes it.
+"""
+
+import csv
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+
+import compile_table as ct
+
+EVERYTHING = os.environ.get("TRITON_SP_COMPILE") == "all"
+CORE = [("sm_90", 72), ("sm_90", 128), ("sm_80", 80), ("gfx942", 72)]
+CASES = [(target, dim) for target in ct.TARGETS for dim in ct.launch.SPLITS] if EVERYTHING else CORE
+USEFUL = {64: 1.0, 72: 1.12, 80: 1.0, 88: 1.1, 96: 1.0, 128: 1.0, 256: 1.0}  # matrix FLOPs issued over useful, at most
+
+with open(ct.TABLE, newline="") as file:
+    TABLE = {(row["triton"], row["target"], row["kernel"], int(row["dim"])): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize(("target", "dim"), CASES)
+def test_compiled(target, dim, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path)))
+    for row in ct.rows_for([target], [dim]):
+        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
+        assert row["shared_bytes"] <= ct.SHARED_LIMIT[target], row
+        assert row["narrow_loads"] == 0 and not row["warnings"], row
+        assert row["matrix"], row
+        if target == "sm_90":
+            assert row["mma_sync"] == 0 and row["issued_over_useful"] <= USEFUL[dim], row
+        known = TABLE.get((row["triton"], target, row["kernel"], dim))
+        if known:  # another Triton than the table's keeps the rules above, but not the very numbers
+            assert row["matrix"] == known["matrix"], (row, known)
+            assert row["registers"] <= int(known["registers"]) + 8, (row, known)
+
+
+def test_table_has_every_kernel_and_no_spill():
+    versions = {version for version, *_ in TABLE}
+    assert "3.6.0" in versions and len(versions) > 1, "the oldest and the newest Triton"
+    for version in versions:
+        for target in ct.TARGETS:
+            for dim in ct.launch.SPLITS:
+                kernels = {k for v, t, k, d in TABLE if (v, t, d) == (version, target, dim)}
+                assert kernels == {"forward", "dq", *(["dkv"] if dim <= 128 else ["dkv_dk", "dkv_dv"])}
+    assert {(row["spill_bytes"], row["stack_bytes"], row["warnings"]) for row in TABLE.values()} == {("0", "0", "")}
+
+
+def test_odd_strides_still_compile(monkeypatch):
+    # Strides that are no multiple of 8 take the narrow loads that the rest must not.
+    compiled = {}
+    x = ct.torch.zeros(64, 3, 75, dtype=ct.torch.bfloat16)[..., :72]
+    table = ct.torch.tensor([0, 64], dtype=ct.torch.int32)
+    with ct.compiling_for("sm_80", compiled):
+        ct.attend.forward(x, x, x, table, table, None, scale=1.0, softcap=5.0, left=9, right=0)
+    assert "ld.global.b16" in compiled["forward"].asm["ptx"]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import torch
 from machine import ROOT, Report
 
 PYTEST = [
@@ -48,6 +49,9 @@ def steps() -> dict[str, tuple[list[str], float]]:
 
 
 def main() -> int:
+    if not torch.cuda.is_available():
+        print("make gpu needs a GPU that PyTorch can see; there is none here")
+        return 2
     # The repository is found without being installed; the kernels' own choice of device must not be overridden.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)

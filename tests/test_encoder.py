@@ -29,7 +29,7 @@ def run_encoder(gradient: str) -> tuple[float, float, float, str]:
     torch.manual_seed(0)
     blocks = nn.ModuleList(plain_vits.RotaryBlock() for _ in range(2)).double()
     reference = copy.deepcopy(blocks)
-    encoder = ShardedEncoder(blocks, None, triton_sp.SPConfig(gradient=gradient))
+    encoder = ShardedEncoder(blocks, None, triton_sp.SPConfig(gradient=gradient, plan="heads"))
     angles = random(7, WIDTH // plain_vits.HEADS)
     x, y = random(3, 7, WIDTH).requires_grad_(), random(3, 7, WIDTH).requires_grad_()
     expected, out = x, encoder(y, angles)

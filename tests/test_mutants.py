@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import zoo
 from torch import Tensor
 
-from triton_sp import comm, loss
+from triton_sp import SPConfig, comm, loss
 from triton_sp.wrappers import model
 
 
@@ -66,7 +66,7 @@ BATCH = {"vit": "many_images", "llama": "right_pad"}
 
 
 def run(mutant: str | None, name: str, reference: Path) -> parity.Parity:
-    case, plan = zoo.CASES[name], parity.Plan(BATCH[name])
+    case, plan = zoo.CASES[name], parity.Plan(BATCH[name], config=SPConfig(plan="heads"))
     if mutant is None:
         return parity.run(case, plan, reference)
     _, owner, attribute, broken = MUTANTS[mutant]

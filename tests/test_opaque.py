@@ -14,6 +14,7 @@ from triton_sp import comm, errors
 from triton_sp.testing import RankError, relative_error
 from triton_sp.wrappers.trial import HEADS, WHOLE
 
+HEADS_PLAN = triton_sp.SPConfig(plan="heads")  # whatever the cost model thinks of models this small
 METHODS = dict.fromkeys(plain_vits.MODELS, HEADS) | {"matmul": WHOLE, "mixing": WHOLE, "scaled": WHOLE}
 METHODS.pop("conv")
 
@@ -22,7 +23,7 @@ def run(name: str, images: int) -> tuple[float, float, str, dict[str, int]]:
     """Output error, gradient error, explain's account and the collectives of a second forward."""
     model, pixels = plain_vits.build(name), plain_vits.pixels(images)
     reference = copy.deepcopy(model)
-    triton_sp.wrap(model, config=triton_sp.SPConfig(plan="heads"))
+    triton_sp.wrap(model, config=HEADS_PLAN)
     expected = reference(pixels)
     model(pixels)
     with comm.record() as ledger:
@@ -50,12 +51,30 @@ def test_parity(ranks, name: str, size: int) -> None:
             assert forward == {"exchange": 0, "gather": blocks + 1}
 
 
+def run_segments(name: str) -> tuple[float, dict[str, int]]:
+    """Shards that are whole images need no exchange, whatever way a block attends."""
+    model, pixels = plain_vits.build(name), plain_vits.pixels(4)
+    expected = model(pixels)
+    triton_sp.wrap(model, config=triton_sp.SPConfig(plan="segments"))
+    model(pixels)
+    with comm.record() as ledger:
+        out = model(pixels)
+    return relative_error(out, expected), {kind: ledger.count(kind) for kind in ("exchange", "gather")}
+
+
+@pytest.mark.parametrize("name", ["sdpa", "matmul", "mixing"])
+def test_whole_images(ranks, name: str) -> None:
+    for error, sent in ranks.run(run_segments, name, ranks=2):
+        assert error < 1e-10
+        assert sent["exchange"] == 0
+
+
 def run_inference(name: str) -> float:
     """eval and no_grad: torch's own layers take another way then."""
     model, pixels = plain_vits.build(name).eval(), plain_vits.pixels(2)
     with torch.no_grad():
         expected = model(pixels)
-        return relative_error(triton_sp.wrap(model)(pixels), expected)
+        return relative_error(triton_sp.wrap(model, config=HEADS_PLAN)(pixels), expected)
 
 
 @pytest.mark.parametrize("name", ["torch_layers", "torch_encoder", "tokens_first", "multihead"])

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import zoo
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
@@ -32,6 +33,11 @@ def build(name: str) -> nn.Module:
 def batch_of(name: str, batch: str | None = None) -> zoo.Batch:
     case = zoo.CASES[name]
     return case.batches[batch or next(iter(case.batches))](case.dtype)
+
+
+def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
+    """Heads exchanged, whatever the cost model thinks of models this small."""
+    return triton_sp.wrap(model, group, SPConfig(plan="heads", **options))
 
 
 def train(model: nn.Module, batch: zoo.Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -61,7 +67,7 @@ def names_before_and_after(name: str) -> None:
     parameters = list(dict(model.named_parameters()))
     classes = [type(module) for module in model.modules()]
     assert sorted(model.state_dict()) == FROZEN[name]
-    triton_sp.wrap(model)
+    wrap(model)
     for _ in range(2):  # before the first forward, and after it
         assert sorted(model.state_dict()) == FROZEN[name]
         assert list(dict(model.named_parameters())) == parameters
@@ -78,7 +84,7 @@ def wrap_and_unwrap(name: str) -> None:
     model, batch = build(name), batch_of(name)
     expected = train(model, batch)
     attributes = {path: dict(module.__dict__) for path, module in model.named_modules()}
-    assert triton_sp.wrap(model) is model
+    assert wrap(model) is model
     train(model, batch)
     assert triton_sp.unwrap(model) is model
     for path, module in model.named_modules():
@@ -87,7 +93,7 @@ def wrap_and_unwrap(name: str) -> None:
         assert module.__dict__.get("config") is attributes[path].get("config"), path
     assert_same_step(train(model, batch), expected)
     assert triton_sp.unwrap(model) is model
-    assert_same_step(train(triton_sp.wrap(model), batch), expected, 1e-5)
+    assert_same_step(train(wrap(model), batch), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -96,10 +102,10 @@ def test_unwrap_restores(ranks, name: str) -> None:
 
 
 def wrap_twice() -> None:
-    model = triton_sp.wrap(build("llama"))
+    model = wrap(build("llama"))
     forwards = {path: module.forward for path, module in model.named_modules()}
-    assert triton_sp.wrap(model) is model
-    assert triton_sp.wrap(model, dist.group.WORLD, SPConfig()) is model
+    assert wrap(model) is model
+    assert wrap(model, dist.group.WORLD) is model
     assert all(module.forward is forwards[path] for path, module in model.named_modules() if "forward" in vars(module))
 
 
@@ -108,7 +114,7 @@ def two_models_of_one_config() -> None:
     model, other = (type(build("llava"))(config).double() for _ in range(2))
     other.load_state_dict(model.state_dict())
     expected = train(other, batch)
-    triton_sp.wrap(model)
+    wrap(model)
     assert_same_step(train(other, batch), expected)
     assert_same_step(train(model, batch), expected, 1e-5)
     assert_same_step(train(other, batch), expected)
@@ -128,7 +134,7 @@ def inner_modules_run_plain() -> None:
         ]
 
     expected = inner()
-    triton_sp.wrap(model)
+    wrap(model)
     if dist.get_rank() == 0:  # each rank by itself: nothing waits for the others
         assert all(torch.equal(x, y) for x, y in zip(inner(), expected, strict=True))
 
@@ -142,7 +148,7 @@ def one_rank_is_bitwise(name: str) -> None:
     model = build(name)
     for batch in zoo.CASES[name].batches:
         expected = train(triton_sp.unwrap(model), batch_of(name, batch))
-        assert_same_step(train(triton_sp.wrap(model), batch_of(name, batch)), expected)
+        assert_same_step(train(wrap(model), batch_of(name, batch)), expected)
 
 
 @pytest.mark.parametrize("name", [*VARIED, "qwen3_vl", "dinov2", "phi3_longrope"])
@@ -156,7 +162,7 @@ def test_one_rank_is_bitwise(ranks, name: str) -> None:
 def copies(name: str) -> None:
     model, batch = build(name), batch_of(name)
     expected = train(copy.deepcopy(model), batch)
-    triton_sp.wrap(model)
+    wrap(model)
     early = copy.deepcopy(model)
     buffer = io.BytesIO()  # before the first forward: transformers puts hooks into LLaVA then that do not pickle
     torch.save(model, buffer)
@@ -186,7 +192,7 @@ def saved_config(folder: str) -> None:
         model.save_pretrained(target)
         if dist.get_rank() == 0:  # the one that transformers lets write
             files.append({file.name: file.read_bytes() for file in target.iterdir()})
-        triton_sp.wrap(model)
+        wrap(model)
     if dist.get_rank():
         return
     assert files[0] == files[1]
@@ -202,7 +208,7 @@ def generation(name: str) -> None:
     batch = {key: value for key, value in batch_of(name).items() if key != "labels"}
     options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
     expected = model.generate(**batch, **options)
-    triton_sp.wrap(model)
+    wrap(model)
     if dist.get_rank() == 0:  # alone: nothing waits for the others
         assert torch.equal(model.generate(**batch, **options), expected)
     train(model.train(), batch_of(name))
@@ -221,7 +227,7 @@ def gathered_logits(name: str, batch_name: str) -> None:
     labels = batch.pop("labels")
     with torch.no_grad():
         expected = model(**batch).logits
-        triton_sp.wrap(model, config=SPConfig(gather_logits=True))
+        wrap(model, gather_logits=True)
         out = model(**batch)
     mask = batch.get("attention_mask", torch.ones_like(labels)).bool()
     assert out.loss is None
@@ -245,7 +251,7 @@ def headless(gather: bool) -> None:
     del batch["labels"]
     reference = copy.deepcopy(model)
     expected = reference(**batch).last_hidden_state
-    triton_sp.wrap(model, config=SPConfig(gather_logits=True, gradient="mean" if gather else "sum"))
+    wrap(model, gather_logits=True, gradient="mean" if gather else "sum")
     out = model(**batch).last_hidden_state
     assert relative_error(out, expected) < 1e-10
     expected.square().sum().backward()
@@ -262,7 +268,7 @@ def test_base_model(ranks, gather: bool) -> None:
 def hidden_states_of_a_tower(gradient: str) -> None:
     model, batch = build("clip_vision"), batch_of("clip_vision")
     reference = copy.deepcopy(model)
-    triton_sp.wrap(model, config=SPConfig(gradient=gradient))
+    wrap(model, gradient=gradient)
     found, expected = (m(**batch, output_hidden_states=True).hidden_states for m in (model, reference))
     assert len(found) == len(expected)
     assert all(relative_error(x, y) < 1e-10 for x, y in zip(found, expected, strict=True))
@@ -280,7 +286,7 @@ def test_hidden_states(ranks, gradient: str) -> None:
 @pytest.mark.parametrize("name", ["llava", "vit"])
 def test_gradient_sum(ranks, reference, name: str) -> None:
     batch = "right_pad" if name == "llava" else "plain"
-    plan = parity.Plan(batch, config=SPConfig(gradient="sum"))
+    plan = parity.Plan(batch, config=SPConfig(gradient="sum", plan="heads"))
     for results in ranks.run(parity.run_all, name, [plan], {batch: reference(name, batch)}, ranks=3):
         results[0].assert_within(parity.TOLERANCE[torch.float64])
 
@@ -289,7 +295,7 @@ def losses() -> None:
     """num_items_in_batch, no label at all, and fewer tokens than ranks."""
     model, batch = build("llama"), batch_of("llama", "left_pad")
     reference = copy.deepcopy(model)
-    triton_sp.wrap(model)
+    wrap(model)
     for items in (7, torch.tensor(7)):
         counted = batch | {"num_items_in_batch": items}
         assert_same_step(train(model, counted), train(reference, counted), 1e-5)
@@ -314,7 +320,7 @@ def fewer_tokens_than_ranks(name: str) -> None:
         batch["image_grid_thw"] = torch.tensor([[1, 2, 2]])
         batch["pixel_values"] = zoo.pixels(4, 3 * 2 * zoo.PATCH**2, dtype=torch.float64)
     expected = train(copy.deepcopy(model), batch)
-    assert_same_step(train(triton_sp.wrap(model), batch), expected, 1e-5)
+    assert_same_step(train(wrap(model), batch), expected, 1e-5)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same_step(train(model, batch), expected, 1e-5)
 
@@ -349,9 +355,32 @@ def data_and_sequence_parallel(how: str) -> None:
         group = Mpu(groups[pair]) if how == "mpu" else groups[pair]
     model, batch = build("llava"), batch_of("llava", ["plain", "right_pad"][pair])
     expected = train(copy.deepcopy(model), batch)
-    assert_same_step(train(triton_sp.wrap(model, group), batch), expected, 1e-5)
+    assert_same_step(train(wrap(model, group), batch), expected, 1e-5)
 
 
 @pytest.mark.parametrize("how", ["mesh", "axis", "mpu", "group"])
 def test_groups(ranks, how: str) -> None:
     ranks.run(data_and_sequence_parallel, how, ranks=4)
+
+
+# --- checkpointing from outside ------------------------------------------------------------------------------------
+
+
+def checkpointed_decoder(first: bool) -> None:
+    """torch's checkpoint_wrapper around decoder layers, put on before wrap or after; the tower has none."""
+    model, batch = build("llava"), batch_of("llava", "right_pad")
+    expected = train(copy.deepcopy(model), batch)
+    layers = {id(layer) for layer in model.model.language_model.layers}
+    for step in ("checkpoint", "wrap") if first else ("wrap", "checkpoint"):
+        if step == "wrap":
+            wrap(model)
+        else:
+            apply_activation_checkpointing(model, check_fn=lambda module: id(module) in layers)
+    loss, grads = train(model, batch)
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
+    assert_same_step((loss, plain), expected, 1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoints_around_decoder_layers(ranks, first: bool) -> None:
+    ranks.run(checkpointed_decoder, first, ranks=2)

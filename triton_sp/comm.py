@@ -35,7 +35,7 @@ class Group:
     @property
     def process_group(self) -> dist.ProcessGroup:
         try:
-            return _resolve_process_group(self.name)
+            return _resolve_process_group(self.name)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise GroupError(
                 "group",
@@ -269,7 +269,9 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 def control_device(group: Group) -> torch.device:
     """Where small host-side messages travel: the CPU if the group has a CPU backend, else this rank's GPU."""
     types = {torch.device(kind).type for kind in group.process_group._device_types}
-    return torch.device("cpu") if "cpu" in types else torch.device(types.pop(), torch.accelerator.current_device_index())
+    return (
+        torch.device("cpu") if "cpu" in types else torch.device(types.pop(), torch.accelerator.current_device_index())
+    )
 
 
 def _all_notices(notice: bytes, group: Group) -> list[bytes]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from torch import nn
 
@@ -10,16 +11,36 @@ from triton_sp import models
 from triton_sp.errors import SPError
 from triton_sp.wrappers.install import installation_of
 from triton_sp.wrappers.opaque import method_of
+from triton_sp.wrappers.trial import WHOLE
+
+LEGEND = {
+    "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v out by one "
+    "all-to-all and gets its tokens' results by another; none where segments (images, windows, documents) lie whole on "
+    "ranks. A vision tower ends in one gather.",
+    WHOLE: "this attention multiplies its matrices itself, so each rank gathers its input, computes it all and keeps "
+    "its tokens. Calling torch.nn.functional.scaled_dot_product_attention instead divides the work.",
+    "left whole": "every rank computes all of it, as without triton_sp.",
+    "refused": "wrap raises this error, rather than compute something else.",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One part of a model."""
+    """One part of a model.
+
+    Attributes:
+        part: the name of the stack of blocks in the model.
+        kind: what it was taken for, and its family.
+        heads: query heads, "/" key/value heads where these are fewer.
+        heads_per_rank: mean number of query heads that a rank attends with.
+        decision: "sharded", "left whole", "refused", or "unchanged" on one rank.
+    """
 
     part: str
     kind: str
-    layers: int
+    layers: int | None
     heads: str
+    heads_per_rank: str
     decision: str
     why: str
 
@@ -32,59 +53,70 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        columns = ("part", "kind", "layers", "heads", "decision", "why")
-        cells = [columns] + [tuple(str(getattr(row, name)) for name in columns) for row in self.rows]
+        columns = [field.name for field in fields(Row)]
+        cells = [[column.replace("_", " ") for column in columns]]
+        cells += [["" if (cell := getattr(row, name)) is None else str(cell) for name in columns] for row in self.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
         ]
-        return "\n".join([self.title, *lines])
+        told = [
+            f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
+        ]
+        return "\n".join([self.title, *lines, *told])
 
 
-def explain(model: nn.Module) -> Explanation:
-    """Say what was found in a model, what is sharded how, what is refused or left whole, and why. Runs nothing.
+def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
+    """Say what was found in a model, what is sharded, refused or left whole, and why. Runs nothing.
 
     Args:
         model: wrapped or not; of a model that is not, it says what wrap would do.
+        ranks: the group size to reckon with for a model that is not wrapped.
 
     >>> from transformers import CLIPVisionConfig, CLIPVisionModel
     >>> tiny = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
-    >>> row = explain(CLIPVisionModel(tiny)).rows[0]
-    >>> row.part, row.kind, row.layers, row.heads, row.decision
-    ('encoder.layers', 'vision tower (clip_vision_model)', 2, '2', 'would be sharded')
+    >>> row = explain(CLIPVisionModel(tiny), ranks=2).rows[0]
+    >>> row.part, row.kind, row.layers, row.heads, row.heads_per_rank, row.decision
+    ('encoder.layers', 'vision tower (clip_vision_model)', 2, '2', '1', 'sharded')
     """
     installation = installation_of(model)
+    if installation is not None:
+        ranks = installation.group.size
+        state = f"wrapped, {ranks} rank{'s' * (ranks > 1)} share each batch"
+    else:
+        state = "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else "")
     try:
         anatomy = installation.anatomy if installation else models.find(model)
     except SPError as error:
-        return Explanation(f"{type(model).__name__}: refused", (Row("", "", 0, "", "refused", str(error)),))
-    ranks = installation.group.size if installation else None
-    state = f"wrapped on {ranks} ranks" if installation else "not wrapped"
-    rows = [_row(stack, "vision tower", ranks) for stack in anatomy.towers]
+        return Explanation(f"{type(model).__name__}: {state}", (Row("", "", None, "", "", "refused", str(error)),))
+    rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
-    rows += [Row(name, "other", 0, "", "left whole", reason) for name, reason in anatomy.whole]
+    rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
     return Explanation(f"{type(model).__name__}: {state}", tuple(rows))
 
 
 def _heads(stack: models.Stack) -> tuple[int, int] | None:
     """(query, key/value) heads as the configuration has them; what counts at run time are the shapes."""
-    config = getattr(stack.attention[0], "config", None) if stack.attention else None
+    unit: Any = stack.attention[0] if stack.attention else None
+    config = getattr(unit, "config", unit)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
-    return (heads, getattr(config, "num_key_value_heads", None) or heads) if heads else None
+    return (heads, getattr(config, "num_key_value_heads", None) or heads) if isinstance(heads, int) else None
 
 
 def _row(stack: models.Stack, kind: str, ranks: int | None) -> Row:
     heads = _heads(stack)
     shown = "" if heads is None else str(heads[0]) if heads[0] == heads[1] else f"{heads[0]}/{heads[1]}"
-    decision = "sharded" if ranks else "would be sharded"
-    why = "known family" if stack.known else "attention goes through transformers' interface; other layers token-wise"
+    share = f"{heads[0] / ranks:.3g}" if heads and ranks else ""
+    decision, why = (
+        "sharded",
+        "known family" if stack.known else "its attention can be exchanged, the rest is token-wise",
+    )
     if not stack.door:
-        why = "attention of its own: " + ", ".join(
-            sorted({method_of(block) or "decided on the first call" for block in stack.blocks})
-        )
+        methods = {method_of(block) for block in stack.blocks}
+        why = ", ".join(sorted(method or "how is tried out on the first call" for method in methods))
     if ranks == 1:
         decision, why = "unchanged", "one rank"
     if stack.refusal is not None:
         decision, why = "refused", str(stack.refusal)
-    return Row(stack.name, f"{kind} ({stack.family})", len(stack.blocks), shown, decision, why)
+    return Row(stack.name, f"{kind} ({stack.family})", len(stack.blocks), shown, share, decision, why)

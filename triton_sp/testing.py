@@ -13,6 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ def _serve(rank: int, pipe: Connection) -> None:
         store, ranks, function, args = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-            pipe.send((True, function(*args)))
+            answer = ForkingPickler.dumps((True, function(*args)))
         except BaseException as error:
-            pipe.send((False, (error, traceback.format_exc())))
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            answer = ForkingPickler.dumps((False, (error, traceback.format_exc())))
+        if dist.is_initialized():
+            dist.destroy_process_group()  # before the answer: the store's folder goes away then
+        pipe.send_bytes(answer)
 
 
 class RankError(AssertionError):
@@ -84,7 +85,7 @@ class RankPool:
         with tempfile.TemporaryDirectory() as folder:
             for _, pipe in self._workers[:ranks]:
                 pipe.send((Path(folder) / "store", ranks, function, args))
-            for rank, (process, pipe) in enumerate(self._workers[:ranks]):
+            for rank, (_, pipe) in enumerate(self._workers[:ranks]):
                 if not pipe.poll(timeout):
                     self.close()
                     raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {timeout} s")

@@ -91,13 +91,9 @@ def attention_forward(
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
     scope.tally["attention"] += 1
     tokens = len(scope.stream.shards.range(scope.stream.group.rank))
+    q, k, v = (x[:tokens] for x in _packed(query, key, value))
     out = pipeline.attention(
-        *(x[:tokens] for x in _packed(query, key, value)),
-        scope.stream,
-        causal=causal,
-        window=sliding_window,
-        softcap=softcap,
-        scale=scaling,
+        q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, scale=scaling
     )
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 

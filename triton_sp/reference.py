@@ -136,3 +136,49 @@ def _window(flat: Tensor, rows: int, heads: int, start: int, stride: int) -> Ten
     """(rows, heads, D) of a buffer (size, D): `heads` neighbouring vectors, every `stride`."""
     dim = flat.shape[-1]
     return flat.as_strided((rows, heads, dim), (stride * dim, dim, 1), flat.storage_offset() + start * dim)
+
+
+def norm_and_rotate(
+    x_THD: Tensor, tables: tuple[Tensor, Tensor] | None, weight_D: Tensor | None, eps: float, interleaved: bool
+) -> Tensor:
+    """RMSNorm over D, then rotary embeddings by tables cos, sin (T, D); see `packing.pack_rotated`."""
+    wide = torch.promote_types(x_THD.dtype, torch.float32)
+    x = x_THD.to(wide)
+    if weight_D is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide)
+    if tables is not None:
+        cos, sin = (table.to(wide)[:, None] for table in tables)
+        x = x * cos + _quarter_turn(x, interleaved) * sin
+    return x.to(x_THD.dtype)
+
+
+def norm_and_rotate_backward(
+    grad_THD: Tensor,
+    x_THD: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    weight_D: Tensor | None,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of the weight (0 without one)."""
+    wide = torch.promote_types(x_THD.dtype, torch.float32)
+    grad, x = grad_THD.to(wide), x_THD.to(wide)
+    if tables is not None:
+        cos, sin = (table.to(wide)[:, None] for table in tables)
+        grad = grad * cos - _quarter_turn(grad * sin, interleaved)
+    if weight_D is None:
+        return grad.to(x_THD.dtype), grad.new_zeros(x.shape[-1])
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit = x * scale
+    weight_grad = (grad * unit).sum((0, 1))
+    grad = grad * weight_D.to(wide)
+    grad = scale * (grad - unit * (grad * unit).mean(-1, keepdim=True))
+    return grad.to(x_THD.dtype), weight_grad
+
+
+def _quarter_turn(x: Tensor, interleaved: bool) -> Tensor:
+    """Each pair of columns (a, b) becomes (-b, a); its adjoint is its negative."""
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import plain_vits
 import pytest
 import torch
 from parity import gradient_error, gradients
+from torch.utils.checkpoint import checkpoint
 
 import triton_sp
 from triton_sp import comm, errors
@@ -104,3 +106,70 @@ def run_one_image_a_rank(name: str) -> str:
 def test_trial_does_not_depend_on_the_batch(ranks) -> None:
     for told in ranks.run(run_one_image_a_rank, "mixing", ranks=2):
         assert WHOLE in told
+
+
+def run_unwrap(name: str) -> None:
+    model, pixels = plain_vits.build(name), plain_vits.pixels(2)
+    expected = model(pixels)
+    attributes = [set(vars(module)) for module in model.modules()]
+    triton_sp.wrap(model, config=HEADS_PLAN)
+    twin = copy.deepcopy(model)
+    for wrapped in (model, twin, copy.deepcopy(model)):  # a copy of one that was called, and of one that was not
+        assert relative_error(wrapped(pixels), expected) < 1e-10
+    triton_sp.unwrap(model)
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(model(pixels), expected)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "multihead", "matmul"])
+def test_unwrap_and_copies(ranks, name: str) -> None:
+    ranks.run(run_unwrap, name, ranks=2)
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(plain_vits.Block() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+def run_checkpointed() -> None:
+    model = triton_sp.wrap(Checkpointed(), config=HEADS_PLAN)
+    model(torch.ones(2, 5, plain_vits.WIDTH, requires_grad=True)).sum().backward()
+
+
+def run_dropout() -> None:
+    layer = torch.nn.TransformerEncoderLayer(plain_vits.WIDTH, plain_vits.HEADS, 32, dropout=0.1, batch_first=True)
+    model = triton_sp.wrap(torch.nn.TransformerEncoder(layer, 2), config=HEADS_PLAN)
+    model(torch.ones(2, 5, plain_vits.WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("job", "found"), [(run_checkpointed, "a checkpoint around it"), (run_dropout, "dropout_p=0.1")]
+)
+def test_refused_when_they_happen(ranks, job: Callable[[], None], found: str) -> None:
+    with pytest.raises(RankError) as caught:
+        ranks.run(job, ranks=2, timeout=60)
+    for rank in range(2):
+        error = caught.value.errors[rank]
+        assert isinstance(error, errors.UnsupportedModelError) and found in error.found
+
+
+def run_padding_mask() -> float:
+    """A mask that differs between images, in inference, where torch would go on with nested tensors."""
+    torch.manual_seed(0)
+    model = torch.nn.TransformerEncoder(plain_vits.torch_layer(True), 2).double().eval()
+    x = torch.randn(2, 5, plain_vits.WIDTH, dtype=torch.float64)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=mask)
+        out = triton_sp.wrap(model, config=HEADS_PLAN)(x, src_key_padding_mask=mask)
+    return relative_error(out[~mask], expected[~mask])
+
+
+def test_padding_mask(ranks) -> None:
+    assert max(ranks.run(run_padding_mask, ranks=2)) < 1e-10

@@ -8,6 +8,7 @@ between its blocks (DeepStack mergers, LLaVA's second to last hidden state) is g
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
@@ -141,7 +142,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
         return override.original(*args, **kwargs)
     stack = _stack_of(override)
     tower = TowerPass(override.installation.group, stack, override.installation.config)
-    with active(tower), bound_checkpoints(stack.module):
+    with active(tower), bound_checkpoints(stack.module), nullcontext() if stack.door else opaque.no_fast_path():
         out = override.original(*args, **kwargs)
     tower.last_output = None
     layers = len(stack.attention if stack.door else stack.blocks)

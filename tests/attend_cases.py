@@ -321,6 +321,12 @@ def test_malformed_tables_raise(table, monkeypatch):
         varlen_attention(x, x, x, table.to(DEVICE))
 
 
+def test_tables_must_be_on_the_device_of_q():
+    x = torch.zeros(9, 1, 64, device=DEVICE)
+    with pytest.raises(InputError, match="on meta"):
+        varlen_attention(x, x, x, torch.tensor([0, 9], device="meta"))
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_more_than_two_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:

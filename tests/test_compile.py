@@ -57,3 +57,15 @@ def test_odd_strides_still_compile(monkeypatch):
     with ct.compiling_for("sm_80", compiled):
         ct.attend.forward(x, x, x, table, table, None, scale=1.0, softcap=5.0, left=9, right=0)
     assert "ld.global.b16" in compiled["forward"].asm["ptx"]
+
+
+def test_tuned_launches_take_the_place_of_the_table(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    path.write_text('{"cuda:90 forward 72": [64, 32, {"num_warps": 4, "num_stages": 1}]}')
+    monkeypatch.setenv("TRITON_SP_TUNED", str(path))
+    ct.launch.tuned.cache_clear()
+    with ct.compiling_for("sm_90", {}):
+        tuned, other = (ct.launch.choose("forward", dim, ct.torch.bfloat16) for dim in (72, 80))
+    ct.launch.tuned.cache_clear()
+    assert (tuned.rows, tuned.keys, tuned.options) == (64, 32, {"num_warps": 4, "num_stages": 1})
+    assert other.rows == 128

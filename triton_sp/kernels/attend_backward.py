@@ -206,7 +206,7 @@ def backward(
     common = (rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer, scale)
     choice, dkv = launch.choose("dq", dim, q.dtype), launch.choose("dkv", dim, q.dtype)
     # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
-    lse2, delta = torch.empty(2, heads * rows + dkv.rows, dtype=torch.float32, device=q.device)
+    lse2, delta = (torch.empty(heads * rows + dkv.rows, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
         unit, strides = launch.strides(q, k, v, out, dout, dq)
         attend_dq[(rows // choice.rows + segments + 1, heads)](

@@ -18,6 +18,9 @@ from triton_sp.errors import UnsupportedKernelError
 
 UNLIMITED = 1 << 30  # a reach (of `left` or `right`) that no segment exceeds, and that can be added without overflow
 
+# Triton 3.7 reads outside shared memory where a tile 32 wide meets wgmma (triton issue 11366, seen with 3.7.1).
+NO_32_WIDE = triton.__version__.startswith("3.7.")
+
 # Arguments that change from batch to batch: specialising on them (is it 1? is it a multiple of 16?) would only compile
 # the same kernel again.
 RUNTIME = [
@@ -117,9 +120,8 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
             found=str(dim),
             remedy="pad q, k and v with zeros to the next of these, or run the reference on the CPU",
         )
-    allowed = (
-        (torch.float32, torch.float16) if where == "interpreter" else (torch.float32, torch.float16, torch.bfloat16)
-    )
+    # Triton's interpreter multiplies the bit patterns of bf16 (3.6.0 and 3.9.0), without a word.
+    allowed = [torch.float32, torch.float16] + [torch.bfloat16] * (where != "interpreter")
     if dtype not in allowed:
         raise UnsupportedKernelError(
             "dtype of q, k, v",
@@ -130,6 +132,8 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
     rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= dim)
     rows, keys, options = tuned().get(f"{where} {kernel} {dim}", (rows, keys, options))
+    if NO_32_WIDE and where == "cuda:90":
+        rows, keys = max(rows, 64), max(keys, 64)
     return Choice(rows, keys, split(dim), where == "cuda:90", options)
 
 
@@ -140,8 +144,7 @@ def split(dim: int) -> tuple[int, int]:
     ((64, 16), (64, 16), (128, 128))
     """
     first, second = SPLITS[dim]
-    # Triton 3.7 reads outside shared memory where a 32-wide tile meets wgmma (triton issue 11366, seen with 3.7.1).
-    return (first, 64) if second == 32 and triton.__version__.startswith("3.7") else (first, second)
+    return (first, 64) if second == 32 and NO_32_WIDE else (first, second)
 
 
 def dense_rows(x: Tensor) -> Tensor:

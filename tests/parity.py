@@ -65,7 +65,9 @@ def loss_of(out: Any, labels: Tensor | None) -> Tensor:
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters() if p.requires_grad
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
     }
 
 

@@ -103,6 +103,25 @@ def _process_group(group: Any) -> Any:
     )
 
 
+def start_ranks(ranks: int, module: str, *arguments: str) -> None:
+    """Run a module in so many processes on this machine, as torchrun does."""
+    from torch.distributed.run import main as torchrun
+
+    torchrun(["--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments])
+
+
+def join_world(device: torch.device) -> Group:
+    """Start torch.distributed from torchrun's environment, for programs of our own, and return the group of all."""
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else None)
+    return resolve_group()
+
+
+def leave_world() -> None:
+    dist.destroy_process_group()
+
+
 # --- what was sent -----------------------------------------------------------------------------------------------
 
 
@@ -232,6 +251,12 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over ranks, without a gradient."""
     _note("all_reduce", x.numel() * x.element_size())
     return funcol.wait_tensor(funcol.all_reduce(x.detach(), "sum", group.process_group))
+
+
+def largest(value: float, group: Group, device: torch.device) -> float:
+    """The largest of the ranks' values."""
+    everyone = funcol.all_reduce(torch.tensor(value, device=device), "max", group.process_group)
+    return float(funcol.wait_tensor(everyone))
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group, scale: float) -> None:

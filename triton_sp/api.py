@@ -36,7 +36,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
         GroupError: no usable group. InputError: not a module, or wrapped with other settings before.
         UnsupportedModelError: a part that cannot be sharded correctly; names the module and the remedy.
 
-    >>> import torch.distributed as dist
+    >>> import torch, torch.distributed as dist
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     >>> tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)

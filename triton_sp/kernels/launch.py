@@ -134,7 +134,8 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
     rows, keys, options = tuned().get(f"{where} {kernel} {dim}", (rows, keys, options))
     if NO_32_WIDE and where == "cuda:90":
         rows, keys = max(rows, 64), max(keys, 64)
-    return Choice(rows, keys, split(dim), where == "cuda:90", options)
+    # The interpreter takes the branch too: it is what must be proven, the other path masks every block.
+    return Choice(rows, keys, split(dim), where in ("cuda:90", "interpreter"), options)
 
 
 def split(dim: int) -> tuple[int, int]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from triton_sp.anatomy import Anatomy, Stack, attention_like, is_hf, uses_door
 from triton_sp.errors import UnsupportedModelError
 
 
@@ -72,54 +73,6 @@ _BLOCK_PARAMETERS = {
 }  # fmt: skip
 
 
-@dataclass(eq=False)
-class Stack:
-    """One list of blocks and the attention modules in it."""
-
-    name: str
-    module: nn.Module  # the model whose forward runs the blocks
-    blocks: list[nn.Module]
-    attention: list[nn.Module]  # one or more a block, in order
-    family: str
-    door: bool  # attention goes through transformers' attention interface; otherwise it is opaque
-    refusal: UnsupportedModelError | None = None
-    known: bool = False
-    taps: list[nn.Module] = field(default_factory=list)
-    unit: int = 1  # neighbouring tokens that a tap or merger needs together
-    rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
-    tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
-
-
-@dataclass(eq=False)
-class Anatomy:
-    """What `find` found in one model.
-
-    Attributes:
-        entry: the module whose forward takes the batch.
-        whole: names of stacks that stay unsharded on purpose, with the reason.
-    """
-
-    entry: nn.Module
-    towers: list[Stack]
-    decoder: Stack | None
-    whole: list[tuple[str, str]]
-
-    @property
-    def stacks(self) -> list[Stack]:
-        return self.towers + ([self.decoder] if self.decoder else [])
-
-
-def is_hf(module: nn.Module) -> bool:
-    """Whether a module is a Hugging Face model, without importing transformers for those who do not use it."""
-    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
-
-
-def uses_door(module: nn.Module) -> bool:
-    """Whether a module's own forward calls transformers' attention interface."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
-
-
 def find(model: nn.Module) -> Anatomy:
     """Find the parts of a model; `Stack.refusal` says which of them cannot be sharded correctly.
 
@@ -156,7 +109,7 @@ def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Modul
         lists = [
             (name, blocks)
             for name, blocks in lists
-            if any(_attention_like(m) for block in blocks for m in block.modules())
+            if any(attention_like(m) for block in blocks for m in block.modules())
         ]
         if lists:
             name, blocks = max(lists, key=lambda item: len(item[1]))
@@ -170,11 +123,6 @@ def _innermost_model(owner: nn.Module, path: str) -> nn.Module:
         if is_hf(module):
             innermost = module
     return innermost
-
-
-def _attention_like(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return "attention" in name or "attn" in name
 
 
 def _takes_pixels(module: nn.Module) -> bool:
@@ -214,7 +162,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     elif attention:
         anatomy.whole.append((name, f"{family}: neither takes pixels nor is causal"))
     else:
-        found = type(next(m for m in blocks[0].modules() if _attention_like(m))).__name__
+        found = type(next(m for m in blocks[0].modules() if attention_like(m))).__name__
         stack.refusal = UnsupportedModelError(
             name,
             expected="attention that goes through transformers' attention interface",
@@ -282,7 +230,7 @@ def _token_wise(module: nn.Module) -> bool:
         return True
     source = type(module).__module__
     if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
-        return not _attention_like(module)
+        return not attention_like(module)
     return any(word in type(module).__name__ for word in _TOKEN_WISE)
 
 
@@ -333,7 +281,7 @@ def _opaque_stacks(model: nn.Module, names: dict[int, str]) -> Iterator[Stack]:
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         and len(module)
         and len({type(block) for block in module}) == 1
-        and any(_attention_like(m) or _multiplies_queries(m) for m in next(iter(module)).modules())
+        and any(attention_like(m) or _multiplies_queries(m) for m in next(iter(module)).modules())
     ]
     if candidates:
         name, blocks = max(candidates, key=lambda item: len(item[1]))
@@ -377,7 +325,7 @@ def _opaque_units(blocks: list[nn.Module]) -> list[nn.Module]:
     """The outermost attention modules of each block, or the block where it has none of its own."""
     units: list[nn.Module] = []
     for block in blocks:
-        inside = [module for module in block.modules() if module is not block and _attention_like(module)]
+        inside = [module for module in block.modules() if module is not block and attention_like(module)]
         nested = {id(m) for module in inside for m in module.modules() if m is not module}
         units += [module for module in inside if id(module) not in nested] or [block]
     return units

@@ -1,0 +1,64 @@
+"""The parts of a model: what `models.find` finds and the wrappers install themselves on."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from triton_sp.errors import UnsupportedModelError
+
+
+@dataclass(eq=False)
+class Stack:
+    """One list of blocks and the attention modules in it."""
+
+    name: str
+    module: nn.Module  # the model whose forward runs the blocks
+    blocks: list[nn.Module]
+    attention: list[nn.Module]  # one or more a block, in order
+    family: str
+    door: bool  # attention goes through transformers' attention interface; otherwise it is opaque
+    refusal: UnsupportedModelError | None = None
+    known: bool = False
+    taps: list[nn.Module] = field(default_factory=list)
+    unit: int = 1  # neighbouring tokens that a tap or merger needs together
+    rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+    tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """What `find` found in one model.
+
+    Attributes:
+        entry: the module whose forward takes the batch.
+        whole: names of stacks that stay unsharded on purpose, with the reason.
+    """
+
+    entry: nn.Module
+    towers: list[Stack]
+    decoder: Stack | None
+    whole: list[tuple[str, str]]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return self.towers + ([self.decoder] if self.decoder else [])
+
+
+def is_hf(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face model, without importing transformers for those who do not use it."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
+def uses_door(module: nn.Module) -> bool:
+    """Whether a module's own forward calls transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def attention_like(module: nn.Module) -> bool:
+    """Whether a module is called attention, which is all that can be known before it runs."""
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name

@@ -16,7 +16,7 @@ STEPS = 4096
 
 
 @triton.jit
-def narrow_products(x_ptr, out_ptr, steps, BM: tl.constexpr, BK: tl.constexpr, N: tl.constexpr):  # noqa: ANN001, ANN201
+def narrow_products(x_ptr, out_ptr, steps, BM: tl.constexpr, BK: tl.constexpr, N: tl.constexpr):
     rows, depth, cols = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, N)
     q = tl.load(x_ptr + rows[:, None] * 64 + tl.arange(0, 64)[None, :])
     k = tl.load(x_ptr + depth[:, None] * 64 + tl.arange(0, 64)[None, :])

@@ -8,7 +8,7 @@ which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class Plan:
 
     batch: str
     checkpointing: str = "none"
-    config: triton_sp.SPConfig = triton_sp.SPConfig()
+    config: triton_sp.SPConfig = field(default_factory=triton_sp.SPConfig)
 
 
 @dataclass(frozen=True)

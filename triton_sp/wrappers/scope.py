@@ -70,7 +70,9 @@ def _run_in(scope: object, function: Callable[..., Any], *args: Any, **kwargs: A
         return function(*args, **kwargs)
 
 
-def _checkpoint_in_scope(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpoint_in_scope(
+    checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
     return checkpoint(partial(_run_in, _active.get(), function), *args, **kwargs)
 
 

@@ -69,7 +69,7 @@ def lay_out(
     Raises:
         InputError: a mask with holes, or a label that is predicted from padding after the tokens.
     """
-    rows, length = shape
+    length = shape[1]
     keep = torch.ones(shape, dtype=torch.bool) if mask is None else mask.detach().cpu().bool()
     labelled = torch.zeros_like(keep) if targets is None else targets.detach().cpu() != IGNORE
     _check_mask(keep, labelled)
@@ -174,7 +174,8 @@ def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor
     if positions is None:
         positions = torch.arange(length, device=index.device)[None]
     longest = positions.max()
-    arguments["position_ids"] = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)[..., index][..., None, :]
+    positions = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)
+    arguments["position_ids"] = positions[..., None, index]
     arguments.pop("cache_position", None)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
         arguments.pop(name, None)

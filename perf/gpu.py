@@ -37,14 +37,14 @@ def steps() -> dict[str, tuple[list[str], float]]:
     if importlib.util.find_spec("hypothesis"):
         cases.append("tests/attend_properties.py")
     found = {
-        "tests": ([*PYTEST, *cases, "--durations=5"], 270.0),
+        "tests": ([*PYTEST, *cases, "--durations=5"], 260.0),
         "narrow products": ([sys.executable, "perf/narrow_products.py"], 40.0),
-        "attend": ([sys.executable, "perf/attend.py", "110"], 160.0),
+        "attend": ([sys.executable, "perf/attend.py", "80"], 120.0),
     }
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
             command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", *PYTEST, *SANITIZED]
-            found[tool] = (command, 50.0)
+            found[tool] = (command, 45.0)
     return found
 
 

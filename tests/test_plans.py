@@ -32,11 +32,26 @@ def test_parity(ranks, reference, name: str, plan: str, size: int) -> None:
             result.assert_within(1e-6 if rounds else TOLERANCE[case.dtype])
 
 
-def ledger(name: str, batch_name: str, plan: str) -> list[tuple[str, int]]:
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_parity_in_chunks(ranks, reference, name: str, size: int) -> None:
+    """12 heads in 3 chunks on 2 ranks, in 4 on 3."""
+    case = zoo.CASES[name]
+    config = triton_sp.SPConfig(gradient="sum" if size == 3 else "mean", plan="heads", chunks=4)
+    batches = list(case.batches)[:2]
+    plans = [Plan(batch, config=config) for batch in batches]
+    plans.append(Plan(batches[0], checkpointing="reentrant", config=config))
+    references = {batch: reference(name, batch) for batch in batches}
+    for found in ranks.run(run_all, name, plans, references, ranks=size):
+        for result in found:
+            result.assert_within(TOLERANCE[case.dtype])
+
+
+def ledger(name: str, batch_name: str, plan: str, chunks: int = 1) -> list[tuple[str, int]]:
     """What a forward and backward of the wrapped model sends from this rank."""
     case = zoo.CASES[name]
     model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
-    triton_sp.wrap(model, config=triton_sp.SPConfig(plan=plan))
+    triton_sp.wrap(model, config=triton_sp.SPConfig(plan=plan, chunks=chunks))
     with comm.record() as record:
         parity.loss_of(model(**batch), None).backward()
     return record.entries
@@ -57,6 +72,14 @@ def test_heads_cost_two_exchanges_a_layer(ranks, size: int) -> None:
             sizes[rank] * heads * dim * (size - 1) // size * itemsize,
             3 * (tokens - sizes[rank]) * heads // size * dim * itemsize,
         )]  # fmt: skip
+
+
+def test_chunks_send_the_same_bytes(ranks) -> None:
+    whole = ranks.run(ledger, "vit", "many_images", "heads", ranks=2)
+    chunked = ranks.run(ledger, "vit", "many_images", "heads", 3, ranks=2)
+    for one, other in zip(whole, chunked, strict=True):
+        sent = [[size for name, size in entries if name == "exchange"] for entries in (one, other)]
+        assert sum(sent[0]) == sum(sent[1]) and 3 * len(sent[0]) == len(sent[1])
 
 
 @pytest.mark.parametrize("plan", ["segments", "replicate"])

@@ -163,30 +163,80 @@ def _note(name: str, sent: int) -> None:
 
 def _all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
     """Rows `send[p]` of x go to rank p; `receive[p]` rows come from it. All sizes are known: nothing is asked."""
+    return funcol.wait_tensor(_issue(x, send, receive, group, name))
+
+
+def _issue(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
+    """The same, without waiting: the result may be touched only after `funcol.wait_tensor`."""
     row_bytes = x.element_size() * (x[:1].numel() if len(x) else 0)
     _note(name, (sum(send) - send[group.rank]) * row_bytes)
     out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
-    return funcol.wait_tensor(out)
+    return getattr(out, "elem", out)  # without the subclass that waits at the first touch: autograd touches it
 
 
-class _Exchange(torch.autograd.Function):
-    """All-to-all; its adjoint is the all-to-all with the sizes swapped."""
+@dataclass(eq=False)
+class _Transfer:
+    """An all-to-all between its beginning and its end, and what is on the way: data, in the backward gradients.
+
+    Both ends hold this object; through the graph goes an empty tensor. Autograd would hold the gradient of what is on
+    the way to its own shape, but that travels back in the sizes that were sent.
+    """
+
+    send: tuple[int, ...]
+    receive: tuple[int, ...]
+    group: Group
+    pending: Tensor | None = None
+
+    def take(self) -> Tensor:
+        assert self.pending is not None
+        arrived, self.pending = funcol.wait_tensor(self.pending), None
+        return arrived
+
+
+class _Begin(torch.autograd.Function):
+    """Issues an all-to-all. Its backward is the end of the adjoint, which `_Finish` has issued."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Group) -> Tensor:
-        ctx.sizes, ctx.group = (send, receive), group
-        return _all_to_all(x, send, receive, group, "exchange")
+    def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.pending = _issue(x, transfer.send, transfer.receive, transfer.group, "exchange")
+        return x.new_empty(0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.transfer.take(), None
+
+
+class _Finish(torch.autograd.Function):
+    """Waits for what `_Begin` has issued; issues the adjoint in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.take()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        send, receive = ctx.sizes
-        return _all_to_all(grad, receive, send, ctx.group, "exchange"), None, None, None
+        transfer = ctx.transfer
+        transfer.pending = _issue(grad, transfer.receive, transfer.send, transfer.group, "exchange")
+        return grad.new_empty(0), None
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[p]` rows of x (dim 0, in rank order) to each rank p; return what came, in rank order."""
-    return _Exchange.apply(x, tuple(send), tuple(receive), group)  # type: ignore[no-any-return]
+    return begin_exchange(x, send, receive, group)()
+
+
+def begin_exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
+    """Like `exchange`, but return at once; calling what is returned waits for the result.
+
+    What is computed in between runs while the data travels, and so does its backward.
+    """
+    transfer = _Transfer(tuple(send), tuple(receive), group)
+    ticket = _Begin.apply(x, transfer)
+    return lambda: _Finish.apply(ticket, transfer)  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):

@@ -111,12 +111,14 @@ class Layers:
 
 @dataclass(frozen=True)
 class Choice:
-    """The plan of a stream: its name, its shards, why, and the modelled seconds of a step for each candidate."""
+    """The plan of a stream: its name, its shards, why, the modelled seconds of a step for each candidate, and in how
+    many chunks heads are exchanged."""
 
     plan: PlanName
     shards: Shards
     why: str
     seconds: dict[str, float]
+    chunks: int = 1
 
 
 def choose(

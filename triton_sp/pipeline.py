@@ -14,9 +14,11 @@ Shape letters: T local tokens, S tokens of the whole stream, H heads, K key/valu
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
 from triton_sp import comm, ops, packing
@@ -37,6 +39,8 @@ class Stream:
             carries a label is a segment of one row and no key.
         known: the values of cu_seqlens, where they are at hand; else they are read from the device when needed, once.
         plan: "segments" if shards end where segments end, of these layers or of others.
+        chunks: heads are exchanged and attended to in so many parts, if they divide, one travelling while another is
+            attended to.
     """
 
     group: Group
@@ -45,6 +49,7 @@ class Stream:
     seqused_k: Tensor | None = None
     known: Segments | None = None
     plan: PlanName = "heads"
+    chunks: int = 1
     _passages: dict[tuple[int, int, bool, int | None], Passage] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,18 +137,49 @@ def attention(
     if stream.is_local:
         cu_q, cu_k, used = stream.own
         return attend(q_THD, k_TKD, v_TKD, cu_q, cu_k, seqused_k=used)
-    group, tokens, num_heads = stream.group, q_THD.shape[0], q_THD.shape[1]
-    passage = stream.passage(num_heads, k_TKD.shape[1], causal, window)
-    route = passage.route
+    count = chunks(stream.chunks, q_THD.shape[1], k_TKD.shape[1], stream.group.size)
+    parts = list(zip(*(x.chunk(count, 1) for x in (q_THD, k_TKD, v_TKD)), strict=True))
+    passages = [stream.passage(q.shape[1], k.shape[1], causal, window) for q, k, _ in parts]
 
-    send = packing.pack([q_THD, k_TKD, v_TKD], passage.inputs, sum(route.inputs.sizes))
-    received = comm.exchange(send, route.inputs.sizes, route.arrivals.sizes, group)
+    outs: list[Callable[[], Tensor]] = []
+    arriving = _send(parts[0], passages[0], stream.group)
+    for index, passage in enumerate(passages):
+        arrived = arriving
+        if index + 1 < count:  # travels while this one is attended to
+            arriving = _send(parts[index + 1], passages[index + 1], stream.group)
+        outs.append(_attend(arrived(), passage, stream.group, attend))
+    results = [
+        packing.unpack(out(), passage.results, [(q.shape[0], q.shape[1])])[0]
+        for out, passage, (q, _, _) in zip(outs, passages, parts, strict=True)
+    ]
+    return results[0] if count == 1 else torch.cat(results, 1)
+
+
+def chunks(wanted: int, num_heads: int, num_kv_heads: int, ranks: int) -> int:
+    """In how many chunks of heads a layer is done: at most as many as wanted, each of whole heads for all ranks.
+
+    >>> chunks(4, 16, 16, 2), chunks(3, 16, 16, 2), chunks(4, 28, 4, 4)
+    (4, 2, 1)
+    """
+    fit = [n for n in range(2, wanted + 1) if num_kv_heads % n == 0 and num_kv_heads // n % ranks == 0]
+    return max(fit, default=1)
+
+
+def _send(states: tuple[Tensor, ...], passage: Passage, group: Group) -> Callable[[], Tensor]:
+    """pack and the first exchange."""
+    route = passage.route
+    packed = packing.pack(states, passage.inputs, sum(route.inputs.sizes))
+    return comm.begin_exchange(packed, route.inputs.sizes, route.arrivals.sizes, group)
+
+
+def _attend(received: Tensor, passage: Passage, group: Group, attend: Callable[..., Tensor]) -> Callable[[], Tensor]:
+    """attend and the second exchange."""
+    route = passage.route
     outs = [
         attend(q, k, v, cu_q, cu_k, seqused_k=used)
         for (q, k, v), (cu_q, cu_k, used) in zip(_items(received, passage), passage.segments, strict=True)
     ]
-    received = comm.exchange(_join(outs, received, passage), route.outputs.sizes, route.results.sizes, group)
-    return packing.unpack(received, passage.results, [(tokens, num_heads)])[0]
+    return comm.begin_exchange(_join(outs, received, passage), route.outputs.sizes, route.results.sizes, group)
 
 
 def _items(received: Tensor, passage: Passage) -> list[list[Tensor]]:

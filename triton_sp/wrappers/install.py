@@ -34,6 +34,8 @@ class SPConfig:
             "off" trusts the caller.
         plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
             vision towers, "replicate" ask for one; where it is not possible "auto" decides.
+        chunks: in how many parts heads are exchanged, if they divide: one travels while another is attended to, and
+            buffers are the smaller. Worth it where the exchange is long; short ones only multiply.
         link: what the cost model reckons with: "nvlink", "pcie", "gloo", or "auto" for what `triton-sp calibrate` has
             measured on this machine, else "gloo" on CPUs and "nvlink" on GPUs.
 
@@ -46,6 +48,7 @@ class SPConfig:
     check: Literal["always", "off"] = "always"
     plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
+    chunks: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -61,6 +64,10 @@ class SPConfig:
                     found=repr(getattr(self, name)),
                     remedy="correct the argument",
                 )
+        if not isinstance(self.chunks, int) or self.chunks < 1:
+            raise SPError(
+                "SPConfig.chunks", expected="1 or more", found=repr(self.chunks), remedy="correct the argument"
+            )
 
 
 @dataclass(eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ def plan_tower(stack: Stack, config: SPConfig, group: Group, segments: Segments,
     layers = layers_of(stack, hidden.shape[-1], hidden.dtype, causal=False)
     link = find_link(config.link, hidden.device.type, group.size)
     # A plain module is tried out on shards at its first call, so it must have some.
-    return choose(segments, group.size, stack.unit, layers, link, config.plan, replicable=stack.door)
+    choice = choose(segments, group.size, stack.unit, layers, link, config.plan, replicable=stack.door)
+    return replace(choice, chunks=config.chunks)
 
 
 def plan_decoder(installation: Installation, device: torch.device, segments: Segments) -> Choice:
@@ -30,7 +32,8 @@ def plan_decoder(installation: Installation, device: torch.device, segments: Seg
     dtype = next(stack.module.parameters()).dtype
     layers = layers_of(stack, model_config.hidden_size, dtype, causal=True)
     link = find_link(config.link, device.type, group.size)
-    return choose(segments, group.size, 1, layers, link, config.plan, replicable=False)
+    choice = choose(segments, group.size, 1, layers, link, config.plan, replicable=False)
+    return replace(choice, chunks=config.chunks)
 
 
 def layers_of(stack: Stack, width: int, dtype: torch.dtype, causal: bool) -> Layers:

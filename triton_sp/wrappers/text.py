@@ -94,7 +94,7 @@ def lay_out(
         seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(device, torch.int32)
     segments = Segments(tuple(cu_seqlens.tolist()))
     choice = plan(segments)
-    stream = Stream(group, choice.shards, cu_seqlens.to(device), seqused_k, segments, choice.plan)
+    stream = Stream(group, choice.shards, cu_seqlens.to(device), seqused_k, segments, choice.plan, choice.chunks)
     return TextCall(stream, shape, index.to(device), mask)
 
 

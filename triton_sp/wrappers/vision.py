@@ -106,7 +106,9 @@ class TowerPass:
         key = (cu_seqlens.data_ptr(), len(cu_seqlens))
         if key not in self.streams:
             group = ALONE if self.choice.plan == "replicate" else self.group
-            self.streams[key] = Stream(group, self.choice.shards, cu_seqlens, known=known, plan=self.choice.plan)
+            self.streams[key] = Stream(
+                group, self.choice.shards, cu_seqlens, known=known, plan=self.choice.plan, chunks=self.choice.chunks
+            )
         return self.streams[key]
 
     def whole(self, local: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import host_reads
 import parity
 import pytest
 import zoo
@@ -88,6 +89,16 @@ def test_local_plans_exchange_nothing(ranks, plan: str) -> None:
         names = [name for name, _ in entries]
         assert names.count("exchange") == 0
         assert names.count("gather") == (2 if plan == "segments" else 0)  # at the tower's end, and its backward
+
+
+@pytest.mark.parametrize(
+    ("heads", "plan", "reads"), [((4, 2), "heads", 0), ((5, 5), "heads", 1), ((4, 2), "segments", 1)]
+)
+def test_no_layer_asks_the_device(ranks, heads: tuple[int, int], plan: str, reads: int) -> None:
+    """Where heads are cut, or shards end with segments, these are read once for all layers; else not even that."""
+    for layers in (1, 5):
+        for found in ranks.run(host_reads.count, *heads, plan, layers, ranks=2):
+            assert found == ({"pipeline.tolist": reads} if reads else {})
 
 
 def test_windowed_layers_exchange_nothing(ranks) -> None:

@@ -96,17 +96,6 @@ def _pieces(begin: tuple[int, int], end: tuple[int, int], everything: range) -> 
     return [(heads, rows) for heads, rows in pieces if heads and rows]
 
 
-def describe_split(num_heads: int, num_kv_heads: int, ranks: int) -> str:
-    """What share_heads does, in words.
-
-    >>> describe_split(8, 8, 2), describe_split(25, 25, 8)
-    ('4 whole heads a rank', '3.12 heads a rank, cut between rows')
-    """
-    if share_whole_heads(num_heads, num_kv_heads, ranks, 1) is not None:
-        return f"{num_heads // ranks} whole heads a rank"
-    return f"{num_heads / ranks:.3g} heads a rank, cut between rows"
-
-
 class Box(NamedTuple):
     """`rows` x `heads` vectors of one of several tensors, and where they stand in a flat buffer.
 

@@ -26,10 +26,11 @@ def gather_without_gradient(x: Tensor, shards: Any, group: Any) -> Tensor:
 
 
 def backward_of_exchange_does_not_exchange(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wrong = grad.new_zeros(sum(ctx.sizes[0]), *grad.shape[1:])
-    rows = min(len(wrong), len(grad))
-    wrong[:rows] = grad[:rows]
-    return wrong, None, None, None
+    transfer = ctx.transfer
+    transfer.pending = grad.new_zeros(sum(transfer.send), *grad.shape[1:])
+    rows = min(len(transfer.pending), len(grad))
+    transfer.pending[:rows] = grad[:rows]
+    return grad.new_empty(0), None
 
 
 def gather_whose_backward_only_slices(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,7 +58,7 @@ gather, sharded_cross_entropy = comm.gather, loss.sharded_cross_entropy
 MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
     "gather": ("vit", comm, "gather", gather_without_gradient),
     "gather_backward": ("vit", comm._Gather, "backward", staticmethod(gather_whose_backward_only_slices)),
-    "exchange": ("llama", comm._Exchange, "backward", staticmethod(backward_of_exchange_does_not_exchange)),
+    "exchange": ("llama", comm._Finish, "backward", staticmethod(backward_of_exchange_does_not_exchange)),
     "total": ("llama", comm._TotalOfShares, "backward", staticmethod(total_with_an_all_reduce_in_its_backward)),
     "count": ("llama", model, "sharded_cross_entropy", loss_of_a_local_count),
     "shift": ("llama", model, "sharded_cross_entropy", labels_shifted_on_the_shard),

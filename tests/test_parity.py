@@ -12,6 +12,7 @@ from triton_sp import SPConfig
 def plans(case: zoo.Case, size: int) -> list[Plan]:
     """Every batch without checkpointing, and the one most likely to trip checkpointing with both kinds of it.
 
+    Heads are exchanged, whatever would be faster for models this small; test_plans.py has the other plans.
     On three ranks gradients are added, not averaged: the norms of most models round to float32, in which 3 g and g
     do not have the same digits, and 1e-10 would not hold.
     """

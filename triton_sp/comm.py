@@ -1,4 +1,4 @@
-"""The only module that talks to torch.distributed: groups, the exchange, the gather, and the agreement check.
+"""The only module that talks to torch.distributed: groups, the exchange, the gather, short messages.
 
 Whatever crosses ranks has a backward that is its exact adjoint. Both movements are one primitive, the all-to-all with
 uneven parts, because that is the one collective which gloo and NCCL both run with parts of any size, 0 included.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from triton_sp.errors import DisagreementError, GroupError, SPError
+from triton_sp.errors import GroupError
 from triton_sp.plan import Shards
 
 _BUCKET_BYTES = 64 << 20  # of gradients in one collective
@@ -338,7 +338,7 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
     yield from kinds.values()
 
 
-# --- agreement ---------------------------------------------------------------------------------------------------
+# --- short messages ------------------------------------------------------------------------------------------------
 
 
 def control_device(group: Group) -> torch.device:
@@ -349,7 +349,8 @@ def control_device(group: Group) -> torch.device:
     )
 
 
-def _all_notices(notice: bytes, group: Group) -> list[bytes]:
+def notices_of_all(notice: bytes, group: Group) -> list[bytes]:
+    """A short message of every rank, in rank order, cut to what a notice holds."""
     padded = notice[:_NOTICE_BYTES].ljust(_NOTICE_BYTES, b"\0")
     own = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(control_device(group))
     sizes = [_NOTICE_BYTES] * group.size
@@ -362,64 +363,3 @@ def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:
     own = torch.tensor(values, dtype=torch.int64, device=control_device(group))
     sizes = [len(own)] * group.size
     return _all_to_all(own.repeat(group.size), sizes, sizes, group, "agree").view(group.size, -1).tolist()
-
-
-def agree(group: Group, describe: Callable[[], str]) -> None:
-    """Make all ranks go on, or all ranks raise, before the first collective of a call that one of them can't make.
-
-    Args:
-        describe: validates this rank's inputs and returns what must be equal on all ranks, one `field=value` a line.
-
-    Raises:
-        SPError: the rank's own, where `describe` raised one.
-        DisagreementError: `describe` raised on another rank, or the descriptions differ.
-    """
-    failure: BaseException | None = None
-    try:
-        notice = "\n".join(["ok", describe()])
-    except Exception as error:
-        failure, notice = error, f"error\n{error}"
-    notices = [raw.decode(errors="replace") for raw in _all_notices(notice.encode(), group)]
-    if failure is not None:
-        if isinstance(failure, SPError) and failure.rank is None:
-            raise type(failure)(
-                failure.field,
-                expected=failure.expected,
-                found=failure.found,
-                remedy=failure.remedy,
-                rank=group.rank,
-            ) from failure
-        raise failure
-    for rank, other in enumerate(notices):
-        if other.startswith("error\n"):
-            raise DisagreementError(
-                "batch",
-                expected="an input that every rank can use",
-                found=f"rank {rank} refused its own with: {other[6:]}",
-                remedy="pass every rank of the group the same, valid batch",
-                rank=group.rank,
-            )
-    _compare(group, notices)
-
-
-def _compare(group: Group, notices: list[str]) -> None:
-    first = notices[0].splitlines()
-    for rank, other in enumerate(notices):
-        for mine, theirs in zip(first, other.splitlines(), strict=False):
-            if mine != theirs:
-                name, _, here = mine.partition("=")
-                raise DisagreementError(
-                    name,
-                    expected=f"the same on all ranks (rank 0 has {here})",
-                    found=f"{theirs.partition('=')[2]} on rank {rank}",
-                    remedy="pass every rank of the group the same batch, model and settings",
-                    rank=group.rank,
-                )
-        if len(first) != len(other.splitlines()):
-            raise DisagreementError(
-                "batch fields",
-                expected=f"the {len(first) - 1} fields of rank 0",
-                found=f"{len(other.splitlines()) - 1} fields on rank {rank}",
-                remedy="pass every rank of the group the same batch",
-                rank=group.rank,
-            )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_sp import comm, pipeline
 from triton_sp._version import __version__
+from triton_sp.agreement import agree
 from triton_sp.cost import find_link
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, sharded_cross_entropy, shift
@@ -63,7 +64,7 @@ def _agree(installation: Installation, arguments: dict[str, Any], check: Callabl
         check()
         return _describe(installation, arguments)
 
-    comm.agree(installation.group, describe)
+    agree(installation.group, describe)
 
 
 def _describe(installation: Installation, arguments: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heads import segments_of
 
@@ -15,6 +15,7 @@ from triton_sp.plan import Segments, shard_segments
 TOWER = Layers(count=27, width=1152, q=1152, kv=1152, head_dim=72, itemsize=2)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=9), st.integers(1, 4))
 def test_cuts_at_segments_are_the_best_there_are(pairs: list[tuple[int, int]], ranks: int) -> None:
     lengths, costs = [length for length, _ in pairs], [cost for _, cost in pairs]
@@ -56,6 +57,7 @@ def test_choice(lengths: list[int], link: str, plan: str) -> None:
     assert choice.shards.total == sum(lengths)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 60).map(lambda n: 4 * n), min_size=1, max_size=20),
     st.integers(2, 8),

@@ -42,6 +42,7 @@ lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 counts = st.tuples(st.integers(1, 7), st.integers(1, 5)).map(lambda pair: (pair[0] * pair[1], pair[1]))
 
 
+@settings(deadline=None)
 @given(lengths, masks)
 def test_work_counts_the_keys_of_rows(lengths: list[int], mask: tuple[bool, int | None]) -> None:
     segments = segments_of(lengths)
@@ -53,6 +54,7 @@ def test_work_counts_the_keys_of_rows(lengths: list[int], mask: tuple[bool, int 
         assert work.before(row) >= target and (row == 0 or work.before(row - 1) < target)
 
 
+@settings(deadline=None)
 @given(lengths, masks, counts, st.integers(1, 9))
 def test_every_row_of_every_head_is_owned_once(lengths, mask, heads, ranks) -> None:
     segments = segments_of(lengths)

@@ -1,15 +1,21 @@
-"""The agreement check: before the first collective of a forward, all ranks go on or all raise."""
+"""Before the first collective of a call: all ranks go on, or all ranks raise.
+
+Ranks that were given different batches would wait for one another, or take one another's numbers for their own. So
+each describes what it was given, or says why it cannot use it, in one message of fixed size.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 
-from triton_sp.comm import Group, notices_of_all
+from triton_sp import comm
+from triton_sp.comm import Group
 from triton_sp.errors import DisagreementError, SPError
 
 
 def agree(group: Group, describe: Callable[[], str]) -> None:
-    """Make all ranks go on, or all ranks raise, before the first collective of a call that one of them can't make.
+    """Make all ranks go on, or all ranks raise.
 
     Args:
         describe: validates this rank's inputs and returns what must be equal on all ranks, one `field=value` a line.
@@ -20,50 +26,53 @@ def agree(group: Group, describe: Callable[[], str]) -> None:
     """
     failure: BaseException | None = None
     try:
-        notice = "\n".join(["ok", describe()])
+        text = describe()
+        # The digest stands for what a long description has beyond the message.
+        message = f"ok\n{text}", hashlib.blake2s(text.encode(), digest_size=8).hexdigest()
     except Exception as error:
-        failure, notice = error, f"error\n{error}"
-    notices = [raw.decode(errors="replace") for raw in notices_of_all(notice.encode(), group)]
+        failure, message = error, (f"error\n{error}", "")
+    notices = comm.notices_of_all(f"{message[1]}\n{message[0]}".encode(), group)
     if failure is not None:
-        if isinstance(failure, SPError) and failure.rank is None:
-            raise type(failure)(
-                failure.field,
-                expected=failure.expected,
-                found=failure.found,
-                remedy=failure.remedy,
-                rank=group.rank,
-            ) from failure
-        raise failure
-    for rank, other in enumerate(notices):
-        if other.startswith("error\n"):
+        raise _with_rank(failure, group.rank)
+    digests, texts = zip(*(notice.decode(errors="replace").split("\n", 1) for notice in notices), strict=True)
+    for rank, text in enumerate(texts):
+        if text.startswith("error\n"):
             raise DisagreementError(
                 "batch",
                 expected="an input that every rank can use",
-                found=f"rank {rank} refused its own with: {other[6:]}",
+                found=f"rank {rank} refused its own with: {text[6:]}",
                 remedy="pass every rank of the group the same, valid batch",
                 rank=group.rank,
             )
-    _compare(group, notices)
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise _difference(texts[0].splitlines(), texts[rank].splitlines(), rank, group.rank)
 
 
-def _compare(group: Group, notices: list[str]) -> None:
-    first = notices[0].splitlines()
-    for rank, other in enumerate(notices):
-        for mine, theirs in zip(first, other.splitlines(), strict=False):
-            if mine != theirs:
-                name, _, here = mine.partition("=")
-                raise DisagreementError(
-                    name,
-                    expected=f"the same on all ranks (rank 0 has {here})",
-                    found=f"{theirs.partition('=')[2]} on rank {rank}",
-                    remedy="pass every rank of the group the same batch, model and settings",
-                    rank=group.rank,
-                )
-        if len(first) != len(other.splitlines()):
-            raise DisagreementError(
-                "batch fields",
-                expected=f"the {len(first) - 1} fields of rank 0",
-                found=f"{len(other.splitlines()) - 1} fields on rank {rank}",
-                remedy="pass every rank of the group the same batch",
-                rank=group.rank,
-            )
+def _with_rank(failure: BaseException, rank: int) -> BaseException:
+    if not isinstance(failure, SPError) or failure.rank is not None:
+        return failure
+    named = type(failure)(
+        failure.field, expected=failure.expected, found=failure.found, remedy=failure.remedy, rank=rank
+    )
+    named.__cause__ = failure
+    return named
+
+
+def _difference(first: list[str], other: list[str], rank: int, own_rank: int) -> DisagreementError:
+    """The first field in which a rank's description differs from that of rank 0."""
+    pairs = [pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]]
+    if pairs:
+        (name, _, here), (other_name, _, there) = (line.partition("=") for line in pairs[0])
+        field, expected = name, f"the same on all ranks (rank 0 has {here})"
+        found = f"{there} on rank {rank}" if name == other_name else f"{other_name} in its place on rank {rank}"
+    else:
+        field, expected = "batch fields", f"the {len(first) - 1} fields of rank 0"
+        found = f"{len(other) - 1} fields, or a longer one, on rank {rank}"
+    return DisagreementError(
+        field,
+        expected=expected,
+        found=found,
+        remedy="pass every rank of the group the same batch, model and settings",
+        rank=own_rank,
+    )

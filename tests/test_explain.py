@@ -139,3 +139,22 @@ def test_refused() -> None:
 
     (row,) = triton_sp.explain(nn.Linear(2, 2)).rows
     assert row.decision == "refused" and "stack of transformer blocks" in row.why
+
+
+def explained_after_a_batch(name: str, plan: str) -> list[tuple[str, str]]:
+    case = zoo.CASES[name]
+    model = triton_sp.wrap(build(name), config=triton_sp.SPConfig(plan=plan))
+    assert all(row.last_batch == "" for row in triton_sp.explain(model).rows)
+    model(**case.batches["plain"](case.dtype))
+    explanation = triton_sp.explain(model)
+    assert all(f"last batch, {row.part}: {row.last_batch}" in str(explanation) for row in explanation.rows)
+    return [(row.part, row.last_batch) for row in explanation.rows]
+
+
+def test_the_plan_of_the_last_batch(ranks) -> None:
+    """Qwen2.5-VL cut where windows end: windowed layers exchange nothing, the full one heads."""
+    (_, tower), (_, decoder) = ranks.run(explained_after_a_batch, "qwen2_5_vl", "segments", ranks=2)[1]
+    assert tower.startswith("plan segments, ") and "no exchange; heads 6-11; as SPConfig.plan says" in tower
+    assert "heads 6-11" in decoder
+    whole = ranks.run(explained_after_a_batch, "llama", "heads", ranks=2)[0]
+    assert whole == [("model.layers", "plan heads, 19 + 18 tokens, heads 0-5; as SPConfig.plan says")]

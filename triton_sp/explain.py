@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
 from triton_sp import models
 from triton_sp.errors import SPError
-from triton_sp.wrappers.install import installation_of
+from triton_sp.wrappers.install import LastCall, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import WHOLE
 
@@ -34,6 +34,8 @@ class Row:
         heads: query heads, "/" key/value heads where these are fewer.
         heads_per_rank: mean number of query heads that a rank attends with.
         decision: "sharded", "left whole", "refused", or "unchanged" on one rank.
+        last_batch: once the wrapped model has run: the plan of its last batch, tokens of each rank, how layers attended
+            on this one (with windows and whole images in turn, two ways), and why this plan.
     """
 
     part: str
@@ -43,6 +45,7 @@ class Row:
     heads_per_rank: str
     decision: str
     why: str
+    last_batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Explanation:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        columns = [field.name for field in fields(Row)]
+        columns = [field.name for field in fields(Row) if field.name != "last_batch"]
         cells = [[column.replace("_", " ") for column in columns]]
         cells += [["" if (cell := getattr(row, name)) is None else str(cell) for name in columns] for row in self.rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -63,11 +66,14 @@ class Explanation:
         told = [
             f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
         ]
-        return "\n".join([self.title, *lines, *told])
+        plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
+        return "\n".join([self.title, *lines, *plans, *told])
 
 
 def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     """Say what was found in a model, what is sharded, refused or left whole, and why. Runs nothing.
+
+    Of a wrapped model that has run it also says which plan the last batch got.
 
     Args:
         model: wrapped or not; of a model that is not, it says what wrap would do.
@@ -92,8 +98,17 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
+    if installation is not None:
+        rows = [replace(row, last_batch=_last_batch(installation.last_calls.get(row.part))) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
     return Explanation(f"{type(model).__name__}: {state}", tuple(rows))
+
+
+def _last_batch(call: LastCall | None) -> str:
+    if call is None:
+        return ""
+    tokens = " + ".join(map(str, call.choice.shards.sizes))
+    return f"plan {call.choice.plan}, {tokens} tokens, {'; '.join(call.attended)}; {call.choice.why}"
 
 
 def _heads(stack: models.Stack) -> tuple[int, int] | None:

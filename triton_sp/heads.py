@@ -33,6 +33,21 @@ class Item:
 Share = tuple[Item, ...]
 
 
+def describe_share(share: Share, rows: int) -> str:
+    """A share in words; `rows` are those of the stream.
+
+    >>> every, part = range(100), range(71)
+    >>> describe_share((Item(range(0, 2), range(0, 2), every, every), Item(range(2, 3), range(2, 3), part, part)), 100)
+    'heads 0-1, head 2 in rows 0-70'
+    """
+    parts = []
+    for item in share:
+        heads = f"head {item.q.start}" if len(item.q) == 1 else f"heads {item.q.start}-{item.q.stop - 1}"
+        cut = "" if len(item.rows) == rows else f" in rows {item.rows.start}-{item.rows.stop - 1}"
+        parts.append(heads + cut)
+    return ", ".join(parts) or "no heads"
+
+
 def share_whole_heads(num_heads: int, num_kv_heads: int, ranks: int, rows: int) -> tuple[Share, ...] | None:
     """The share of each rank, in rank order, in whole heads; None where these do not divide evenly.
 

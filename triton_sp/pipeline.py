@@ -24,7 +24,7 @@ from torch import Tensor
 from triton_sp import comm, ops, packing
 from triton_sp.comm import Group
 from triton_sp.cost import PlanName
-from triton_sp.heads import Route, route, share_heads, share_whole_heads
+from triton_sp.heads import Route, describe_share, route, share_heads, share_whole_heads
 from triton_sp.plan import Segments, Shards
 
 
@@ -71,6 +71,13 @@ class Stream:
         """cu_seqlens_q, cu_seqlens_k and seqused_k of this rank's tokens, where `is_local`."""
         tokens = self.shards.range(self.group.rank)
         return self.part(tokens, tokens)
+
+    def describe(self) -> str:
+        """How the layers that have run attended on this rank."""
+        if self.is_local:
+            return "no exchange"
+        shares = {describe_share(passage.route.share, self.shards.total) for passage in self._passages.values()}
+        return " or ".join(sorted(shares))
 
     def passage(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> Passage:
         """How layers with these heads and this mask exchange."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from triton_sp.comm import Group
+from triton_sp.cost import Choice
 from triton_sp.errors import SPError
 from triton_sp.models import Anatomy
 
@@ -70,6 +71,14 @@ class SPConfig:
             )
 
 
+@dataclass(frozen=True)
+class LastCall:
+    """What a stack did with the batch before: the plan, and how its kinds of layers attended on this rank."""
+
+    choice: Choice
+    attended: tuple[str, ...]
+
+
 @dataclass(eq=False)
 class Installation:
     """One wrapped model: its group, settings and parts, and what was changed to wrap it."""
@@ -78,6 +87,7 @@ class Installation:
     config: SPConfig
     anatomy: Anatomy
     edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of one instance, and remember how to take it back."""

@@ -23,7 +23,7 @@ from triton_sp.models import Stack
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments
 from triton_sp.wrappers.attention import redirect
-from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, current, outside
 
 
@@ -42,6 +42,7 @@ class TextCall(Call):
     shape: tuple[int, int]
     index: Tensor
     mask: Tensor | None
+    choice: Choice
     tally: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -95,7 +96,7 @@ def lay_out(
     segments = Segments(tuple(cu_seqlens.tolist()))
     choice = plan(segments)
     stream = Stream(group, choice.shards, cu_seqlens.to(device), seqused_k, segments, choice.plan, choice.chunks)
-    return TextCall(stream, shape, index.to(device), mask)
+    return TextCall(stream, shape, index.to(device), mask, choice)
 
 
 def _check_mask(keep: Tensor, labelled: Tensor) -> None:
@@ -134,7 +135,8 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     if call is None:
         outside(override.module)
         return override.original(*args, **kwargs)
-    stack = override.installation.anatomy.decoder
+    installation = override.installation
+    stack = installation.anatomy.decoder
     assert stack is not None
     arguments = override.bind(args, kwargs)
     longest = _localise(arguments, call, stack)
@@ -148,6 +150,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
             found=f"{call.tally['attention']}",
             remedy="report this model: some of its attention went past the wrapper",
         )
+    installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(),))
     return out
 
 

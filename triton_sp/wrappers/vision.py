@@ -25,7 +25,7 @@ from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
-from triton_sp.wrappers.install import Installation, Override, SPConfig
+from triton_sp.wrappers.install import Installation, LastCall, Override, SPConfig
 from triton_sp.wrappers.planning import plan_tower
 from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpoints, current, outside, recomputing
 
@@ -155,6 +155,9 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
             found=f"{tower.tally['attention']}",
             remedy="report this model: some of its attention went past the wrapper",
         )
+    if tower.choice is not None:
+        attended = tuple(filter(None, dict.fromkeys(stream.describe() for stream in tower.streams.values())))
+        override.installation.last_calls[stack.name] = LastCall(tower.choice, attended)
     states = getattr(out, "hidden_states", None)
     if isinstance(states, tuple):
         out.hidden_states = GatheredStates(states, tower)

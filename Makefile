@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu compile-table clean
+.PHONY: demo test check gpu all-plans compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ check: .venv/.ready
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched.
 gpu:
 	$(PYTHON) perf/gpu.py
+
+# Long: every model with every plan.
+all-plans: .venv/.ready
+	$(BIN)/python tests/all_plans.py
 
 compile-table: .venv/.ready
 	$(BIN)/python tests/compile_table.py

@@ -14,11 +14,11 @@ from triton_sp import comm
 MODELS = ["qwen2_5_vl", "qwen3_vl", "internvl", "vit", "llama"]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("plan", ["auto", "segments", "replicate"])
 @pytest.mark.parametrize("name", MODELS)
 def test_parity(ranks, reference, name: str, plan: str, size: int) -> None:
-    """("heads" is forced in test_parity.py, for all models.)"""
+    """("heads" is forced in test_parity.py, for all models; `make all-plans` has all models, plans and sizes.)"""
     case = zoo.CASES[name]
     config = triton_sp.SPConfig(gradient="sum" if size == 3 else "mean", plan=plan)
     batches = [b for b in case.batches if b in ("plain", "many_images", "image_and_video", "left_pad", "packed")]

@@ -28,6 +28,8 @@ PYTEST = [
     "-p",
     "no:cacheprovider",
 ]
+# What calls the Gluon tier takes, once more with it, where its self-check has passed.
+ON_GLUON = ["tests/attend_cases.py", "-k", "gluon or head_dims or test_masks or nan or strides or whole or graph"]
 SANITIZED = ["tests/attend_cases.py", "-k", "test_strides or test_keys_left_out or test_empty_and_whole"]
 
 
@@ -38,8 +40,10 @@ def steps() -> dict[str, tuple[list[str], float]]:
         cases.append("tests/attend_properties.py")
     found = {
         "tests": ([*PYTEST, *cases, "--durations=5"], 260.0),
-        "narrow products": ([sys.executable, "perf/narrow_products.py"], 40.0),
-        "attend": ([sys.executable, "perf/attend.py", "80"], 120.0),
+        "narrow products": ([sys.executable, "perf/narrow_products.py"], 30.0),
+        "attend": ([sys.executable, "perf/attend.py", "80"], 100.0),
+        "gluon": ([sys.executable, "perf/gluon.py", "15"], 75.0),
+        "tests on gluon": ([*PYTEST, *ON_GLUON], 40.0),
     }
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
@@ -58,6 +62,8 @@ def main() -> int:
     report, status = Report("steps", ["step", "result", "seconds"]), 1
     for name, (command, limit) in steps().items():
         start = time.monotonic()
+        # The portable kernels are proven and timed as such, whatever an earlier run has recorded of the Gluon tier.
+        environment["TRITON_SP_GLUON"] = "1" if "gluon" in name else "0"
         try:
             code = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit).returncode
         except subprocess.TimeoutExpired:

@@ -336,6 +336,15 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(grad[-64:], torch.autograd.grad(alone, last, alone.detach())[0])
 
 
+@pytest.mark.skipif(ops.implementation(DEVICE) != "gluon", reason="needs sm_90 and a self-check that has passed")
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
+def test_gluon_forward_with_the_portable_backward(dim):
+    # Rows without a key, a tile of which none has one, neighbours that hold NaN, and what the tier leaves to the other.
+    assert_exact(Case([40, 0, 9, 1], dim=dim, heads=4, k_heads=2, causal=True))
+    assert_exact(Case([40, 20], [9, 40], dim=dim, causal=True, dtype=torch.float16))
+    assert_exact(Case([40, 9], dim=dim, window=6))
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_malformed_tables_stay_in_bounds():
     x = torch.randn(900, 2, 64, device=DEVICE, requires_grad=True)

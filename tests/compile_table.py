@@ -6,6 +6,7 @@ whole table to tests/data/attend_compiled.csv; tests/test_compile.py holds the k
 """
 
 import csv
+import math
 import pathlib
 import re
 import subprocess
@@ -18,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from triton_sp.kernels import attend, attend_backward, launch
+from triton_sp.kernels import attend, attend_backward, attend_gluon, gluon_gate, launch
 
 TABLE = pathlib.Path(__file__).parent / "data" / "attend_compiled.csv"
 TARGETS = {
@@ -59,6 +60,8 @@ def compiling_for(target: str, compiled: dict):
     def compile_only(self, *args, grid, warmup, **options):
         kernel = real(self, *args, grid=grid, warmup=True, **options)
         name = self.__name__.removeprefix("attend_")
+        if name == "gluon" and options["WAIT"]:
+            name = "gluon_wait"
         if options.get("DK") != options.get("DV"):  # one of the two launches at D = 256
             name += "_dk" if options["DK"] else "_dv"
         compiled[name] = kernel.result() if hasattr(kernel, "result") else kernel
@@ -82,6 +85,33 @@ def compile_attend(target: str, dim: int, dtype: torch.dtype = torch.bfloat16, h
         out, lse = attend.forward(q, q, q, cu_seqlens, cu_seqlens, None, **options)
         attend_backward.backward(out, None, q, q, q, out, lse, cu_seqlens, cu_seqlens, None, **options)
     return compiled
+
+
+def compile_gluon(dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 3, wait: bool = False) -> dict:
+    """The Gluon kernel {"gluon"} as its launcher compiles it for sm_90."""
+    q = torch.zeros(64, heads, dim, dtype=dtype)
+    cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
+    compiled = {}
+    with compiling_for("sm_90", compiled):
+        attend_gluon.forward(q, q, q, cu_seqlens, cu_seqlens, scale=dim**-0.5, right=launch.UNLIMITED, wait=wait)
+    return compiled
+
+
+def describe_gluon(dim: int, dtype: torch.dtype, compiled) -> dict:
+    """One row of the table. Registers are those at the start: the warps that multiply take 232, the others give up."""
+    ptx = compiled.asm["ptx"]
+    shapes = Counter(re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
+    row = dict.fromkeys(FIELDS, "") | {"triton": triton.__version__, "target": "sm_90", "kernel": "forward"}
+    row |= {"tier": "gluon", "dim": dim, "dtype": str(dtype).removeprefix("torch."), "rows": attend_gluon.ROWS}
+    row |= {"keys": attend_gluon.KEYS, "warps": 12, "stages": 2, "shared_bytes": compiled.metadata.shared}
+    row |= assemble(ptx, "sm_90")
+    row["mma_sync"] = sum(n for shape, n in shapes.items() if not shape.startswith("m64"))
+    row["narrow_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*?\.[bu]16", ptx))
+    issued = sum(n * math.prod(map(int, re.findall(r"\d+", shape))) for shape, n in shapes.items())
+    # Each product is there twice, in the loop and for its first or last block.
+    row["issued_over_useful"] = round(issued / (4 * attend_gluon.ROWS * attend_gluon.KEYS * dim), 3)
+    row["matrix"] = " ".join(f"{n}*{shape}" for shape, n in sorted(shapes.items()))
+    return row
 
 
 def assemble(ptx: str, target: str) -> dict:
@@ -148,6 +178,8 @@ def rows_for(targets=TARGETS, dims=tuple(launch.SPLITS), dtypes=(torch.bfloat16,
             for dim in dims:
                 for kernel, compiled in compile_attend(target, dim, dtype).items():
                     yield describe(target, kernel, dim, dtype, compiled)
+                if target == "sm_90" and dim in attend_gluon.DIMS and not gluon_gate.missing_api():
+                    yield describe_gluon(dim, dtype, compile_gluon(dim, dtype)["gluon"])
 
 
 def main() -> None:

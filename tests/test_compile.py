@@ -19,7 +19,9 @@ CASES = [(target, dim) for target in ct.TARGETS for dim in ct.launch.SPLITS] if 
 USEFUL = {64: 1.0, 72: 1.12, 80: 1.0, 88: 1.1, 96: 1.0, 128: 1.0, 256: 1.0}  # matrix FLOPs issued over useful, at most
 
 with open(ct.TABLE, newline="") as file:
-    TABLE = {(row["triton"], row["target"], row["kernel"], int(row["dim"])): row for row in csv.DictReader(file)}
+    TABLE = {
+        (row["triton"], row["target"], row["kernel"], row["tier"], int(row["dim"])): row for row in csv.DictReader(file)
+    }
 
 
 @pytest.mark.parametrize(("target", "dim"), CASES)
@@ -32,7 +34,7 @@ def test_compiled(target, dim, tmp_path, monkeypatch):
         assert row["matrix"], row
         if target == "sm_90":
             assert row["mma_sync"] == 0 and row["issued_over_useful"] <= USEFUL[dim], row
-        known = TABLE.get((row["triton"], target, row["kernel"], dim))
+        known = TABLE.get((row["triton"], target, row["kernel"], row["tier"], dim))
         if known:  # another Triton than the table's keeps the rules above, but not the very numbers
             assert row["matrix"] == known["matrix"], (row, known)
             assert row["registers"] <= int(known["registers"]) + 8, (row, known)
@@ -44,8 +46,9 @@ def test_table_has_every_kernel_and_no_spill():
     for version in versions:
         for target in ct.TARGETS:
             for dim in ct.launch.SPLITS:
-                kernels = {k for v, t, k, d in TABLE if (v, t, d) == (version, target, dim)}
+                kernels = {k for v, t, k, tier, d in TABLE if (v, t, tier, d) == (version, target, "tl", dim)}
                 assert kernels == {"forward", "dq", *(["dkv"] if dim <= 128 else ["dkv_dk", "dkv_dv"])}
+    assert {d for v, _, _, tier, d in TABLE if (v, tier) == ("3.6.0", "gluon")} == set(ct.attend_gluon.DIMS)
     assert {(row["spill_bytes"], row["stack_bytes"], row["warnings"]) for row in TABLE.values()} == {("0", "0", "")}
 
 
@@ -69,3 +72,13 @@ def test_tuned_launches_take_the_place_of_the_table(tmp_path, monkeypatch):
     ct.launch.tuned.cache_clear()
     assert (tuned.rows, tuned.keys, tuned.options) == (64, 32, {"num_warps": 4, "num_stages": 1})
     assert other.rows == 128
+
+
+@pytest.mark.skipif(bool(ct.gluon_gate.missing_api()), reason="this Triton's Gluon is not the one of the kernel")
+def test_gluon_waits_where_it_should():
+    # The scores are waited for with the product of the block before still running: one group of it, two where D is
+    # split. The variant of the self-check lets nothing run.
+    for wait, expected in ((False, {"0", "2"}), (True, {"0"})):
+        ptx = ct.compile_gluon(80, ct.torch.float16, wait=wait)["gluon_wait" if wait else "gluon"].asm["ptx"]
+        assert set(ct.re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", ptx)) == expected
+        assert "mma_async.sync.aligned.m64n128k16.f32.f16.f16" in ptx

@@ -21,14 +21,27 @@ UNLIMITED = 1 << 30  # a reach of the mask beyond any segment, as in kernels/lau
 
 
 def implementation(device: torch.device | str) -> str:
-    """What computes attention for tensors on a device: "triton", "triton-interpret" or "reference".
+    """What computes attention for tensors on a device: "gluon", "triton", "triton-interpret" or "reference".
 
-    "triton" on CUDA and ROCm devices where Triton is installed; "triton-interpret" on the CPU where TRITON_INTERPRET=1
-    is set (before the first import of triton; for tests); "reference", eager PyTorch, everywhere else.
+    "triton" on CUDA and ROCm devices where Triton is installed; "gluon" instead on an sm_90 GPU where the self-check of
+    that tier has passed (`kernels.gluon_gate.verdict(device)` says why not), for the calls that
+    `kernels.attend_gluon.takes`, the others and all gradients being "triton" as before; "triton-interpret" on the CPU
+    where TRITON_INTERPRET=1 is set (before the first import of triton; for tests); "reference", eager PyTorch,
+    everywhere else.
 
     >>> implementation("meta")
     'reference'
     """
+    found = _portable(device)
+    if found == "triton":
+        from triton_sp.kernels import gluon_gate  # here, so that the package imports without Triton
+
+        return "gluon" if gluon_gate.verdict(device).passed else found
+    return found
+
+
+def _portable(device: torch.device | str) -> str:
+    """`implementation` without the Gluon tier: torch.compile traces this, and could not trace a file being read."""
     kind = torch.device(device).type
     if not HAS_TRITON or kind not in ("cuda", "cpu"):
         return "reference"
@@ -132,7 +145,7 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
     factor = q_THD.shape[-1] ** -0.5 if scale is None else scale
-    if implementation(q_THD.device) == "reference":
+    if _portable(q_THD.device) == "reference":
         _check_values(q_THD, k_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k)
         with torch.autocast(device, enabled=False):
             out, lse_TH = reference.varlen_attention(
@@ -174,6 +187,11 @@ def attend(
     from triton_sp.kernels import attend as kernel  # here, so that the package imports without Triton
 
     _check_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
+    if implementation(q.device) == "gluon":
+        from triton_sp.kernels import attend_gluon as gluon
+
+        if gluon.takes(q, k, v, seqused_k, softcap=softcap, left=left, right=right):
+            return gluon.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, right=right)
     return kernel.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale=scale, softcap=softcap, left=left, right=right
     )

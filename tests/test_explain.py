@@ -49,6 +49,7 @@ def test_before_wrap(name: str) -> None:
     assert [dict(vars(module)) for module in model.modules()] == attributes
     assert str(explanation).startswith(f"{type(model).__name__}: not wrapped; this is what wrap would do on 3 ranks\n")
     assert "known family" in str(explanation) and "all-to-all" in str(explanation)
+    assert "attention is computed by: reference" in str(explanation)
     assert all(row.heads_per_rank == "" for row in triton_sp.explain(model).rows)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from triton_sp import models
 from triton_sp.errors import SPError
+from triton_sp.ops import implementation
 from triton_sp.wrappers.install import LastCall, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import WHOLE
@@ -54,6 +55,7 @@ class Explanation:
 
     title: str
     rows: tuple[Row, ...]
+    attention: str  # what computes it on the model's device, see ops.implementation
 
     def __str__(self) -> str:
         columns = [field.name for field in fields(Row) if field.name != "last_batch"]
@@ -67,7 +69,7 @@ class Explanation:
             f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
         ]
         plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
-        return "\n".join([self.title, *lines, *plans, *told])
+        return "\n".join([self.title, *lines, *plans, f"attention is computed by: {self.attention}", *told])
 
 
 def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
@@ -91,17 +93,18 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
         state = f"wrapped, {ranks} rank{'s' * (ranks > 1)} share each batch"
     else:
         state = "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else "")
+    title, attention = f"{type(model).__name__}: {state}", implementation(models.device_of(model))
     try:
         anatomy = installation.anatomy if installation else models.find(model)
     except SPError as error:
-        return Explanation(f"{type(model).__name__}: {state}", (Row("", "", None, "", "", "refused", str(error)),))
+        return Explanation(title, (Row("", "", None, "", "", "refused", str(error)),), attention)
     rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(installation.last_calls.get(row.part))) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
-    return Explanation(f"{type(model).__name__}: {state}", tuple(rows))
+    return Explanation(title, tuple(rows), attention)
 
 
 def _last_batch(call: LastCall | None) -> str:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu all-plans compile-table clean
+.PHONY: demo test check gpu perf all-plans compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ gpu:
 # Long: every model with every plan.
 all-plans: .venv/.ready
 	$(BIN)/python tests/all_plans.py
+
+# DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
+perf: .venv/.ready
+	$(BIN)/python perf/exchange.py
 
 compile-table: .venv/.ready
 	$(BIN)/python tests/compile_table.py

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import pandas as pd
 import torch
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 import triton_sp
 from triton_sp import comm
+from triton_sp.testing import saved_activations
 
 STEPS, LEARNING_RATE = 5, 3e-4
 
@@ -40,29 +40,6 @@ class Run:
     saved: int
     vision_tokens: int
     text_tokens: int
-
-
-@dataclass(eq=False)
-class Saved:
-    tensor: Tensor
-
-
-@contextmanager
-def saved_activations(model: nn.Module) -> Iterator[list[int]]:
-    """The bytes that a forward has kept for the backward when it ends, parameters left out, in a list of one."""
-    kept: WeakSet[Saved] = WeakSet()  # weak, because results that nothing used have left the graph by then
-
-    def pack(x: Tensor) -> Saved:
-        saved = Saved(x.detach())
-        kept.add(saved)
-        return saved
-
-    size: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        yield size
-    storages = {(s := saved.tensor.untyped_storage()).data_ptr(): s.nbytes() for saved in kept}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    size.append(sum(count for place, count in storages.items() if place not in parameters))
 
 
 @contextmanager

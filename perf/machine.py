@@ -47,9 +47,17 @@ def describe() -> dict[str, Any]:
     }
 
 
+def cpu() -> str:
+    """What the processor calls itself."""
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
 def folder() -> pathlib.Path:
-    """perf/results/<gpu>/, made if need be."""
-    name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "none"
+    """perf/results/<gpu>/, or perf/results/cpu/ where there is none; made if need be."""
+    name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
     path = pathlib.Path(os.environ.get("TRITON_SP_RESULTS", ROOT / "perf" / "results")) / name
     path.mkdir(parents=True, exist_ok=True)
     return path

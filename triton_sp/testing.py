@@ -1,4 +1,4 @@
-"""The test kit, public: run a function on several CPU ranks, and compare gradients.
+"""The test kit, public: run a function on several CPU ranks, compare gradients, count what is saved.
 
 >>> from triton_sp.testing import relative_error
 >>> import torch
@@ -11,15 +11,18 @@ from __future__ import annotations
 import multiprocessing as mp
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -27,6 +30,35 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     size = float(expected.detach().double().norm())
     difference = float((found.detach().double() - expected.detach().double()).norm())
     return difference / size if size else difference
+
+
+@dataclass(eq=False)
+class _Saved:
+    tensor: Tensor
+
+
+@contextmanager
+def saved_activations(model: nn.Module) -> Iterator[list[int]]:
+    """The bytes that a forward has kept for the backward when it ends, parameters left out, in a list of one.
+
+    >>> with saved_activations(torch.nn.Linear(3, 3)) as size:
+    ...     _ = torch.nn.functional.gelu(torch.zeros(4, requires_grad=True))
+    >>> size
+    [16]
+    """
+    kept: WeakSet[_Saved] = WeakSet()  # weak, because results that nothing used have left the graph by then
+
+    def pack(x: Tensor) -> _Saved:
+        saved = _Saved(x.detach())
+        kept.add(saved)
+        return saved
+
+    size: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        yield size
+    storages = {(s := saved.tensor.untyped_storage()).data_ptr(): s.nbytes() for saved in kept}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    size.append(sum(count for place, count in storages.items() if place not in parameters))
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -104,7 +104,7 @@ class RankPool:
             process.start()
             self._workers.append((process, ours))
 
-    def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 240.0) -> list[Any]:
         """Call `function(*args)` on each rank, in a default gloo group of `ranks`; return the results by rank.
 
         Raises:

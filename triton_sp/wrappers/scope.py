@@ -91,6 +91,17 @@ def bound_checkpoints(model: nn.Module) -> Iterator[None]:
             module.__dict__[name] = checkpoint
 
 
+def check_tally(tally: Counter[str], calls: int, stack: str) -> None:
+    """Raise unless every attention layer of a stack has come by: none may have run on a shard unnoticed."""
+    if tally["attention"] != calls:
+        raise UnsupportedModelError(
+            stack,
+            expected=f"{calls} sharded attention calls",
+            found=f"{tally['attention']}",
+            remedy="report this model: some of its attention went past the wrapper",
+        )
+
+
 def recomputing() -> bool:
     """Whether this runs inside a backward: the recomputation of a checkpoint."""
     return torch._C._current_graph_task_id() != -1

@@ -24,7 +24,7 @@ from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
-from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, current, outside
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, check_tally, current, outside
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,13 +143,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     arguments[KEYWORD] = AttentionScope(call.stream, call.tally)
     with active(DecoderScope(longest)):
         out = override.original(**arguments)
-    if call.tally["attention"] != len(stack.attention):
-        raise UnsupportedModelError(
-            stack.name,
-            expected=f"{len(stack.attention)} sharded attention calls",
-            found=f"{call.tally['attention']}",
-            remedy="report this model: some of its attention went past the wrapper",
-        )
+    check_tally(call.tally, len(stack.attention), stack.name)
     installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(),))
     return out
 

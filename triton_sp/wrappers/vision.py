@@ -27,7 +27,16 @@ from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override, SPConfig
 from triton_sp.wrappers.planning import plan_tower
-from triton_sp.wrappers.scope import AttentionScope, Call, active, bound_checkpoints, current, outside, recomputing
+from triton_sp.wrappers.scope import (
+    AttentionScope,
+    Call,
+    active,
+    bound_checkpoints,
+    check_tally,
+    current,
+    outside,
+    recomputing,
+)
 
 
 @dataclass
@@ -148,13 +157,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
         out = override.original(*args, **kwargs)
     tower.last_output = None
     layers = len(stack.attention if stack.door else stack.blocks)
-    if tower.tally["attention"] != layers:
-        raise UnsupportedModelError(
-            stack.name,
-            expected=f"{layers} sharded attention calls",
-            found=f"{tower.tally['attention']}",
-            remedy="report this model: some of its attention went past the wrapper",
-        )
+    check_tally(tower.tally, layers, stack.name)
     if tower.choice is not None:
         attended = tuple(filter(None, dict.fromkeys(stream.describe() for stream in tower.streams.values())))
         override.installation.last_calls[stack.name] = LastCall(tower.choice, attended)

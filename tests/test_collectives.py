@@ -11,7 +11,7 @@ import torch.distributed as dist
 import zoo
 
 import triton_sp
-from triton_sp import comm, plan
+from triton_sp import comm, pipeline, plan
 from triton_sp.comm import Ledger
 from triton_sp.loss import shift
 
@@ -117,6 +117,26 @@ def test_bytes(ranks, name: str, kv_heads: int, size: int) -> None:
         back_results = tokens * heads * (size - 1) // size * head_dim * width
         back_inputs = (total - tokens) * (heads + 2 * copies) // size * head_dim * width
         assert bytes_of(sent.backward, "exchange") == [back_results, back_inputs] * LAYERS[name]
+
+
+def reshard(source: plan.Shards, target: plan.Shards) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """A stream 0, 1, 2 ... under another cut, and what comes back to its owners from gradients row * 10."""
+    group = comm.resolve_group()
+    own, goal = source.range(group.rank), target.range(group.rank)
+    x = torch.arange(own.start, own.stop, dtype=torch.float64)[:, None].expand(-1, 3).clone().requires_grad_()
+    with comm.record() as ledger:
+        moved = pipeline.reshard(x, source, target, group)
+    moved.backward(10.0 * torch.arange(goal.start, goal.stop, dtype=torch.float64)[:, None].expand(-1, 3))
+    return moved.detach(), x.grad, ledger.bytes
+
+
+def test_reshard_moves_each_row_once_and_back(ranks) -> None:
+    source, target = plan.Shards((0, 5, 2)), plan.Shards((4, 0, 3))
+    for rank, (moved, grad, sent) in enumerate(ranks.run(reshard, source, target, ranks=3)):
+        assert moved[:, 0].tolist() == list(target.range(rank))
+        assert grad[:, 0].tolist() == [10 * row for row in source.range(rank)]
+        assert sent == [0, 5, 0][rank] * 3 * 8
+    assert all(sent == 0 for _, _, sent in ranks.run(reshard, source, source, ranks=3))
 
 
 def test_ledger_sees_only_its_block() -> None:

@@ -25,7 +25,7 @@ from triton_sp import comm, ops, packing
 from triton_sp.comm import Group
 from triton_sp.cost import PlanName
 from triton_sp.heads import Route, describe_share, route, share_heads, share_whole_heads
-from triton_sp.plan import Segments, Shards
+from triton_sp.plan import Segments, Shards, moves
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,3 +218,10 @@ def _join(outs: list[Tensor], received: Tensor, passage: Passage) -> Tensor:
 def gather(x: Tensor, stream: Stream, unit: int = 1) -> Tensor:
     """The whole stream from this rank's tokens (dim 0), `unit` of which have become one row."""
     return comm.gather(x, stream.shards.merged(unit), stream.group)
+
+
+def reshard(x: Tensor, source: Shards, target: Shards, group: Group) -> Tensor:
+    """This rank's rows (dim 0) of a stream under another cut: each row goes from its owner to its next one, once."""
+    if source == target:
+        return x
+    return comm.exchange(x, *moves(source, target, group.rank), group)

@@ -43,6 +43,23 @@ class Shards:
         return Shards(tuple(size // unit for size in self.sizes))
 
 
+def moves(source: Shards, target: Shards, rank: int) -> tuple[list[int], list[int]]:
+    """How many rows a rank sends to each rank, and gets from each, where a stream goes from one cut to another.
+
+    >>> moves(Shards((4, 4)), Shards((6, 2)), 0), moves(Shards((4, 4)), Shards((6, 2)), 1)
+    (([4, 0], [4, 2]), ([2, 2], [0, 2]))
+    """
+    assert source.total == target.total, (source, target)
+    ranks = range(len(source.sizes))
+    send = [_common(source.range(rank), target.range(other)) for other in ranks]
+    receive = [_common(source.range(other), target.range(rank)) for other in ranks]
+    return send, receive
+
+
+def _common(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+
+
 def shard_tokens(total: int, ranks: int, unit: int = 1) -> Shards:
     """Cut `total` tokens into `ranks` parts of as equal a size as cuts at multiples of `unit` allow.
 

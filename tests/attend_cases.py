@@ -5,6 +5,7 @@ oracle is dense, knows no segments but through a mask, and shares no code with t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -39,6 +40,7 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
+    sees: Callable[[int, int, int], tuple[int, int]] | None = None  # row of a segment, its rows and keys -> first, stop
 
     def __post_init__(self):
         self.q = [n * STRETCH for n in self.q]
@@ -59,8 +61,22 @@ class Case:
         used = None if self.used is None else torch.tensor(self.used, dtype=torch.int32, device=DEVICE)
         return table(self.q), table(self.k), used
 
+    def key_ranges(self):
+        """Of all rows, those of the slack too."""
+        if self.sees is None:
+            return None
+        starts = [sum(self.k[:i]) for i in range(len(self.k))]
+        ranges = [
+            [start + bound for bound in self.sees(row, n, n_k)]
+            for start, n, n_k in zip(starts, self.q, self.k, strict=True)
+            for row in range(n)
+        ]
+        ranges += [[sum(self.k)] * 2] * self.slack
+        return torch.tensor(ranges, dtype=torch.int32, device=DEVICE).T
+
     def call(self, q, k, v, return_lse=False, **more):
         cu_q, cu_k, used = self.tables()
+        more["key_ranges"] = self.key_ranges()
         options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
         return varlen_attention(q, k, v, cu_q, cu_k, seqused_k=used, return_lse=return_lse, **options, **more)
 
@@ -76,6 +92,9 @@ class Case:
                 low = 0 if self.window is None else max(0, position - self.window + 1)
                 ahead = 0 if self.causal else math.inf if self.window is None else self.window - 1
                 high = min(seen, position + 1 + ahead)
+                if self.sees is not None:
+                    low, high = self.sees(row, n, n_k)
+                    low, high = max(low, 0), min(high, seen)
                 if high > low:
                     mask[start + row, k_start + low : k_start + int(high)] = True
             start, k_start = start + n, k_start + n_k
@@ -148,6 +167,35 @@ def test_head_dims_small(dim):
     ids=str,
 )
 def test_masks(case):
+    assert_exact(case)
+
+
+def prefix(row, rows, keys):
+    return 0, max(row + 1, 2 * rows // 3)
+
+
+def cut_blocks(row, rows, keys):
+    """Blocks of a third of the segment, of which a window leaves out the beginning."""
+    third = max(rows // 3, 1)
+    return max(row - rows // 4, 0), min((row // third + 1) * third, rows)
+
+
+def inner(row, rows, keys):
+    """Rows from within a longer segment: with keys ahead of the last row, rows without a key, keys without a row."""
+    return (keys // 4 + row // 2, keys // 4 + row // 2 + max(0, 2 * (row - rows // 4)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sees=prefix, dim=72),
+        Case([36, 33], sees=cut_blocks, softcap=2.0),
+        Case([20, 9], [48, 40], sees=inner),
+        Case([20, 9], [48, 40], [40, 0], sees=inner, heads=1),
+    ],
+    ids=["prefix", "cut blocks", "inner", "inner with keys left out"],
+)
+def test_key_ranges(case):
     assert_exact(case)
 
 
@@ -251,7 +299,7 @@ def test_op_is_well_formed():
     case = Case([9, 5], heads=2)
     q, k, v, _ = (x.requires_grad_() for x in case.tensors())
     cu_q, cu_k, _ = case.tables()
-    arguments = (q, k, v, cu_q, cu_k, None, 0.125, 0.0, ops.UNLIMITED, 0)
+    arguments = (q, k, v, cu_q, cu_k, None, None, 0.125, 0.0, ops.UNLIMITED, 0)
     torch.library.opcheck(torch.ops.triton_sp.attend.default, arguments)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_sp import packing
+from triton_sp.comm import ALONE
 from triton_sp.heads import Route, Share, route, share_heads, share_whole_heads
+from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards, Work, shard_tokens
 
 COUNTS = [(25, 25), (28, 4), (14, 2), (9, 3), (40, 8), (5, 1)]  # query and key/value heads
@@ -24,13 +28,26 @@ def segments_of(lengths: list[int]) -> Segments:
     return Segments(tuple(starts))
 
 
+@st.composite
+def streams(draw: st.DrawFn) -> Segments:
+    """Segments of any lengths, some with spans in which tokens see one another, side by side and apart."""
+    segments = segments_of(draw(st.lists(st.integers(1, 40), min_size=1, max_size=8)))
+    spans = []
+    for start, stop in pairwise(segments.starts):
+        cuts = draw(st.lists(st.integers(start, stop), max_size=6, unique=True).map(sorted))
+        spans += [range(a, b) for a, b in pairwise(cuts) if draw(st.booleans())]
+    return replace(segments, spans=tuple(spans), cut_spans=draw(st.booleans()))
+
+
 def seen(segments: Segments, row: int, causal: bool, window: int | None) -> range:
     """The keys that a row sees, by definition."""
     segment = max(i for i, start in enumerate(segments.starts[:-1]) if start <= row)
     first, stop = segments.starts[segment], segments.starts[segment + 1]
-    if causal:
-        return range(max(first, row + 1 - window) if window else first, row + 1)
-    return range(first, stop)
+    if not causal:
+        return range(first, stop)
+    span = next((span for span in segments.spans if row in span), range(row, row + 1))
+    first = max(first, row + 1 - window) if window else first
+    return range(first if segments.cut_spans else min(first, span.start), span.stop)
 
 
 def load(share: Share, work: Work) -> int:
@@ -38,33 +55,30 @@ def load(share: Share, work: Work) -> int:
 
 
 masks = st.sampled_from([(False, None), (True, None), (True, 1), (True, 7)])
-lengths = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 counts = st.tuples(st.integers(1, 7), st.integers(1, 5)).map(lambda pair: (pair[0] * pair[1], pair[1]))
 
 
 @settings(deadline=None)
-@given(lengths, masks)
-def test_work_counts_the_keys_of_rows(lengths: list[int], mask: tuple[bool, int | None]) -> None:
-    segments = segments_of(lengths)
+@given(streams(), masks)
+def test_work_counts_the_keys_of_rows(segments: Segments, mask: tuple[bool, int | None]) -> None:
     work = segments.work(*mask)
-    pairs = [len(seen(segments, row, *mask)) for row in range(sum(lengths))]
-    assert [work.before(row) for row in range(sum(lengths) + 1)] == [sum(pairs[:row]) for row in range(len(pairs) + 1)]
+    pairs = [len(seen(segments, row, *mask)) for row in range(segments.starts[-1])]
+    assert [work.before(row) for row in range(len(pairs) + 1)] == [sum(pairs[:row]) for row in range(len(pairs) + 1)]
     for target in range(work.total + 1):
         row = work.row_at(target)
         assert work.before(row) >= target and (row == 0 or work.before(row - 1) < target)
 
 
 @settings(deadline=None)
-@given(lengths, masks, counts, st.integers(1, 9))
-def test_every_row_of_every_head_is_owned_once(lengths, mask, heads, ranks) -> None:
-    segments = segments_of(lengths)
-    work = segments.work(*mask)
+@given(streams(), masks, counts, st.integers(1, 9))
+def test_every_row_of_every_head_is_owned_once(segments, mask, heads, ranks) -> None:
+    work, total = segments.work(*mask), segments.starts[-1]
     shares = share_heads(*heads, ranks, work)
     owned = sorted((h, row) for share in shares for item in share for h in item.q for row in item.rows)
-    assert owned == [(h, row) for h in range(heads[0]) for row in range(sum(lengths))]
+    assert owned == [(h, row) for h in range(heads[0]) for row in range(total)]
     assert sum(load(share, work) for share in shares) == heads[0] * work.total
-    widest = max(len(seen(segments, row, *mask)) for row in range(sum(lengths)))
-    if share_whole_heads(*heads, ranks, sum(lengths)) is None:
+    widest = max(len(seen(segments, row, *mask)) for row in range(total))
+    if share_whole_heads(*heads, ranks, total) is None:
         assert (
             max(load(share, work) for share in shares) <= heads[0] * work.total / ranks + widest * heads[0] / heads[1]
         )
@@ -74,6 +88,22 @@ def test_every_row_of_every_head_is_owned_once(lengths, mask, heads, ranks) -> N
             assert len(item.q) % len(item.kv) == 0  # one call can attend with them
             needed = {key for row in item.rows for key in seen(segments, row, *mask)}
             assert needed == set(item.keys)  # none less, and none more
+
+
+@settings(deadline=None)
+@given(streams(), st.sampled_from([None, 1, 7]), counts, st.integers(1, 9))
+def test_masks_say_what_rows_see(segments, window, heads, ranks) -> None:
+    total = segments.starts[-1]
+    table = torch.tensor(segments.starts, dtype=torch.int32)
+    stream = Stream(ALONE, Shards((total,)), table, known=segments)
+    for item in chain(*share_heads(*heads, ranks, segments.work(True, window))):
+        mask = stream.mask(item.rows, item.keys, True, window)
+        if not segments.spans:
+            assert mask.key_ranges is None and (mask.causal, mask.window) == (True, window)
+            continue
+        wanted = [seen(segments, row, True, window) for row in item.rows]
+        assert mask.key_ranges is not None and not mask.causal and mask.window is None
+        assert (mask.key_ranges + item.keys.start).T.tolist() == [[keys.start, keys.stop] for keys in wanted]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -105,12 +135,12 @@ def shapes_of(way: Route) -> list[tuple[int, int]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths, masks, counts, st.integers(1, 6), st.randoms(use_true_random=False))
-def test_what_is_sent_is_what_items_need(lengths, mask, heads, ranks, generator) -> None:
+@given(streams(), masks, counts, st.integers(1, 6), st.randoms(use_true_random=False))
+def test_what_is_sent_is_what_items_need(segments, mask, heads, ranks, generator) -> None:
     """Both exchanges of all ranks in one process: the items get their rows of q, k and v, and every rank gets its
     tokens' outputs back, bit for bit."""
-    total = sum(lengths)
-    shares = share_heads(*heads, ranks, segments_of(lengths).work(*mask))
+    total = segments.starts[-1]
+    shares = share_heads(*heads, ranks, segments.work(*mask))
     shards = shard_tokens(total, ranks)
     if generator.random() < 0.5:  # shards of any size, empty ones too
         cuts = sorted(generator.randint(0, total) for _ in range(ranks - 1))

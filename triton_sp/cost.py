@@ -144,8 +144,8 @@ def choose(
     work = segments.work(layers.causal)
     total = segments.starts[-1]
     flops = [
-        (stop - start) * layers.token_flops() + (after - before) * layers.pair_flops()
-        for (start, stop), (before, after) in zip(pairwise(segments.starts), pairwise(work.ends), strict=True)
+        (stop - start) * layers.token_flops() + pairs * layers.pair_flops()
+        for (start, stop), pairs in zip(pairwise(segments.starts), work.by_segment, strict=True)
     ]
 
     even, cut = shard_tokens(total, ranks, unit), shard_segments(segments, ranks, flops, unit)

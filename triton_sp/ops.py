@@ -59,6 +59,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor | None = None,
     *,
     seqused_k: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -77,6 +78,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor | None = None,
     *,
     seqused_k: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -94,6 +96,7 @@ def varlen_attention(
     cu_seqlens_k: Tensor | None = None,
     *,
     seqused_k: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     causal: bool = False,
     window: int | None = None,
     softcap: float | None = None,
@@ -110,6 +113,10 @@ def varlen_attention(
             last. Equal neighbours are empty segments; tokens past the last entry belong to none.
         cu_seqlens_k: the same for keys; None if equal.
         seqused_k: int32 or int64 (segments,), how many keys of each segment count; None for all of them.
+        key_ranges: int32 or int64 (2, T), the keys that each row sees: of `k_TKD`, from key_ranges[0] up to, not
+            including, key_ranges[1]; of these, the ones in its own segment. Both never decrease from row to row. They
+            take the place of `causal` and `window`, for masks in which a block of tokens sees all of itself: the prefix
+            of PaliGemma (arXiv:2407.07726), the images of Gemma 3 (arXiv:2503.19786).
         causal: a row sees the keys up to its own position, the last row aligned with the last key that counts.
         window: a row sees this many keys, its own included, behind it (and ahead of it, if not causal).
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
@@ -137,16 +144,20 @@ def varlen_attention(
     [2.0, 2.0, 10.0]
     >>> varlen_attention(q, q, v, torch.tensor([0, 2, 3]), causal=True)[:, 0, 0].tolist()
     [1.0, 2.0, 10.0]
+    >>> prefix = torch.tensor([[0, 0, 0], [2, 2, 3]])  # the first two tokens see one another, the third sees all
+    >>> varlen_attention(q, q, v, torch.tensor([0, 3]), key_ranges=prefix)[:2, 0, 0].tolist()
+    [2.0, 2.0]
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     _check(q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, window, softcap, scale)
+    _check_ranges(key_ranges, q_THD, causal, window)
     device = q_THD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
     factor = q_THD.shape[-1] ** -0.5 if scale is None else scale
     if _portable(q_THD.device) == "reference":
-        _check_values(q_THD, k_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k)
+        _check_values(q_THD, k_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges)
         with torch.autocast(device, enabled=False):
             out, lse_TH = reference.varlen_attention(
                 q_THD,
@@ -155,6 +166,7 @@ def varlen_attention(
                 cu_seqlens_q.tolist(),
                 cu_seqlens_k.tolist(),
                 None if seqused_k is None else seqused_k.tolist(),
+                key_ranges,
                 causal=causal,
                 window=window,
                 softcap=softcap or 0.0,
@@ -164,7 +176,8 @@ def varlen_attention(
         return (out, lse_TH) if lse_TH is not None else out
     left = UNLIMITED if window is None else window - 1
     out, lse_HT = attend(
-        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, factor, softcap or 0.0, left, 0 if causal else left
+        *(q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges),
+        *(factor, softcap or 0.0, left, 0 if causal else left),
     )
     return (out, lse_HT.transpose(0, 1)) if return_lse else out
 
@@ -177,23 +190,28 @@ def attend(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
+    key_ranges: Tensor | None,
     scale: float,
     softcap: float,
     left: int,
     right: int,
 ) -> tuple[Tensor, Tensor]:
     """The Triton kernels as one op: out (T, H, D) and the log-sum-exp (H, T). A row sees `left` keys behind its own
-    position and `right` ahead."""
+    position and `right` ahead, or its key range where these are given."""
     from triton_sp.kernels import attend as kernel  # here, so that the package imports without Triton
 
-    _check_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
-    if implementation(q.device) == "gluon":
+    _check_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges)
+    if implementation(q.device) == "gluon" and key_ranges is None:
         from triton_sp.kernels import attend_gluon as gluon
 
         if gluon.takes(q, k, v, seqused_k, softcap=softcap, left=left, right=right):
             return gluon.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, scale=scale, right=right)
     return kernel.forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, scale=scale, softcap=softcap, left=left, right=right
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges),
+        scale=scale,
+        softcap=softcap,
+        left=left,
+        right=right,
     )
 
 
@@ -214,6 +232,7 @@ def attend_backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
+    key_ranges: Tensor | None,
     scale: float,
     softcap: float,
     left: int,
@@ -223,7 +242,7 @@ def attend_backward(
     from triton_sp.kernels import attend_backward as kernel
 
     return kernel.backward(
-        *(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k),
+        *(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges),
         scale=scale,
         softcap=softcap,
         left=left,
@@ -238,14 +257,14 @@ def _(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: An
 
 def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-    ctx.settings = inputs[6:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:7])
+    ctx.settings = inputs[7:]
 
 
 def _attend_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *where = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    return *attend_backward(dout, dlse, q, k, v, out, lse, *where, *ctx.settings), *(None,) * 7
+    return *attend_backward(dout, dlse, q, k, v, out, lse, *where, *ctx.settings), *(None,) * 8
 
 
 attend.register_autograd(_attend_backward, setup_context=_setup_attend)
@@ -303,7 +322,34 @@ def _check(
         raise InputError("scale", expected="a factor above 0", found=str(scale), remedy="put a sign into q or k")
 
 
-def _check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, seqused_k: Tensor | None) -> None:
+def _check_ranges(key_ranges: Tensor | None, q: Tensor, causal: bool, window: int | None) -> None:
+    if key_ranges is None:
+        return
+    if causal or window is not None:
+        raise InputError(
+            "key_ranges",
+            expected="neither causal nor window beside them",
+            found=f"causal={causal}, window={window}",
+            remedy="put both into the ranges",
+        )
+    fits = key_ranges.dtype in (torch.int32, torch.int64) and tuple(key_ranges.shape) == (2, q.shape[0])
+    if not fits or key_ranges.device != q.device:
+        raise InputError(
+            "key_ranges",
+            expected=f"int32 or int64 of shape (2, {q.shape[0]}) on {q.device}",
+            found=f"{key_ranges.dtype} of shape {tuple(key_ranges.shape)} on {key_ranges.device}",
+            remedy="give the first key of each row, and the one past its last",
+        )
+
+
+def _check_values(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    seqused_k: Tensor | None,
+    key_ranges: Tensor | None,
+) -> None:
     if not cu_seqlens_q.is_cpu and os.environ.get("TRITON_SP_DEBUG") != "1":
         return
     for name, table, total in (
@@ -324,4 +370,11 @@ def _check_values(q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tens
             expected="no more keys than the segment has",
             found=f"{seqused_k.tolist()} of {cu_seqlens_k.diff().tolist()}",
             remedy="count keys from the start of each segment",
+        )
+    if key_ranges is not None and bool((key_ranges.diff() < 0).any()):
+        raise InputError(
+            "key_ranges",
+            expected="ranges that never decrease from row to row",
+            found=f"a decrease at row {int((key_ranges.diff() < 0).any(0).nonzero()[0]) + 1}",
+            remedy="sort the tokens so that what rows see is in order; masks of another kind cannot be expressed",
         )

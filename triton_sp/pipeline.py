@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ from triton_sp.heads import Route, describe_share, route, share_heads, share_who
 from triton_sp.plan import Segments, Shards, moves
 
 
+class Mask(NamedTuple):
+    """What some rows see of some keys: the arguments of `ops.varlen_attention` that say so."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor | None
+    key_ranges: Tensor | None
+    causal: bool
+    window: int | None
+
+
 @dataclass(frozen=True, eq=False)
 class Stream:
     """One token stream of one batch, as every rank of the group sees it. Immutable, so that a recomputation in the
@@ -37,7 +49,8 @@ class Stream:
         cu_seqlens: int32 (segments + 1,), the segments of the whole stream.
         seqused_k: int32 (segments,), or None where every token of a segment is a key of it. A padding position that
             carries a label is a segment of one row and no key.
-        known: the values of cu_seqlens, where they are at hand; else they are read from the device when needed, once.
+        known: the values of cu_seqlens, and the spans if there are any; None if the values are not at hand: they are
+            then read from the device when needed, once.
         plan: "segments" if shards end where segments end, of these layers or of others.
         chunks: heads are exchanged and attended to in so many parts, if they divide, one travelling while another is
             attended to.
@@ -50,6 +63,8 @@ class Stream:
     known: Segments | None = None
     plan: PlanName = "heads"
     chunks: int = 1
+    _masks: dict[tuple[range, range, bool, int | None], Mask] = field(default_factory=dict, repr=False)
+    _ranges: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
     _passages: dict[tuple[int, int, bool, int | None], Passage] = field(default_factory=dict, repr=False)
 
     @property
@@ -66,12 +81,6 @@ class Stream:
         """Whether every segment is one rank's, so that layers attend to what they have."""
         return self.group.size == 1 or (self.plan == "segments" and self.segments.local(self.shards))
 
-    @cached_property
-    def own(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cu_seqlens_q, cu_seqlens_k and seqused_k of this rank's tokens, where `is_local`."""
-        tokens = self.shards.range(self.group.rank)
-        return self.part(tokens, tokens)
-
     def describe(self) -> str:
         """How the layers that have run attended on this rank."""
         if self.is_local:
@@ -87,11 +96,38 @@ class Stream:
             # Whole heads need not know the segments, which may still be on the device.
             shares = share_whole_heads(num_heads, num_kv_heads, ranks, self.shards.total)
             shares = shares or share_heads(num_heads, num_kv_heads, ranks, self.segments.work(causal, window))
-            self._passages[key] = Passage(self, route(self.shards, shares, self.group.rank))
+            self._passages[key] = Passage(self, route(self.shards, shares, self.group.rank), causal, window)
         return self._passages[key]
 
-    def part(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor | None]:
-        """cu_seqlens_q, cu_seqlens_k and seqused_k of some rows and the keys that they see. Nothing is read."""
+    def mask(self, rows: range, keys: range, causal: bool, window: int | None) -> Mask:
+        """What some rows see of the keys that any of them sees. Nothing is read from the device."""
+        key = (rows, keys, causal, window)
+        if key not in self._masks:
+            tables = self._tables(rows, keys)
+            if causal and self.known is not None and self.known.spans:
+                ranges = self._key_ranges(window)[:, rows.start : rows.stop]
+                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)), False, None)
+            else:
+                self._masks[key] = Mask(*tables, None, causal, window)
+        return self._masks[key]
+
+    def _key_ranges(self, window: int | None) -> Tensor:
+        """int32 (2, S), the keys that each row sees in layers with this window: see `ops.varlen_attention`."""
+        if window not in self._ranges:
+            segments, row = self.segments, torch.arange(self.shards.total)
+            starts = torch.tensor(segments.starts)
+            first, stop = starts[:-1].repeat_interleave(starts.diff()), row + 1
+            if window is not None:
+                first = first.maximum(row - window + 1)
+            for span in segments.spans:
+                stop[span.start : span.stop] = span.stop
+                if not segments.cut_spans:
+                    first[span.start : span.stop].clamp_(max=span.start)
+            self._ranges[window] = torch.stack([first, stop]).to(self.cu_seqlens.device, torch.int32)
+        return self._ranges[window]
+
+    def _tables(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cu_seqlens_q, cu_seqlens_k and seqused_k of some rows and keys."""
         if len(rows) == len(keys) == self.shards.total:
             return self.cu_seqlens, self.cu_seqlens, self.seqused_k
         touched = self.segments.within(rows)
@@ -103,15 +139,15 @@ class Stream:
 
 
 class Passage:
-    """A route with its tables on the device, and the segments of each of its items."""
+    """A route with its tables on the device, and the mask of each of its items."""
 
-    def __init__(self, stream: Stream, way: Route) -> None:
+    def __init__(self, stream: Stream, way: Route, causal: bool, window: int | None) -> None:
         self.route = way
         device = stream.cu_seqlens.device
         self.inputs, self.arrivals, self.outputs, self.results = (
             packing.box_table(leg.boxes, device) for leg in (way.inputs, way.arrivals, way.outputs, way.results)
         )
-        self.segments = [stream.part(item.rows, item.keys) for item in way.share]
+        self.masks = [stream.mask(item.rows, item.keys, causal, window) for item in way.share]
 
 
 def shard(x: Tensor, stream: Stream, dim: int = 0) -> Tensor:
@@ -140,10 +176,10 @@ def attention(
     Returns:
         (T, H, D), this rank's tokens, all heads.
     """
-    attend = partial(ops.varlen_attention, causal=causal, window=window, softcap=softcap, scale=scale)
+    attend = partial(ops.varlen_attention, softcap=softcap, scale=scale)
     if stream.is_local:
-        cu_q, cu_k, used = stream.own
-        return attend(q_THD, k_TKD, v_TKD, cu_q, cu_k, seqused_k=used)
+        own = stream.shards.range(stream.group.rank)
+        return attend(q_THD, k_TKD, v_TKD, **stream.mask(own, own, causal, window)._asdict())
     count = chunks(stream.chunks, q_THD.shape[1], k_TKD.shape[1], stream.group.size)
     parts = list(zip(*(x.chunk(count, 1) for x in (q_THD, k_TKD, v_TKD)), strict=True))
     passages = [stream.passage(q.shape[1], k.shape[1], causal, window) for q, k, _ in parts]
@@ -183,8 +219,8 @@ def _attend(received: Tensor, passage: Passage, group: Group, attend: Callable[.
     """attend and the second exchange."""
     route = passage.route
     outs = [
-        attend(q, k, v, cu_q, cu_k, seqused_k=used)
-        for (q, k, v), (cu_q, cu_k, used) in zip(_items(received, passage), passage.segments, strict=True)
+        attend(q, k, v, **mask._asdict())
+        for (q, k, v), mask in zip(_items(received, passage), passage.masks, strict=True)
     ]
     return comm.begin_exchange(_join(outs, received, passage), route.outputs.sizes, route.results.sizes, group)
 

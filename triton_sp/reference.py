@@ -39,18 +39,16 @@ def allowed_keys(rows: int, keys: int, *, causal: bool, window: int | None, devi
 
 
 def _attend_segment(
-    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, *, causal: bool, window: int | None, softcap: float, scale: float
+    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, allowed: Tensor | None, *, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One segment by the textbook formula. Returns out (L, H, D) and log-sum-exp (L, H), both fp32 or wider."""
-    rows, keys, heads = q_LHD.shape[0], k_LKD.shape[0], q_LHD.shape[1]
     wide = torch.promote_types(q_LHD.dtype, torch.float32)
-    repeat = heads // k_LKD.shape[1]
+    repeat = q_LHD.shape[1] // k_LKD.shape[1]
     q, k, v = (x.to(wide).transpose(0, 1) for x in (q_LHD, k_LKD, v_LKD))
     k, v = k.repeat_interleave(repeat, 0), v.repeat_interleave(repeat, 0)
     scores = q @ k.transpose(1, 2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    allowed = allowed_keys(rows, keys, causal=causal, window=window, device=q.device)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -math.inf)
     lse = torch.logsumexp(scores, -1)
@@ -74,6 +72,7 @@ def varlen_attention(
     cu_seqlens_q: Sequence[int],
     cu_seqlens_k: Sequence[int],
     seqused_k: Sequence[int] | None,
+    key_ranges: Tensor | None = None,
     *,
     causal: bool,
     window: int | None,
@@ -93,10 +92,17 @@ def varlen_attention(
         q = q_THD[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
         k_stop = cu_seqlens_k[i + 1] if seqused_k is None else cu_seqlens_k[i] + seqused_k[i]
         k, v = k_TKD[cu_seqlens_k[i] : k_stop], v_TKD[cu_seqlens_k[i] : k_stop]
-        if not exact and window is None and not softcap and len(k) and (not causal or len(q) == len(k)):
+        plain = not exact and window is None and not softcap and key_ranges is None
+        if plain and len(k) and (not causal or len(q) == len(k)):
             outs.append(_attend_segment_sdpa(q, k, v, causal=causal, scale=scale))
             continue
-        out, lse = _attend_segment(q, k, v, causal=causal, window=window, softcap=softcap, scale=scale)
+        if key_ranges is None:
+            allowed = allowed_keys(len(q), len(k), causal=causal, window=window, device=q.device)
+        else:
+            first, stop = key_ranges[:, cu_seqlens_q[i] : cu_seqlens_q[i + 1], None] - cu_seqlens_k[i]
+            key = torch.arange(len(k), device=q.device)
+            allowed = (key >= first) & (key < stop)
+        out, lse = _attend_segment(q, k, v, allowed, softcap=softcap, scale=scale)
         outs.append(out.to(q_THD.dtype))
         lses.append(lse)
     slack = total - int(cu_seqlens_q[-1])

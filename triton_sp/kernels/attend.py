@@ -19,6 +19,7 @@ from triton_sp.kernels.tiles import (
     locate,
     masked,
     reach,
+    reach_in,
     soft,
     store_split,
 )
@@ -50,7 +51,7 @@ def attend_block(
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
     rows, keys, segments, group, left, right, inner, outer,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -59,7 +60,8 @@ def attend_forward(
     """out = softmax(mask(q k^T scale)) v and its log-sum-exp, for rows [first, first + BM) of one segment and head.
 
     A row at position p (its number in the segment, shifted so that the last row meets the last key) sees the keys
-    p - left .. p + right. Example: v = (1, 3 | 10), equal scores, segments of 2 and 1 -> out = (2, 2 | 10).
+    p - left .. p + right, or those of its range where ranges are given. Example: v = (1, 3 | 10), equal scores,
+    segments of 2 and 1 -> out = (2, 2 | 10).
     """
     head = tl.program_id(1)
     segment, start, length, first = locate(tl.program_id(0), cu_q_ptr, segments, rows, BM)
@@ -75,10 +77,15 @@ def attend_forward(
 
     row = tl.arange(0, BM)  # from the tile's start, as are the addresses
     q0, q1 = load_split(q_base, row, q_row, length - first, D, D0, D1)
-    shift = k_length - length
-    lowest, highest, begin, full_begin, full_end, end = reach(
-        first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
-    )
+    if ranges_ptr is not None:
+        lowest, highest, begin, full_begin, full_end, end = reach_in(
+            ranges_ptr, rows, start + first, tl.minimum(BM, length - first) - 1, row, k_start, k_length, BN
+        )
+    else:
+        shift = k_length - length
+        lowest, highest, begin, full_begin, full_end, end = reach(
+            first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
+        )
     acc0 = tl.zeros([BM, D0], tl.float32)
     acc1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -103,6 +110,7 @@ def forward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
+    key_ranges: Tensor | None = None,
     *,
     scale: float,
     softcap: float,
@@ -113,7 +121,8 @@ def forward(
     """Attention of packed tokens on the device of q, which may be strided in any way but along D.
 
     Args: as `triton_sp.varlen_attention`, with the mask as `left` and `right`, how many keys a row sees behind and
-    ahead of its own position (`launch.UNLIMITED` for all), and `out_THD`, a strided place to write to.
+    ahead of its own position (`launch.UNLIMITED` for all; both are ignored where `key_ranges` are given), and
+    `out_THD`, a strided place to write to.
 
     Returns: out (T, H, D) in the dtype of q and the log-sum-exp (H, T) in fp32, -inf for a row without a key.
 
@@ -127,9 +136,10 @@ def forward(
     unit, strides = launch.strides(q, k, v, out)
     segments = cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(scale, softcap)
+    ranges = None if key_ranges is None else key_ranges.contiguous()
     with torch.cuda.device_of(q):
         attend_forward[(rows // choice.rows + segments + 1, heads)](
-            q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides,
+            q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, *strides,
             rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer,
             D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,

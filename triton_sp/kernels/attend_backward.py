@@ -20,6 +20,7 @@ from triton_sp.kernels.tiles import (
     locate,
     masked,
     reach,
+    reach_in,
     soft,
     store_split,
 )
@@ -28,7 +29,7 @@ from triton_sp.kernels.tiles import (
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dq(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, lse2_ptr, delta_ptr,
-    cu_q_ptr, cu_k_ptr, used_ptr,
+    cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dout_row, dout_head, dq_row, dq_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -68,10 +69,15 @@ def attend_dq(
     tl.store(lse2_ptr + per_row, lse2, mask=row < length - first)
 
     q0, q1 = load_split(q_base, row, q_row, length - first, D, D0, D1)
-    shift = k_length - length
-    lowest, highest, begin, full_begin, full_end, end = reach(
-        first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
-    )
+    if ranges_ptr is not None:
+        lowest, highest, begin, full_begin, full_end, end = reach_in(
+            ranges_ptr, rows, start + first, tl.minimum(BM, length - first) - 1, row, k_start, k_length, BN
+        )
+    else:
+        shift = k_length - length
+        lowest, highest, begin, full_begin, full_end, end = reach(
+            first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
+        )
     dq0 = tl.zeros([BM, D0], tl.float32)
     dq1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
     for block in range(begin, end):
@@ -122,6 +128,7 @@ def dkv_block(
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dkv(
     q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, dk_row, dk_head, dv_row, dv_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -145,10 +152,16 @@ def attend_dkv(
     key = tl.arange(0, BN)  # from the tile's start, as are the addresses
     k0, k1 = load_split(k_base, key, k_row, k_length - first, D, D0, D1)
     v0, v1 = load_split(v_base, key, v_row, k_length - first, D, D0, D1)
-    shift = k_length - length
-    lowest, highest, begin, full_begin, full_end, end = reach(
-        first + key - shift, first - shift, tl.minimum(first + BN, k_length) - 1 - shift, right, left, length, BM
-    )
+    if ranges_ptr is not None:  # here of the rows that see each key
+        lowest, highest, begin, full_begin, full_end, end = reach_in(
+            ranges_ptr, keys, k_start + first, tl.maximum(tl.minimum(BN, k_length - first), 1) - 1, key, start, length,
+            BM,
+        )  # fmt: skip
+    else:
+        shift = k_length - length
+        lowest, highest, begin, full_begin, full_end, end = reach(
+            first + key - shift, first - shift, tl.minimum(first + BN, k_length) - 1 - shift, right, left, length, BM
+        )
     end = tl.where(first < k_length, end, begin)  # no row sees the keys that seqused_k leaves out
     dk0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
@@ -175,6 +188,17 @@ def attend_dkv(
         store_split(dv_base, key, dv_row, k_extent - first, dv0, dv1, D, D0, D1)
 
 
+def invert(key_ranges: Tensor, keys: int) -> Tensor:
+    """The rows that see each key, from the keys that each row sees: (2, T) -> (2, T_k), int32, no host read.
+
+    >>> invert(torch.tensor([[0, 0, 0, 1], [3, 3, 3, 4]]), 4).tolist()
+    [[0, 0, 0, 3], [3, 4, 4, 4]]
+    """
+    key = torch.arange(keys, dtype=key_ranges.dtype, device=key_ranges.device)
+    # Ranges never decrease: the rows before the first one that sees a key end by it, the ones behind start past it.
+    return torch.stack([torch.searchsorted(key_ranges[bound], key, right=True, out_int32=True) for bound in (1, 0)])
+
+
 def backward(
     dout_THD: Tensor,
     dlse_HT: Tensor | None,
@@ -186,6 +210,7 @@ def backward(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     seqused_k: Tensor | None,
+    key_ranges: Tensor | None = None,
     *,
     scale: float,
     softcap: float,
@@ -204,6 +229,8 @@ def backward(
     segments = cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(scale, softcap)
     common = (rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer, scale)
+    key_ranges = None if key_ranges is None else key_ranges.contiguous()
+    row_ranges = None if key_ranges is None else invert(key_ranges, k.shape[0])
     choice, dkv = launch.choose("dq", dim, q.dtype), launch.choose("dkv", dim, q.dtype)
     # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
     lse2, delta = (torch.empty(heads * rows + dkv.rows, dtype=torch.float32, device=q.device) for _ in range(2))
@@ -211,7 +238,7 @@ def backward(
         unit, strides = launch.strides(q, k, v, out, dout, dq)
         attend_dq[(rows // choice.rows + segments + 1, heads)](
             q, k, v, out, dout, lse_HT, dlse_HT, dq, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k,
-            *strides, *common,
+            key_ranges, *strides, *common,
             D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip
@@ -219,7 +246,8 @@ def backward(
         # Both sums of a tile of keys do not fit the registers at D = 256: there each gets a launch (9 products, not 7).
         for wants_dk, wants_dv in ((True, False), (False, True)) if dim > 128 else ((True, True),):
             attend_dkv[(k.shape[0] // dkv.keys + segments + 1, k.shape[1])](
-                q, k, v, dout, dk, dv, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k, *strides, *common,
+                q, k, v, dout, dk, dv, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k, row_ranges,
+                *strides, *common,
                 D=dim, D0=dkv.split[0], D1=dkv.split[1], UNIT=unit, SOFTCAP=softcap > 0,
                 BM=dkv.rows, BN=dkv.keys, BRANCH=dkv.branch, DK=wants_dk, DV=wants_dv, **dkv.options,
             )  # fmt: skip

@@ -67,6 +67,30 @@ def reach(x, x_first, x_last, behind, ahead, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def reach_in(ranges_ptr, total, at, x_last, x, base, limit, BLOCK: tl.constexpr):
+    """`reach` where the range of y that each x meets is given: (2, total), first and stop, none less than the one
+    before. The tile's x begin at `at` in that table, the last of them `x_last` further; y is counted from `base`.
+
+    For x with the y ranges [0, 3), [0, 3), [0, 3), [1, 5), base = 0, limit = 5 and BLOCK = 2: blocks [0, 3), of which
+    [1, 1) are full: the last x does not meet y = 0, the first not y = 3.
+    """
+    real = x <= x_last
+    low = tl.load(ranges_ptr + at + x, mask=real, other=0).to(tl.int32) - base
+    high = tl.load(ranges_ptr + total + at + x, mask=real, other=0).to(tl.int32) - base
+    first_low = tl.load(ranges_ptr + at).to(tl.int32) - base
+    last_low = tl.load(ranges_ptr + at + x_last).to(tl.int32) - base
+    first_high = tl.load(ranges_ptr + total + at).to(tl.int32) - base
+    last_high = tl.load(ranges_ptr + total + at + x_last).to(tl.int32) - base
+    # What is malformed, or of another segment, is cut to what can be read.
+    begin = tl.minimum(tl.maximum(first_low, 0), limit) // BLOCK
+    stop = tl.minimum(tl.maximum(last_high, 0), limit)
+    end = tl.maximum((stop + BLOCK - 1) // BLOCK, begin)
+    full_begin = (tl.maximum(last_low, 0) + BLOCK - 1) // BLOCK
+    full_end = tl.minimum(tl.maximum(first_high, 0), limit) // BLOCK
+    return low, tl.minimum(high, limit) - 1, begin, full_begin, full_end, end
+
+
+@triton.jit
 def masked(s, y, lowest, highest, other, edge, BRANCH: tl.constexpr):
     """s (x, y) where x meets y, else `other`.
 

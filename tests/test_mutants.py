@@ -38,14 +38,14 @@ def gather_whose_backward_only_slices(ctx: Any, grad: Tensor) -> tuple[Tensor | 
     return grad[own.start : own.stop], None, None
 
 
-def loss_of_a_local_count(logits: Tensor, targets: Tensor, count: Any, group: Any, gradient: str) -> Tensor:
+def loss_of_a_local_count(logits: Tensor, targets: Tensor, count: Any, group: Any, *rest: Any) -> Tensor:
     local = (targets != loss.IGNORE).sum().clamp(min=1) * group.size
-    return sharded_cross_entropy(logits, targets, local, group, gradient)
+    return sharded_cross_entropy(logits, targets, local, group, *rest)
 
 
-def labels_shifted_on_the_shard(logits: Tensor, targets: Tensor, count: Any, group: Any, gradient: str) -> Tensor:
+def labels_shifted_on_the_shard(logits: Tensor, targets: Tensor, count: Any, *rest: Any) -> Tensor:
     """The last token of a shard has no label then."""
-    return sharded_cross_entropy(logits, F.pad(targets[:-1], (0, 1), value=loss.IGNORE), count, group, gradient)
+    return sharded_cross_entropy(logits, F.pad(targets[:-1], (0, 1), value=loss.IGNORE), count, *rest)
 
 
 def total_with_an_all_reduce_in_its_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

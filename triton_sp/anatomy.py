@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
 
@@ -45,6 +46,23 @@ class Anatomy:
     @property
     def stacks(self) -> list[Stack]:
         return self.towers + ([self.decoder] if self.decoder else [])
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the logits that its head gives: a scale, then a soft limit.
+
+    >>> LogitTransform(scale=2.0, softcap=3.0)(torch.tensor([0.0, 100.0])).tolist()
+    [0.0, 3.0]
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def is_hf(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from triton_sp import models
 from triton_sp.errors import SPError
 from triton_sp.ops import implementation
+from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import LastCall, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import WHOLE
@@ -56,6 +57,7 @@ class Explanation:
     title: str
     rows: tuple[Row, ...]
     attention: str  # what computes it on the model's device, see ops.implementation
+    loss: str = ""  # what computes that of a training step
 
     def __str__(self) -> str:
         columns = [field.name for field in fields(Row) if field.name != "last_batch"]
@@ -69,7 +71,10 @@ class Explanation:
             f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
         ]
         plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
-        return "\n".join([self.title, *lines, *plans, f"attention is computed by: {self.attention}", *told])
+        computed = [f"attention is computed by: {self.attention}"]
+        if self.loss:
+            computed.append(f"the loss of a training step is computed by: {self.loss}")
+        return "\n".join([self.title, *lines, *plans, *computed, *told])
 
 
 def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
@@ -94,6 +99,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     else:
         state = "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else "")
     title, attention = f"{type(model).__name__}: {state}", implementation(models.device_of(model))
+    loss = "" if installation is None else loss_implementation(installation)
     try:
         anatomy = installation.anatomy if installation else models.find(model)
     except SPError as error:
@@ -104,7 +110,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(installation.last_calls.get(row.part))) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
-    return Explanation(title, tuple(rows), attention)
+    return Explanation(title, tuple(rows), attention, loss)
 
 
 def _last_batch(call: LastCall | None) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_sp.anatomy import Anatomy, Stack, attention_like, is_hf, uses_door
+from triton_sp.anatomy import Anatomy, LogitTransform, Stack, attention_like, is_hf, uses_door
 from triton_sp.errors import UnsupportedModelError
 
 
@@ -351,6 +351,14 @@ def causal_lm_loss(entry: nn.Module) -> bool:
     """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
     loss = getattr(entry, "loss_function", None)
     return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
+
+
+def logit_transform(entry: nn.Module) -> LogitTransform:
+    """What the configuration says that the model does to its logits; wrappers/head.py holds the model to it."""
+    config: Any = entry.config
+    config = config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -31,6 +31,11 @@ class SPConfig:
             and `sync_gradients`), "sum" for those that add.
         gather_logits: whether `out.logits` (without a head: `out.last_hidden_state`) holds all tokens, (B, S, V) with
             0 at padding, instead of this rank's, (1, T, V).
+        chunked_loss: whether a training step with labels leaves `out.logits` None and forms its loss from a chunk of
+            logits at a time: (tokens, vocabulary) never exists. Liger-Kernel's kernel does it where it is installed
+            and the head is a plain linear layer on a GPU; `explain` says.
+        label_smoothing: of the loss, as transformers' LabelSmoother has it. (That one needs all logits on every rank:
+            `gather_logits`.)
         check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them;
             "off" trusts the caller.
         plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
@@ -46,6 +51,8 @@ class SPConfig:
 
     gradient: Literal["mean", "sum"] = "mean"
     gather_logits: bool = False
+    chunked_loss: bool = False
+    label_smoothing: float = 0.0
     check: Literal["always", "off"] = "always"
     plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
@@ -65,6 +72,13 @@ class SPConfig:
                     found=repr(getattr(self, name)),
                     remedy="correct the argument",
                 )
+        if not 0 <= self.label_smoothing <= 1:
+            raise SPError(
+                "SPConfig.label_smoothing",
+                expected="0 to 1",
+                found=repr(self.label_smoothing),
+                remedy="correct the argument",
+            )
         if not isinstance(self.chunks, int) or self.chunks < 1:
             raise SPError(
                 "SPConfig.chunks", expected="1 or more", found=repr(self.chunks), remedy="correct the argument"
@@ -88,6 +102,7 @@ class Installation:
     anatomy: Anatomy
     edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
+    checked_head: bool = False  # what the model does to logits was seen once, see wrappers/head.py
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of one instance, and remember how to take it back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,9 @@ from triton_sp._version import __version__
 from triton_sp.agreement import agree
 from triton_sp.cost import find_link
 from triton_sp.errors import InputError
-from triton_sp.loss import IGNORE, sharded_cross_entropy, shift
-from triton_sp.models import causal_lm_loss, device_of, packs_plain_ids
+from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
+from triton_sp.models import causal_lm_loss, device_of, logit_transform, packs_plain_ids
+from triton_sp.wrappers.head import HeadLoss
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.planning import plan_decoder
 from triton_sp.wrappers.scope import Call, active
@@ -27,8 +29,8 @@ _CHECKED_VALUES = 1 << 22  # integer tensors up to this many elements are compar
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of a wrapped model. On one rank, and with a key/value cache, it is the model's own."""
-    installation = override.installation
-    if installation.group.size == 1:
+    installation, config = override.installation, override.installation.config
+    if installation.group.size == 1 and not (config.chunked_loss or config.label_smoothing):
         return override.original(*args, **kwargs)
     arguments = _bind(override, args, kwargs)
     if installation.anatomy.decoder is None:
@@ -192,7 +194,17 @@ def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, in
             found=f"{tuple(positions.shape)}",
             remedy="give the positions of the whole sequence",
         )
-    if arguments.get("labels") is not None and not causal_lm_loss(override.module):
+    labelled = arguments.get("labels") is not None
+    trained = override.module.training and not override.installation.config.gather_logits
+    if not labelled and trained and arguments.get("num_items_in_batch") is not None:
+        raise InputError(
+            "num_items_in_batch",
+            expected="labels beside it",
+            found="none: a trainer forms the loss from out.logits itself, which hold this rank's tokens",
+            remedy="smooth labels by SPConfig(label_smoothing=...) and leave label_smoothing_factor 0; for another "
+            "loss of your own, SPConfig(gather_logits=True)",
+        )
+    if labelled and not causal_lm_loss(override.module):
         raise InputError(
             "labels",
             expected="a model whose loss is the shifted cross entropy",
@@ -233,23 +245,36 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
     items = arguments.pop("num_items_in_batch", None)
     arguments.pop("labels", None)
     arguments["use_cache"] = False
-    with active(call):
+    local_T = None if targets is None else targets.flatten()[call.local_index]
+    deferred = _head_loss(override, local_T)
+    with active(call), deferred.active() if deferred else nullcontext():
         out = override.original(**arguments, return_dict=True)
-    loss = None
-    if targets is not None:
-        local = targets.flatten()[call.local_index]
+    fields, config = dict(out.items()), installation.config
+    if targets is not None and local_T is not None:
         count = (targets != IGNORE).sum() if items is None else items
-        loss = sharded_cross_entropy(
-            out.logits.flatten(0, 1), local, count, installation.group, installation.config.gradient
-        )
-    fields = dict(out.items())
-    if installation.config.gather_logits:
+        if deferred is None:
+            logits_TV = fields["logits"].flatten(0, 1)
+            whole = (count, installation.group, config.gradient)
+            loss = sharded_cross_entropy(logits_TV, local_T, *whole, config.label_smoothing)
+        else:
+            share = deferred.take(fields.pop("logits"), check=not installation.checked_head)
+            installation.checked_head = True
+            loss = mean_of_shares(share, count, installation.group, config.gradient)
+        fields = {"loss": loss, **fields}
+    if config.gather_logits and deferred is None:
         name = "logits" if "logits" in fields else "last_hidden_state"
         fields[name] = _gather_outputs(fields[name], call, installation)
-    if loss is not None:
-        fields = {"loss": loss, **fields}
     out = type(out)(**fields)
     return out.to_tuple() if as_tuple else out
+
+
+def _head_loss(override: Override, targets_T: Tensor | None) -> HeadLoss | None:
+    """What computes the loss inside the model's head, if the settings and this call ask for it."""
+    model: Any = override.module
+    config = override.installation.config
+    if targets_T is None or not config.chunked_loss or not model.training:
+        return None
+    return HeadLoss(model.get_output_embeddings(), targets_T, logit_transform(model), config.label_smoothing)
 
 
 def _gather_outputs(local: Tensor, call: TextCall, installation: Installation) -> Tensor:

@@ -2,11 +2,12 @@
 
 >>> import triton_sp
 >>> sorted(name for name in triton_sp.__all__ if name[0].islower())
-['errors', 'explain', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
+['errors', 'explain', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
 """
 
 from triton_sp import errors
 from triton_sp._version import __version__
+from triton_sp.accelerators import share_batches
 from triton_sp.api import sync_gradients, unwrap, wrap
 from triton_sp.explain import explain
 from triton_sp.ops import varlen_attention
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "errors",
     "explain",
+    "share_batches",
     "sync_gradients",
     "unwrap",
     "varlen_attention",

@@ -103,6 +103,11 @@ def _process_group(group: Any) -> Any:
     )
 
 
+def world_rank(rank: int, group: Group) -> int:
+    """The rank among all of one of a group."""
+    return dist.get_global_rank(group.process_group, rank)
+
+
 def start_ranks(ranks: int, module: str, *arguments: str) -> None:
     """Run a module in so many processes on this machine, as torchrun does."""
     from torch.distributed.run import main as torchrun
@@ -352,14 +357,27 @@ def control_device(group: Group) -> torch.device:
 def notices_of_all(notice: bytes, group: Group) -> list[bytes]:
     """A short message of every rank, in rank order, cut to what a notice holds."""
     padded = notice[:_NOTICE_BYTES].ljust(_NOTICE_BYTES, b"\0")
-    own = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(control_device(group))
-    sizes = [_NOTICE_BYTES] * group.size
-    everyone = _all_to_all(own.repeat(group.size), sizes, sizes, group, "agree").cpu()
-    return [bytes(row.tolist()).rstrip(b"\0") for row in everyone.split(_NOTICE_BYTES)]
+    everyone = _of_all(torch.frombuffer(bytearray(padded), dtype=torch.uint8), group)
+    return [bytes(row.tolist()).rstrip(b"\0") for row in everyone]
 
 
 def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:
     """The integers of every rank, in rank order; each rank gives as many."""
-    own = torch.tensor(values, dtype=torch.int64, device=control_device(group))
+    return _of_all(torch.tensor(values, dtype=torch.int64), group).tolist()
+
+
+def _of_all(own: Tensor, group: Group) -> Tensor:
+    """(P, n) on the CPU: the n numbers of every rank."""
     sizes = [len(own)] * group.size
-    return _all_to_all(own.repeat(group.size), sizes, sizes, group, "agree").view(group.size, -1).tolist()
+    everyone = own.to(control_device(group)).repeat(group.size)
+    return _all_to_all(everyone, sizes, sizes, group, "agree").view(group.size, -1).cpu()
+
+
+def broadcast(x: Tensor, source: int, group: Group) -> Tensor:
+    """What `x` is on rank `source` of the group, on every rank; the others give one of the same size and dtype.
+
+    On the CPU if the group has a CPU backend, else on the GPU.
+    """
+    _note("broadcast", x.nbytes * (group.size - 1) if group.rank == source else 0)
+    sent = funcol.broadcast(x.to(control_device(group)), source, group.process_group)
+    return funcol.wait_tensor(getattr(sent, "elem", sent))

@@ -144,6 +144,16 @@ def _window(flat: Tensor, rows: int, heads: int, start: int, stride: int) -> Ten
     return flat.as_strided((rows, heads, dim), (stride * dim, dim, 1), flat.storage_offset() + start * dim)
 
 
+def splice(text: Tensor | None, visual: Tensor, index: Tensor) -> Tensor:
+    """Rows of visual where index >= 0, of text elsewhere, 0 where there is no such row. See `splicing.splice`."""
+    text = visual[:0] if text is None else text
+    out = visual.new_zeros(len(index), visual.shape[1])
+    seen, read = index >= 0, (index < 0) & (index > -1 - len(text))
+    out[seen] = visual[index[seen]]
+    out[read] = text[-1 - index[read]]
+    return out
+
+
 def norm_and_rotate(
     x_THD: Tensor, tables: tuple[Tensor, Tensor] | None, weight_D: Tensor | None, eps: float, interleaved: bool
 ) -> Tensor:

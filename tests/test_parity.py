@@ -22,7 +22,7 @@ def plans(case: zoo.Case, size: int) -> list[Plan]:
     return [Plan(batch, config=config) for batch in case.batches] + checkpointed
 
 
-SIZES = [(name, size) for name, case in zoo.CASES.items() for size in (2, 3, 4) if size in case.ranks]
+SIZES = [(name, size) for name, case in zoo.CASES.items() for size in case.suite if size in case.ranks]
 
 
 @pytest.mark.parametrize(("name", "size"), SIZES)

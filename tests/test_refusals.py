@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
-from triton_sp import SPConfig, errors
+from triton_sp import SPConfig, errors, models
 from triton_sp.errors import DisagreementError, GroupError, InputError, UnsupportedModelError
 from triton_sp.testing import RankError
 
@@ -194,13 +195,53 @@ def run_paligemma() -> None:
     triton_sp.wrap(paligemma())
 
 
+def run_unknown(job: Callable[[], None]) -> None:
+    with mock.patch.dict(models.SPANS, clear=True):
+        job()
+
+
 @pytest.mark.parametrize(
     ("job", "found"), [(run_gemma3, "the composite model made itself"), (run_paligemma, "is_causal")]
 )
-def test_masks_of_the_composite(ranks, job: Callable[[], None], found: str) -> None:
-    for error in errors_of(ranks, job):
+def test_masks_of_a_composite_that_is_not_known(ranks, job: Callable[[], None], found: str) -> None:
+    for error in errors_of(ranks, run_unknown, job):
         assert type(error) is UnsupportedModelError
         assert error.field == "model.language_model.layers" and found in error.found
+
+
+# token_type_ids of rows of 4, 1 where Gemma 3 has images and 0 where PaliGemma has its prefix: the field at fault, and
+# what is found there.
+SPANS: dict[str, tuple[Callable[[], nn.Module], dict[str, list[Any]], str, str]] = {
+    "no_types": (paligemma, {}, "token_type_ids", "none"),
+    "types_shape": (gemma3, {"token_type_ids": [[0] * 3]}, "token_type_ids", "(1, 3)"),
+    "two_prefixes": (paligemma, {"token_type_ids": [[1] * 4, [0, 1, 0, 1]]}, "token_type_ids", "2 in row 1"),
+    "prefix_learns": (
+        paligemma,
+        {"token_type_ids": [[0] * 4], "attention_mask": [[0, 1, 1, 1]], "labels": [[-100, 6, 7, 8]]},
+        "labels",
+        "row 0",
+    ),
+    "documents_in_an_image": (
+        gemma3,
+        {"token_type_ids": [[0] * 4, [0, 1, 1, 0]], "position_ids": [[0, 1, 2, 3], [0, 1, 0, 1]]},
+        "position_ids",
+        "row 1",
+    ),
+}
+
+
+def run_spans(name: str) -> None:
+    build, fields, *_ = SPANS[name]
+    batch = {field: torch.tensor(value) for field, value in fields.items()}
+    rows = max([1, *(len(value) for value in batch.values())])
+    triton_sp.wrap(build())(input_ids=torch.full((rows, 4), 7), **batch)
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_spans(ranks, name: str) -> None:
+    *_, field, found = SPANS[name]
+    for error in errors_of(ranks, run_spans, name):
+        assert type(error) is InputError and error.field == field and found in error.found, error
 
 
 # --- a batch -------------------------------------------------------------------------------------------------------

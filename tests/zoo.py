@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,8 @@ class Case:
         unused: prefixes of the parameters that get no gradient from any batch, because the forward does not use what
             they compute. On "no_images" the vision tower and the projector get none either. The biases of keys without
             rotary positions have a gradient that is mathematically zero: compare it with others' scale, not its own.
-        ranks: the group sizes that share its heads out evenly.
+        ranks: the group sizes that it is made for.
+        suite: those of the test suite; the rest run in `make all-plans`.
         dtype: the widest that the model runs in.
     """
 
@@ -44,6 +45,7 @@ class Case:
     batches: Mapping[str, Callable[[torch.dtype], Batch]]
     unused: tuple[str, ...] = ()
     ranks: tuple[int, ...] = (1, 2, 3, 4)
+    suite: tuple[int, ...] = (2, 3, 4)
     dtype: torch.dtype = torch.float64
 
 
@@ -145,7 +147,7 @@ def text_case(name: str, family: str, attention: str = "sdpa", ranks: tuple[int,
     recipe = partial(build, f"{family}ForCausalLM", text_config(family, **options), attention)
     # Where a row has no key, eager attention averages all tokens of the row; sdpa and flash attention give 0.
     batches = {batch: partial(text_batch, batch, padding_learns=attention != "eager") for batch in names}
-    return Case(name, "text", recipe, batches, (), ranks, dtype)
+    return Case(name, "text", recipe, batches, (), ranks, dtype=dtype)
 
 
 # --- vision alone ------------------------------------------------------------------------------------------------
@@ -229,12 +231,14 @@ def vlm_batch(name: str, families: Mapping[str, Visuals], qwen: bool, dtype: tor
     return batch
 
 
-def vlm_case(name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], unused=(), **options: Any) -> Case:
+def vlm_case(
+    name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], unused=(), attention="sdpa", **options: Any
+) -> Case:
     vision, text, families = parts
     names = [batch for batch in LAYOUTS if "video" in families or batch != "image_and_video"]
     batches = {batch: partial(vlm_batch, batch, families, name.startswith("qwen")) for batch in names}
     config = getattr(hf, f"{model}Config")(vision_config=vision, text_config=text, image_token_id=IMAGE, **options)
-    return Case(name, "vlm", partial(build, f"{model}ForConditionalGeneration", config, "sdpa"), batches, unused)
+    return Case(name, "vlm", partial(build, f"{model}ForConditionalGeneration", config, attention), batches, unused)
 
 
 def qwen_visuals(frame_spans: bool = False) -> dict[str, Visuals]:
@@ -346,6 +350,45 @@ def llava_cases() -> list[Case]:
     ]
 
 
+def marked(recipe: Callable[[torch.dtype], Batch], prefix: bool, dtype: torch.dtype) -> Batch:
+    """token_type_ids as the processors give them: 1 at Gemma 3's images; 0 in PaliGemma's prefix, which is each row's
+    beginning up to its last image and some text, and has no labels."""
+    batch = recipe(dtype)
+    if not prefix:
+        return batch | {"token_type_ids": (batch["input_ids"] == IMAGE).long()}
+    width = batch["input_ids"].shape[1]
+    last = (torch.arange(width) * (batch["input_ids"] == IMAGE)).amax(1, keepdim=True)
+    first = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).argmax(1, keepdim=True)
+    suffix = torch.arange(width) > torch.maximum(last, first) + 2
+    if "attention_mask" in batch:
+        suffix &= batch["attention_mask"].bool()
+    return batch | {"token_type_ids": suffix.long(), "labels": batch["labels"].masked_fill(~suffix, -100)}
+
+
+def span_case(name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], **options: Any) -> Case:
+    """Gemma's norms round to float32."""
+    case = vlm_case(name, model, parts, **options)
+    batches = {name: partial(marked, recipe, model == "PaliGemma") for name, recipe in case.batches.items()}
+    return replace(case, batches=batches, suite=(2, 3), dtype=torch.float32)
+
+
+def gemma_cases() -> list[Case]:
+    siglip = vision_config("SiglipVision", vision_use_head=False)
+    every, pooled = tile_visuals([1] * 5, GRID**2), tile_visuals([1] * 5, 9)
+    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "layers": 3}
+    gemma1 = text_config("Gemma", kv_heads=1)
+    gemma2 = text_config("Gemma2", sliding_window=7, attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    # 14 heads on 3 ranks: spans in fractions of heads.
+    gemma3 = text_config("Gemma3Text", kv_heads=2, num_attention_heads=14, hidden_size=112, sliding_window=7, **layers)
+    options = {"mm_tokens_per_image": 9, "boi_token_id": VISION_START, "eoi_token_id": VISION_END}
+    paligemma2 = span_case("paligemma2", "PaliGemma", (siglip, gemma2, every), projection_dim=WIDTH, attention="eager")
+    return [
+        span_case("paligemma", "PaliGemma", (siglip, gemma1, every), projection_dim=WIDTH),
+        replace(paligemma2, suite=(3,)),
+        span_case("gemma3", "Gemma3", (siglip, gemma3, pooled), **options),
+    ]
+
+
 def vision_cases() -> list[Case]:
     return [
         vision_case("vit", "ViT"),
@@ -370,4 +413,4 @@ def text_cases() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in (*qwen_cases(), *llava_cases(), *vision_cases(), *text_cases())}
+CASES = {case.name: case for case in (*qwen_cases(), *llava_cases(), *gemma_cases(), *vision_cases(), *text_cases())}

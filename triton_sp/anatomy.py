@@ -11,6 +11,24 @@ from torch import Tensor, nn
 from triton_sp.errors import UnsupportedModelError
 
 
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens a composite model lets see one another, in a decoder that is causal otherwise.
+
+    Attributes:
+        token_type: neighbouring tokens that have this in `token_type_ids` are a span.
+        single: all such tokens of a row see one another, so a row can have one span only.
+        cut: whether sliding windows end inside spans too, or only between them.
+        required: without token_type_ids the model's mask is not one thing (PaliGemma's sdpa is causal if there is
+            padding, and sees everything if not).
+    """
+
+    token_type: int
+    single: bool
+    cut: bool
+    required: bool
+
+
 @dataclass(eq=False)
 class Stack:
     """One list of blocks and the attention modules in it."""
@@ -26,6 +44,7 @@ class Stack:
     taps: list[nn.Module] = field(default_factory=list)
     unit: int = 1  # neighbouring tokens that a tap or merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+    spans: Spans | None = None  # where the model around a decoder makes its masks
     tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
 
 

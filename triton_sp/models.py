@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_sp.anatomy import Anatomy, LogitTransform, Stack, attention_like, is_hf, uses_door
+from triton_sp.anatomy import Anatomy, LogitTransform, Spans, Stack, attention_like, is_hf, uses_door
 from triton_sp.errors import UnsupportedModelError
 
 
@@ -43,6 +43,8 @@ FAMILIES: dict[str, Family] = {
     "vit": Family(),
     # decoders
     "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
     "gpt_neox": Family(),
     "llama": Family(),
     "mistral": Family(),
@@ -51,6 +53,12 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl_text": Family(packs_plain_ids=False),
     "qwen2_5_vl_text": Family(packs_plain_ids=False),
     "qwen3_vl_text": Family(),
+}
+
+# By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
+SPANS: dict[str, Spans] = {
+    "gemma3": Spans(token_type=1, single=False, cut=True, required=False),  # an image
+    "paligemma": Spans(token_type=0, single=True, cut=False, required=True),  # the prefix: image and prompt
 }
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -147,7 +155,8 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             stack.attention = _opaque_units(blocks)
         stack.refusal = _refuse_blocks(stack, names)
         anatomy.towers.append(stack)
-    elif attention and all(getattr(module, "is_causal", False) for module in attention):
+    elif attention and (_spans(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
+        stack.spans = _spans(anatomy.entry, owner)
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
         stack.refusal = _refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
@@ -156,7 +165,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             name,
             expected="a decoder with causal attention",
             found=f"{type(attention[0]).__name__} with is_causal=False: the model around it makes its masks",
-            remedy="use a causal model; prefix and image masks are not handled yet",
+            remedy="use a causal model, or one whose masks triton_sp/models.py knows",
         )
         anatomy.decoder = stack
     elif attention:
@@ -170,6 +179,12 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
         )
         anatomy.decoder = stack
+
+
+def _spans(entry: nn.Module, decoder: nn.Module) -> Spans | None:
+    """The masks that the innermost model around a decoder makes for it."""
+    around: list[Any] = [m for m in entry.modules() if is_hf(m) and m is not decoder and _contains(m, decoder)]
+    return SPANS.get(around[-1].config.model_type) if around else None
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

@@ -88,6 +88,8 @@ def attention_forward(
             sliding_window=sliding_window, softcap=softcap, **kwargs,
         )  # fmt: skip
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    if scope.causal is not None:
+        causal = scope.causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
     scope.tally["attention"] += 1
     tokens = len(scope.stream.shards.range(scope.stream.group.rank))

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton_sp import comm, pipeline
 from triton_sp._version import __version__
 from triton_sp.agreement import agree
+from triton_sp.anatomy import Spans
 from triton_sp.cost import find_link
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
@@ -177,7 +178,7 @@ def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, in
         expected = "integers (B, S)" if axes == 2 else "embeddings (B, S, C)"
         raise InputError(given[0], expected=expected, found=_shown(tokens), remedy="pass a batch of token ids")
     rows, length = tokens.shape[:2]
-    for name in ("attention_mask", "labels"):
+    for name in ("attention_mask", "labels", "token_type_ids"):
         value = arguments.get(name)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
             expected = f"a tensor of shape {(rows, length)}"
@@ -226,9 +227,26 @@ def _documents(override: Override, arguments: dict[str, Any]) -> Tensor | None:
     return positions if packs_plain_ids(decoder) else None
 
 
+def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
+    """(B, S), the tokens that see one another in runs, as the model itself would take it from token_type_ids."""
+    types = arguments.get("token_type_ids")
+    if spans is None or types is None:
+        if spans is not None and spans.required:
+            raise InputError(
+                "token_type_ids",
+                expected="them beside input_ids: without, this model's attention depends on padding and implementation",
+                found="none",
+                remedy=f"pass the processor's: {spans.token_type} at the tokens that see one another",
+            )
+        return None
+    return types == spans.token_type
+
+
 def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
     installation = override.installation
     laid_out: list[tuple[TextCall, Tensor | None]] = []
+    assert installation.anatomy.decoder is not None
+    spans = installation.anatomy.decoder.spans
 
     def check() -> None:
         shape = _check_batch(override, arguments)
@@ -237,13 +255,18 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
         device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
         plan = partial(plan_decoder, installation, device)
-        laid_out.append((lay_out(shape, mask, documents, targets, installation.group, device, plan), targets))
+        mutual = _mutual(spans, arguments)
+        call = lay_out(shape, mask, documents, targets, mutual, spans, installation.group, device, plan)
+        laid_out.append((call, targets))
 
     _agree(installation, arguments, check)
     call, targets = laid_out[0]
     as_tuple = arguments.pop("return_dict", getattr(override.module.config, "return_dict", True)) is False
     items = arguments.pop("num_items_in_batch", None)
     arguments.pop("labels", None)
+    if spans is not None:  # it would make a mask (B, 1, S, S) otherwise
+        arguments.pop("token_type_ids", None)
+        arguments["attention_mask"] = call.mask
     arguments["use_cache"] = False
     local_T = None if targets is None else targets.flatten()[call.local_index]
     deferred = _head_loss(override, local_T)

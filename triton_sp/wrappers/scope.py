@@ -33,10 +33,15 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class AttentionScope:
-    """What an attention function needs: the stream, and the tally that proves every layer came by."""
+    """What an attention function needs: the stream, and the tally that proves every layer came by.
+
+    Attributes:
+        causal: where a model makes its masks itself, whether they are; where its modules know it, None.
+    """
 
     stream: Stream
     tally: Counter[str] = field(default_factory=Counter)
+    causal: bool | None = None
 
 
 @dataclass(frozen=True, eq=False)

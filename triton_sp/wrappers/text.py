@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from triton_sp.anatomy import Spans
 from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import InputError, UnsupportedModelError
@@ -26,6 +28,9 @@ from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, check_tally, current, outside
 
+# Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
+UNTOUCHED = torch.zeros(1, 1, 1, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class TextCall(Call):
@@ -35,7 +40,7 @@ class TextCall(Call):
         stream: the stream that the batch's tokens form.
         shape: (B, S) of the batch.
         index: (S',) where each token of the stream stands in the flattened batch.
-        mask: the caller's attention_mask, to notice a composite model that makes another.
+        mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
     """
 
     stream: Stream
@@ -55,6 +60,8 @@ def lay_out(
     mask: Tensor | None,
     documents: Tensor | None,
     targets: Tensor | None,
+    mutual: Tensor | None,
+    spans: Spans | None,
     group: Group,
     device: torch.device,
     plan: Callable[[Segments], Choice],
@@ -65,10 +72,11 @@ def lay_out(
         mask: (B, S), non-zero at tokens; None if all are.
         documents: (B, S) position ids by which HF would tell packed documents apart, or None.
         targets: (B, S) shifted labels, or None.
+        mutual: (B, S) bool, the tokens of `spans`, or None.
         plan: decides how the stream is cut, from its segments.
 
     Raises:
-        InputError: a mask with holes, or a label that is predicted from padding after the tokens.
+        InputError: a mask with holes, a label that is predicted from padding after the tokens, or spans that are not.
     """
     length = shape[1]
     keep = torch.ones(shape, dtype=torch.bool) if mask is None else mask.detach().cpu().bool()
@@ -94,6 +102,13 @@ def lay_out(
     if bool(alone.any()):
         seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(device, torch.int32)
     segments = Segments(tuple(cu_seqlens.tolist()))
+    if spans is not None:
+        mask = UNTOUCHED.to(device)
+        if mutual is not None:
+            mutual = mutual.detach().cpu()
+            _check_keyless(keyless & mutual)
+            found = _find_spans(mutual.flatten()[index], index // length, starts, spans)
+            segments = replace(segments, spans=found, cut_spans=spans.cut)
     choice = plan(segments)
     stream = Stream(group, choice.shards, cu_seqlens.to(device), seqused_k, segments, choice.plan, choice.chunks)
     return TextCall(stream, shape, index.to(device), mask, choice)
@@ -122,6 +137,43 @@ def _check_mask(keep: Tensor, labelled: Tensor) -> None:
         )
 
 
+def _check_keyless(wrong: Tensor) -> None:
+    if bool(wrong.any()):
+        raise InputError(
+            "labels",
+            expected="-100 at the first token behind padding",
+            found=f"a label in row {int(wrong.nonzero()[0, 0])}, predicted from padding that sees tokens",
+            remedy="set labels to -100 where token_type_ids mark a span, as the model's processor does",
+        )
+
+
+def _find_spans(mutual: Tensor, row: Tensor, starts: Tensor, spans: Spans) -> tuple[range, ...]:
+    """The runs of tokens that see one another, of more than one token.
+
+    Args: for each token of the stream whether it is of a span, its row in the batch, and whether a segment starts.
+    """
+    joined = F.pad(mutual[:-1] & mutual[1:] & (row[:-1] == row[1:]), (1, 0))  # to the token before
+    firsts = mutual & ~joined
+    crossing = joined & starts
+    if bool(crossing.any()):
+        raise InputError(
+            "position_ids",
+            expected="packed documents that end where spans of token_type_ids do",
+            found=f"a document that starts inside a span, in row {int(row[crossing][0])}",
+            remedy="put a token of another type between the images of two documents",
+        )
+    if spans.single and bool((row[firsts].bincount() > 1).any()):
+        raise InputError(
+            "token_type_ids",
+            expected=f"one run of {spans.token_type} in each row, its prefix",
+            found=f"{int(row[firsts].bincount().max())} in row {int(row[firsts].bincount().argmax())}",
+            remedy="mark the prefix alone, and put documents into rows of their own",
+        )
+    begins = firsts.nonzero().flatten().tolist()
+    ends = (mutual & ~F.pad(joined[1:], (0, 1))).nonzero().flatten().tolist()
+    return tuple(range(begin, end + 1) for begin, end in zip(begins, ends, strict=True) if end > begin)
+
+
 def install(stack: Stack, installation: Installation) -> None:
     """Override a decoder's forward, its attention, and rotary embeddings that look at the longest position."""
     redirect(stack.attention, installation)
@@ -140,7 +192,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     assert stack is not None
     arguments = override.bind(args, kwargs)
     longest = _localise(arguments, call, stack)
-    arguments[KEYWORD] = AttentionScope(call.stream, call.tally)
+    arguments[KEYWORD] = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
     with active(DecoderScope(longest)):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
@@ -155,6 +207,8 @@ def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor
         if arguments.get(name) is not None:
             arguments[name] = arguments[name].flatten(0, 1).index_select(0, index)[None]
     mask = arguments.get("attention_mask")
+    if isinstance(mask, dict) and all(part is call.mask for part in mask.values()):  # a mask for each type of layer
+        mask = call.mask
     if mask is not None and mask is not call.mask:
         same = call.mask is not None and isinstance(mask, Tensor) and torch.equal(mask.bool(), call.mask.bool())
         if not same:
@@ -164,8 +218,7 @@ def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor
                 found="a mask that the composite model made itself",
                 remedy="this family is not handled yet",
             )
-    # Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
-    arguments["attention_mask"] = torch.zeros(1, 1, 1, 1, device=index.device)
+    arguments["attention_mask"] = UNTOUCHED.to(index.device)
 
     positions = arguments.get("position_ids")
     if positions is None:

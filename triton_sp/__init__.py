@@ -11,10 +11,17 @@ from triton_sp.accelerators import share_batches
 from triton_sp.api import sync_gradients, unwrap, wrap
 from triton_sp.explain import explain
 from triton_sp.ops import varlen_attention
+from triton_sp.wrappers.encoder import UlyssesSPViTAttention
+from triton_sp.wrappers.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.wrappers.install import SPConfig
 
 __all__ = [
+    "FusionAdapter",
+    "InternVLFusionAdapter",
+    "LlavaFusionAdapter",
+    "Qwen2VLFusionAdapter",
     "SPConfig",
+    "UlyssesSPViTAttention",
     "__version__",
     "errors",
     "explain",

@@ -101,7 +101,7 @@ class ShardedAttention(nn.Module):
 
     def __init__(self, attention: nn.Module, group: Any = None) -> None:
         super().__init__()
-        self.attention = attention
+        self.attn = attention
         self.group = comm.resolve_group(group)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -109,14 +109,14 @@ class ShardedAttention(nn.Module):
         if hidden.ndim != 3:
             raise InputError("hidden", expected="(B, T, C)", found=f"{tuple(hidden.shape)}", remedy="batch it")
         group = self.group
-        if isinstance(self.attention, nn.MultiheadAttention):
+        if isinstance(self.attn, nn.MultiheadAttention):
             kwargs["need_weights"] = False  # weights would make it multiply matrices itself
 
         def run(scope: UnitScope | None, states: Tensor) -> Any:
-            given = (states,) * 3 if isinstance(self.attention, nn.MultiheadAttention) else (states,)
+            given = (states,) * 3 if isinstance(self.attn, nn.MultiheadAttention) else (states,)
             if scope is None:
-                return self.attention(*given, *args, **kwargs)
-            return run_in(scope, self.attention, *given, *args, **kwargs)
+                return self.attn(*given, *args, **kwargs)
+            return run_in(scope, self.attn, *given, *args, **kwargs)
 
         if group.size == 1:
             return run(None, hidden)
@@ -124,9 +124,9 @@ class ShardedAttention(nn.Module):
         if self.method is None:
             probe = random_states(torch.Size((rows, shards.total, hidden.shape[-1])), hidden)
             trial = shard_tokens(shards.total, group.size)
-            self.method = settle(self.attention, run, partial(_scope, group, trial, probe), probe, group)
+            self.method = settle(self.attn, run, partial(_scope, group, trial, probe), probe, group)
         scope = _scope(group, shards, hidden, self.method, False)
-        return same_tokens(run(scope, hidden), scope, self.attention)
+        return same_tokens(run(scope, hidden), scope, self.attn)
 
     def _shards(self, hidden: Tensor) -> Shards:
         """How many tokens each rank holds: one small message a call."""
@@ -141,6 +141,42 @@ class ShardedAttention(nn.Module):
                     rank=self.group.rank,
                 )
         return Shards(tuple(tokens for _, tokens, _ in everyone))
+
+
+class UlyssesSPViTAttention(ShardedAttention):
+    """ShardedAttention under the name and signature that DeepSpeed's AutoSP has for it (PR #7984), with its way of
+    treating a CLS token: every rank holds it in front of its patches, and gets it back.
+
+    Differs from it where ShardedAttention does: gradients are exact, and heads are exchanged where possible. The CLS
+    token counts as rank 0's: on the others it takes part with what rank 0 made of it, and its input gets no gradient.
+
+    Args:
+        attn, process_group: as for ShardedAttention.
+        has_cls_token: whether hidden states (B, 1 + T, C) begin with a CLS token, equal on all ranks.
+
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    >>> attention = UlyssesSPViTAttention(nn.MultiheadAttention(8, 2, batch_first=True), None, has_cls_token=True)
+    >>> attention(torch.randn(3, 1 + 5, 8))[0].shape
+    torch.Size([3, 6, 8])
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, attn: nn.Module, process_group: Any = None, has_cls_token: bool = True) -> None:
+        super().__init__(attn, process_group)
+        self.has_cls_token = has_cls_token
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """This rank's tokens (B, T, C) or (B, 1 + T, C) to the same; what else the module returns comes after it."""
+        if not self.has_cls_token or self.group.size == 1:
+            return super().forward(hidden_states, *args, **kwargs)
+        first = int(self.group.rank == 0)
+        out = super().forward(hidden_states if first else hidden_states[:, 1:], *args, **kwargs)
+        local, *rest = out if isinstance(out, tuple) else (out,)
+        owners = Shards((len(local), *[0] * (self.group.size - 1)))
+        cls = comm.gather(local[:, 0] if first else local.flatten(0, 1)[:0], owners, self.group)
+        local = torch.cat([cls[:, None], local[:, first:]], 1)
+        return (local, *rest) if isinstance(out, tuple) else local
 
 
 def _scope(group: Group, shards: Shards, hidden: Tensor, method: str, dry: bool) -> UnitScope:

@@ -1,0 +1,193 @@
+"""The seam between ViT and LLM on one rank: what is sent and held, routed and by gather-then-slice.
+
+    python perf/fuse.py        under a minute; P = 2 and 4 run over gloo, P = 2, 4 and 8 are counted without running
+
+"routed" is `triton_sp.FusionAdapter`: each rank embeds its own tokens and gets the visual features of its own
+placeholders. "gathered" is what else is done: every rank gathers all visual features (by the exact adjoint pair of
+triton_sp.comm), puts them into all embeddings, and keeps its slice. Both give the same result and gradients.
+
+The batch is one video between text, float32. Bytes of the peak are those of all tensors alive at once that the forward
+made, its result and what it keeps for the backward included, parameters and input left out.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from machine import Report
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from triton_sp import FusionAdapter, comm
+from triton_sp.plan import Shards, moves, shard_tokens
+from triton_sp.testing import RankPool, relative_error
+
+TOKENS, START, VISUAL, WIDTH, PLACEHOLDER, VOCABULARY = 6000, 600, 4500, 256, 7, 64
+ROW = 4 * WIDTH  # bytes
+FIELDS = [
+    "way", "how", "ranks", "rank", "tokens", "visual_tokens", "width", "sent_bytes_forward", "sent_bytes_backward",
+    "largest_bytes", "peak_bytes", "output_error", "gradient_error",
+]  # fmt: skip
+
+
+# --- by running ----------------------------------------------------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all tensors that were made inside and are alive, at their most, and of the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self.storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            # What an operation returns of its arguments' memory was there before, or is counted already.
+            if isinstance(x, Tensor) and x.is_floating_point() and not _is_view(func):
+                self._count(x.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.storages:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            del self.storages[key]
+
+        self.storages[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak, self.largest = max(self.peak, self.now), max(self.largest, size)
+
+
+def _is_view(func: Any) -> bool:
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Ids (1, TOKENS) and all visual features (VISUAL, WIDTH)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.full((1, TOKENS), 1)
+    ids[:, START : START + VISUAL] = PLACEHOLDER
+    return ids, torch.randn(VISUAL, WIDTH, generator=generator)
+
+
+@dataclass(frozen=True)
+class Parts:
+    projection: nn.Module
+    embedding: nn.Module
+
+    @property
+    def gradients(self) -> Tensor:
+        return torch.cat([p.grad.flatten() for m in (self.projection, self.embedding) for p in m.parameters()])
+
+
+def parts() -> Parts:
+    torch.manual_seed(0)
+    return Parts(nn.Linear(WIDTH, WIDTH, bias=False), nn.Embedding(VOCABULARY, WIDTH))
+
+
+def fused(way: str, model: Parts, visual: Tensor, ids: Tensor, group: comm.Group) -> Tensor:
+    """(1, T, C), this rank's columns."""
+    if way == "routed":
+        return FusionAdapter(model.projection, None, image_token_id=PLACEHOLDER)(visual, model.embedding, ids)
+    shards, own = shard_tokens(VISUAL, group.size), shard_tokens(TOKENS, group.size).range(group.rank)
+    whole = comm.gather(model.projection(visual), shards, group)
+    text = model.embedding(ids)
+    mask = (ids == PLACEHOLDER)[..., None].expand_as(text)
+    return text.masked_scatter(mask, whole)[:, own.start : own.stop].contiguous()
+
+
+def run(way: str) -> dict[str, Any]:
+    """This rank's row."""
+    group, model, single = comm.resolve_group(), parts(), parts()
+    ids, features = batch()
+    visual, own = (shard_tokens(total, group.size).range(group.rank) for total in (VISUAL, TOKENS))
+    local = features[visual.start : visual.stop].clone()
+    text = single.embedding(ids)
+    expected = text.masked_scatter((ids == PLACEHOLDER)[..., None].expand_as(text), single.projection(features))
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (expected * weights).sum().backward()
+    with comm.record() as forward, Live() as live:
+        out = fused(way, model, local, ids, group)
+    with comm.record() as backward:
+        (out * weights[:, own.start : own.stop]).sum().backward()
+    total = comm.all_reduce(model.gradients, group)
+    sent = [
+        sum(size for name, size in ledger.entries if name in ("exchange", "gather")) for ledger in (forward, backward)
+    ]
+    return {
+        "rank": group.rank,
+        "sent_bytes_forward": sent[0],
+        "sent_bytes_backward": sent[1],
+        "largest_bytes": live.largest,
+        "peak_bytes": live.peak,
+        "output_error": relative_error(out, expected[:, own.start : own.stop]),
+        "gradient_error": relative_error(total, single.gradients),
+    }
+
+
+# --- by counting ---------------------------------------------------------------------------------------------------
+
+
+def count(way: str, ranks: int, rank: int) -> dict[str, Any]:
+    """The same row from the cuts alone. tests/test_fuse.py holds it to what runs."""
+    source, columns = shard_tokens(VISUAL, ranks), shard_tokens(TOKENS, ranks)
+    video = range(START, START + VISUAL)
+    target = Shards(tuple(_common(columns.range(other), video) for other in range(ranks)))
+    held, tokens, needed = source.sizes[rank], columns.sizes[rank], target.sizes[rank]
+    if way == "routed":
+        send, receive = moves(source, target, rank)
+        sent, back = sum(send) - send[rank], sum(receive) - receive[rank]
+        # At the end of the splice: what was projected, what came, the text of this rank, the result.
+        largest, peak = max(held, tokens), held + needed + (tokens - needed) + tokens
+    else:
+        sent, back = held * (ranks - 1), VISUAL - held
+        # At the end of masked_scatter: all features, all text, all of both.
+        largest, peak = TOKENS, VISUAL + 2 * TOKENS
+    sizes = {"sent_bytes_forward": sent, "sent_bytes_backward": back, "largest_bytes": largest, "peak_bytes": peak}
+    return {"rank": rank} | {name: rows * ROW for name, rows in sizes.items()}
+
+
+def _common(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown, a line for each way and number of ranks: the rank that has most, in MB."""
+    columns = ["sent_bytes_forward", "sent_bytes_backward", "largest_bytes", "peak_bytes"]
+    worst = rows.groupby(["ranks", "how", "way"], sort=False)[columns].max() / 1e6
+    head = "| P | how | way | MB sent, forward | backward | largest tensor | peak |\n|---|---|---|---|---|---|---|"
+    lines = [
+        "| " + " | ".join([*map(str, key), *(f"{value:.2f}" for value in row)]) + " |"
+        for key, row in zip(worst.index, worst.to_numpy(), strict=True)
+    ]
+    return "\n".join([head, *lines])
+
+
+def main() -> None:
+    report = Report("fuse", FIELDS)
+    shared = {"tokens": TOKENS, "visual_tokens": VISUAL, "width": WIDTH}
+    pool = RankPool()
+    for ranks in (2, 4, 8):
+        for way in ("routed", "gathered"):
+            counted = [("counted", count(way, ranks, rank)) for rank in range(ranks)]
+            ran = [("run", row) for row in pool.run(run, way, ranks=ranks)] if ranks < 8 else []
+            for how, row in [*ran, *counted]:
+                report.add(way=way, how=how, ranks=ranks, **shared, **row)
+    pool.close()
+    print(table(pd.read_csv(report.path)))
+
+
+if __name__ == "__main__":
+    main()

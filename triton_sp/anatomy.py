@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,46 @@ class Stack:
     tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
 
 
+@dataclass(frozen=True)
+class Features:
+    """A method of a composite model that turns pixels into the rows which stand for its placeholder tokens.
+
+    Attributes:
+        method: its name; its first argument are the pixels.
+        token: the attribute of the model's configuration that holds the placeholder's id.
+        cut: how ranks share the work out. "patches": pixels are rows of patches, described by grids, and are cut
+            anywhere between merge units; "images": an entry of the pixels is an image, and ranks have whole ones;
+            "frames": an entry is a video, and ranks have whole frames.
+        beside: with "patches" the argument with the grids; with "images" arguments that have an entry per image too.
+    """
+
+    method: str
+    token: str
+    cut: Literal["patches", "images", "frames"]
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Seam:
+    """Where a composite model puts visual features between its text: the module whose forward does it, and how.
+
+    Attributes:
+        features: empty where the seam is not known; features and embeddings are whole on every rank then.
+        why: the reason for either.
+    """
+
+    name: str
+    module: nn.Module
+    features: tuple[Features, ...]
+    why: str
+
+    @property
+    def visual_arguments(self) -> set[str]:
+        """The names of all that the methods take which make features."""
+        methods = [getattr(type(self.module), features.method) for features in self.features]
+        return {name for method in methods for name in inspect.signature(method).parameters}
+
+
 @dataclass(eq=False)
 class Anatomy:
     """What `find` found in one model.
@@ -55,12 +96,14 @@ class Anatomy:
     Attributes:
         entry: the module whose forward takes the batch.
         whole: names of stacks that stay unsharded on purpose, with the reason.
+        seam: None in models without a tower or without a decoder.
     """
 
     entry: nn.Module
     towers: list[Stack]
     decoder: Stack | None
     whole: list[tuple[str, str]]
+    seam: Seam | None = None
 
     @property
     def stacks(self) -> list[Stack]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from triton_sp import comm, models
 from triton_sp.errors import GroupError, InputError
-from triton_sp.wrappers import model, text, vision
+from triton_sp.wrappers import features, model, text, vision
 from triton_sp.wrappers.install import Installation, SPConfig, installation_of, mark
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -70,6 +70,8 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
         vision.install(tower, installation)
     if anatomy.decoder is not None:
         text.install(anatomy.decoder, installation)
+    if anatomy.seam is not None and anatomy.seam.features:
+        features.install(anatomy.seam, installation)
     installation.override(anatomy.entry, model.run_model)
     mark(anatomy.entry, installation)
     return model_

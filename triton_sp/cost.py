@@ -122,7 +122,14 @@ class Choice:
 
 
 def choose(
-    segments: Segments, ranks: int, unit: int, layers: Layers, link: Link, forced: str, replicable: bool
+    segments: Segments,
+    ranks: int,
+    unit: int,
+    layers: Layers,
+    link: Link,
+    forced: str,
+    replicable: bool,
+    owned: Shards | None = None,
 ) -> Choice:
     """The plan for a stream.
 
@@ -131,6 +138,7 @@ def choose(
         unit: neighbouring tokens that must stay together.
         forced: a plan's name, or "auto".
         replicable: whether every rank may compute all of it.
+        owned: a cut where segments end that leaves ranks without any, for where there are fewer segments than ranks.
 
     >>> frames = Segments(tuple(range(0, 65 * 1024, 1024)))
     >>> tower = Layers(count=27, width=1152, q=1152, kv=1152, head_dim=72, itemsize=2)
@@ -148,7 +156,7 @@ def choose(
         for (start, stop), pairs in zip(pairwise(segments.starts), work.by_segment, strict=True)
     ]
 
-    even, cut = shard_tokens(total, ranks, unit), shard_segments(segments, ranks, flops, unit)
+    even, cut = shard_tokens(total, ranks, unit), shard_segments(segments, ranks, flops, unit) or owned
     # A tower's result is made whole again at its end: one more collective, of hidden states.
     end = 2 * (link.latency + total * layers.width * layers.itemsize * (ranks - 1) / ranks / link.bandwidth)
     busiest = max(even.sizes) * layers.token_flops() + work.total * layers.pair_flops() / ranks

@@ -15,10 +15,15 @@ from triton_sp.wrappers.install import LastCall, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import WHOLE
 
+ROUTED, GATHERED = "features routed", "features gathered"
+
 LEGEND = {
     "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v out by one "
     "all-to-all and gets its tokens' results by another; none where segments (images, windows, documents) lie whole on "
-    "ranks. A vision tower ends in one gather.",
+    "ranks. A vision tower alone ends in one gather.",
+    ROUTED: "each rank embeds its part of the text, makes features of its part of the pixels, and is sent the rows "
+    "that its placeholders need: nothing is as long as the batch.",
+    GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
     WHOLE: "this attention multiplies its matrices itself, so each rank gathers its input, computes it all and keeps "
     "its tokens. Calling torch.nn.functional.scaled_dot_product_attention instead divides the work.",
     "left whole": "every rank computes all of it, as without triton_sp.",
@@ -35,7 +40,8 @@ class Row:
         kind: what it was taken for, and its family.
         heads: query heads, "/" key/value heads where these are fewer.
         heads_per_rank: mean number of query heads that a rank attends with.
-        decision: "sharded", "left whole", "refused", or "unchanged" on one rank.
+        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; of the seam between vision and text
+            "features routed" or "features gathered".
         last_batch: once the wrapped model has run: the plan of its last batch, tokens of each rank, how layers attended
             on this one (with windows and whole images in turn, two ways), and why this plan.
     """
@@ -107,6 +113,11 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
+    seam = anatomy.seam
+    if seam is not None and ranks != 1:
+        family = getattr(seam.module.config, "model_type", "")
+        decision = ROUTED if seam.features else GATHERED
+        rows.append(Row(seam.name or type(seam.module).__name__, f"seam ({family})", None, "", "", decision, seam.why))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(installation.last_calls.get(row.part))) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]

@@ -16,7 +16,17 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_sp.anatomy import Anatomy, LogitTransform, Spans, Stack, attention_like, is_hf, uses_door
+from triton_sp.anatomy import (
+    Anatomy,
+    Features,
+    LogitTransform,
+    Seam,
+    Spans,
+    Stack,
+    attention_like,
+    is_hf,
+    uses_door,
+)
 from triton_sp.errors import UnsupportedModelError
 
 
@@ -39,6 +49,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_5_vl": Family(),
     "qwen3_vl_vision": Family(taps="deepstack_merger_list"),
     "qwen3_vl": Family(taps="deepstack_merger_list"),
+    "qwen3_vl_moe_vision": Family(taps="deepstack_merger_list"),
     "siglip_vision_model": Family(),
     "vit": Family(),
     # decoders
@@ -53,6 +64,28 @@ FAMILIES: dict[str, Family] = {
     "qwen2_vl_text": Family(packs_plain_ids=False),
     "qwen2_5_vl_text": Family(packs_plain_ids=False),
     "qwen3_vl_text": Family(),
+    "qwen3_vl_moe_text": Family(),
+}
+
+_IMAGES = Features("get_image_features", "image_token_id", "images", beside=("image_sizes",))
+_FRAMES = Features("get_video_features", "video_token_id", "frames")
+_GRIDS = (
+    Features("get_image_features", "image_token_id", "patches", beside=("image_grid_thw",)),
+    Features("get_video_features", "video_token_id", "patches", beside=("video_grid_thw",)),
+)
+
+# By the `model_type` of a composite's configuration: how its features are made and where they go.
+SEAMS: dict[str, tuple[Features, ...]] = {
+    "gemma3": (_IMAGES,),
+    "internvl": (_IMAGES,),
+    "llava": (_IMAGES,),
+    "llava_next": (_IMAGES,),
+    "llava_onevision": (_IMAGES, _FRAMES),
+    "paligemma": (_IMAGES,),
+    "qwen2_5_vl": _GRIDS,
+    "qwen2_vl": _GRIDS,
+    "qwen3_vl": _GRIDS,
+    "qwen3_vl_moe": _GRIDS,
 }
 
 # By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
@@ -62,6 +95,13 @@ SPANS: dict[str, Spans] = {
 }
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
+VISION_METADATA = {
+    "get_vision_attention_seqlens",
+    "get_vision_interpolation_indices_and_weights",
+    "get_vision_position_ids",
+    "get_vision_window_index",
+}
 _TOKEN_WISE = (
     "Norm",
     "Activation",
@@ -101,7 +141,34 @@ def find(model: nn.Module) -> Anatomy:
             found="none" + "".join(f"; {name}: {reason}" for name, reason in anatomy.whole),
             remedy="wrap the module that holds the blocks, or use triton_sp.wrappers in your own script",
         )
+    if anatomy.decoder is not None and anatomy.towers:
+        anatomy.seam = _find_seam(anatomy.decoder, anatomy.towers, entry, names)
     return anatomy
+
+
+def _find_seam(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Seam:
+    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs."""
+    parts = [decoder.module, *(tower.module for tower in towers)]
+    around = [m for m in entry.modules() if is_hf(m) and all(_contains(m, part) and m is not part for part in parts)]
+    composite: Any = around[-1]
+    family = composite.config.model_type
+    features = SEAMS.get(family, ())
+    why = "known family" if features else f"how {family} makes its features is not known"
+    if len(towers) != 1 or not towers[0].door:
+        features, why = (), "more than one vision tower, or one with attention of its own"
+    for feature in features:
+        lacking = not hasattr(composite, feature.method) or not hasattr(composite.config, feature.token)
+        if lacking or (feature.cut == "patches" and not _takes_metadata(composite, towers[0].module)):
+            features, why = (), "this version of transformers cannot be given a part of the patches"
+            break
+    return Seam(names[id(composite)], composite, features, why)
+
+
+def _takes_metadata(composite: nn.Module, tower: nn.Module) -> bool:
+    """Whether a tower takes what it knows about its patches as arguments, and positions of text come from a method."""
+    code = inspect.unwrap(type(tower).forward).__code__
+    uses = {name for name in code.co_names if name.startswith("get_vision_")}
+    return bool(uses) and uses <= VISION_METADATA and hasattr(composite, "compute_3d_position_ids")
 
 
 def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
@@ -360,6 +427,12 @@ def expected_window(attention: nn.Module) -> int | None:
 def packs_plain_ids(decoder: Stack) -> bool:
     """Whether (B, S) position_ids that restart mark packed documents, as the model's own mask would have it."""
     return FAMILIES.get(decoder.family, Family()).packs_plain_ids
+
+
+def first_position(composite: nn.Module) -> int:
+    """The position of a sequence's first token, where a composite model numbers them itself."""
+    config: Any = composite.config
+    return 1 if config.model_type == "paligemma" else 0
 
 
 def causal_lm_loss(entry: nn.Module) -> bool:

@@ -256,8 +256,24 @@ def gather(x: Tensor, stream: Stream, unit: int = 1) -> Tensor:
     return comm.gather(x, stream.shards.merged(unit), stream.group)
 
 
-def reshard(x: Tensor, source: Shards, target: Shards, group: Group) -> Tensor:
-    """This rank's rows (dim 0) of a stream under another cut: each row goes from its owner to its next one, once."""
-    if source == target:
-        return x
-    return comm.exchange(x, *moves(source, target, group.rank), group)
+def reshard(x: Tensor, source: Shards, target: Shards, group: Group, index: Tensor | None = None) -> Tensor:
+    """This rank's rows (dim 0) of a stream under another cut: each row goes from its owner to its next one, once.
+
+    Args:
+        index: (S,) int64 on the CPU, where the target's order is another than the source's: row i of the source is row
+            `index[i]` of the target.
+    """
+    own = source.range(group.rank)
+    if index is None:
+        return x if source == target else comm.exchange(x, *moves(source, target, group.rank), group)
+    senders, wanted = torch.tensor(source.sizes), target.range(group.rank)
+    owner = torch.arange(group.size).repeat_interleave(senders)  # of each row, in the source's order
+    goal = torch.arange(group.size).repeat_interleave(torch.tensor(target.sizes))[index]
+    # Each rank sends its rows in the order of the target, so that only the senders have to be merged on arrival.
+    mine = index[own.start : own.stop]
+    arriving = ((index >= wanted.start) & (index < wanted.stop)).nonzero().flatten()
+    arriving = arriving[torch.argsort(owner[arriving] * max(source.total, 1) + index[arriving])]
+    receive = torch.bincount(owner[arriving], minlength=group.size).tolist()
+    send = torch.bincount(goal[own.start : own.stop], minlength=group.size).tolist()
+    arrived = comm.exchange(x[torch.argsort(mine).to(x.device)], send, receive, group)
+    return arrived[torch.argsort(index[arriving]).to(x.device)]

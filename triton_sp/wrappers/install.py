@@ -109,9 +109,9 @@ class Installation:
         self.edits.append((module, name, module.__dict__.get(name, _MISSING)))
         setattr(module, name, value)
 
-    def override(self, module: nn.Module, run: Callable[..., Any]) -> None:
-        """Let `run(override, *args, **kwargs)` stand for `module.forward`."""
-        self.set(module, "forward", Override(module, run, self))
+    def override(self, module: nn.Module, run: Callable[..., Any], method: str = "forward") -> None:
+        """Let `run(override, *args, **kwargs)` stand for `module.forward`, or for another method."""
+        self.set(module, method, Override(module, run, self, method))
 
     def undo(self) -> None:
         for module, name, old in reversed(self.edits):
@@ -131,25 +131,26 @@ class Installation:
 
 
 class Override:
-    """The `forward` of one module instance. A plain object, so that it copies and pickles with its module."""
+    """The `forward`, or another method, of one module instance. A plain object, so that it copies and pickles with its
+    module."""
 
-    def __init__(self, module: nn.Module, run: Callable[..., Any], installation: Installation) -> None:
-        self.module, self.run, self.installation = module, run, installation
-        self.below = module.__dict__.get("forward")
+    def __init__(self, module: nn.Module, run: Callable[..., Any], installation: Installation, method: str) -> None:
+        self.module, self.run, self.installation, self.method = module, run, installation, method
+        self.below = module.__dict__.get(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward that was there before."""
+        """The method that was there before."""
         if self.below is not None:
             return self.below(*args, **kwargs)
-        return type(self.module).forward(self.module, *args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the model's own forward: trainers read it to see which columns of a batch the model takes."""
-        parameters = list(inspect.signature(type(self.module).forward).parameters.values())
+        """That of the module's own method: trainers read a model's to see which columns of a batch it takes."""
+        parameters = list(inspect.signature(getattr(type(self.module), self.method)).parameters.values())
         return inspect.Signature(parameters[1:])
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from triton_sp.cost import find_link
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
 from triton_sp.models import causal_lm_loss, device_of, logit_transform, packs_plain_ids
+from triton_sp.wrappers.features import check_rows, needed_rows
 from triton_sp.wrappers.head import HeadLoss
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.planning import plan_decoder
@@ -257,6 +259,11 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         plan = partial(plan_decoder, installation, device)
         mutual = _mutual(spans, arguments)
         call = lay_out(shape, mask, documents, targets, mutual, spans, installation.group, device, plan)
+        seam = installation.anatomy.seam
+        if seam is not None:
+            tokens = next(arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
+            call = replace(call, needed=needed_rows(seam, tokens, call.index, call.stream.shards))
+            check_rows(installation, arguments, call.needed)
         laid_out.append((call, targets))
 
     _agree(installation, arguments, check)

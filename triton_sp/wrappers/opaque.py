@@ -28,7 +28,7 @@ from triton_sp.wrappers.scope import active, current, outside
 from triton_sp.wrappers.trial import HEADS, hidden_of, random_states, settle, shards_inside
 
 if TYPE_CHECKING:
-    from triton_sp.wrappers.vision import Layout, TowerPass
+    from triton_sp.wrappers.tower import Layout, TowerPass
 
 METHOD = "_triton_sp_method"
 

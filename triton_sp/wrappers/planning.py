@@ -11,16 +11,24 @@ from torch import Tensor
 from triton_sp.comm import Group
 from triton_sp.cost import Choice, Layers, choose, find_link
 from triton_sp.models import Stack
-from triton_sp.plan import Segments
+from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import Installation, SPConfig
 
 
-def plan_tower(stack: Stack, config: SPConfig, group: Group, segments: Segments, hidden: Tensor) -> Choice:
-    """The plan of a vision tower whose first block gets `hidden` and attends in `segments`. The same on every rank."""
+def plan_tower(
+    stack: Stack, config: SPConfig, group: Group, segments: Segments, hidden: Tensor, owned: Shards | None = None
+) -> Choice:
+    """The plan of a vision tower whose first block attends in `segments`. The same on every rank.
+
+    Args:
+        hidden: what the first block gets, or an empty tensor (0, C) like it.
+        owned: the tokens of each rank's own images, where ranks have shared them out.
+    """
     layers = layers_of(stack, hidden.shape[-1], hidden.dtype, causal=False)
     link = find_link(config.link, hidden.device.type, group.size)
     # A plain module is tried out on shards at its first call, so it must have some.
-    choice = choose(segments, group.size, stack.unit, layers, link, config.plan, replicable=stack.door)
+    replicable = stack.door and owned is None
+    choice = choose(segments, group.size, stack.unit, layers, link, config.plan, replicable, owned)
     return replace(choice, chunks=config.chunks)
 
 

@@ -32,6 +32,19 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class FeatureCall(Call):
+    """While a composite model turns pixels into features: how its tower begins and ends.
+
+    Attributes:
+        prepare: given the pass of the tower and the arguments of its forward, the arguments to run it with.
+        finish: given the pass and the tower's output, the output that the composite gets.
+    """
+
+    prepare: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+    finish: Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionScope:
     """What an attention function needs: the stream, and the tally that proves every layer came by.
 

@@ -1,8 +1,8 @@
-"""The decoder: one stream of the batch's tokens without padding, cut into shards before the first layer.
+"""The text: one stream of the batch's tokens without padding, cut into shards before anything is embedded.
 
 A padded (B, S) batch becomes a stream (1, S') of its tokens, row after row, each row or packed document a segment; the
-decoder sees this rank's part of it. Positions are computed for the whole batch and then selected, so a token keeps the
-position that it has in one process.
+decoder, or the composite model around it, sees this rank's part of it. Positions are computed for the whole batch and
+then selected, so a token keeps the position that it has in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.loss import IGNORE
 from triton_sp.models import Stack
 from triton_sp.pipeline import Stream
-from triton_sp.plan import Segments
+from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, Call, DecoderScope, active, check_tally, current, outside
@@ -41,6 +41,8 @@ class TextCall(Call):
         shape: (B, S) of the batch.
         index: (S',) where each token of the stream stands in the flattened batch.
         mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
+        needed: how many features each rank's placeholders need, by the method that makes them.
+        longest: the longest position of the batch, once its tokens have been cut.
     """
 
     stream: Stream
@@ -48,6 +50,8 @@ class TextCall(Call):
     index: Tensor
     mask: Tensor | None
     choice: Choice
+    needed: dict[str, Shards] = field(default_factory=dict)
+    longest: Tensor | None = None
     tally: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -191,33 +195,60 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     stack = installation.anatomy.decoder
     assert stack is not None
     arguments = override.bind(args, kwargs)
-    longest = _localise(arguments, call, stack)
+    if call.longest is None:
+        call = localise(arguments, call, installation)
+    else:
+        _expect_mask(arguments.get("attention_mask"), call, stack)
+    arguments["attention_mask"] = call.mask
     arguments[KEYWORD] = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
-    with active(DecoderScope(longest)):
+    assert call.longest is not None
+    with active(DecoderScope(call.longest)):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
     installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(),))
     return out
 
 
-def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor:
-    """Replace what describes the whole batch by what describes this rank's tokens; return the longest position."""
-    (rows, length), index = call.shape, call.local_index
-    for name in ("input_ids", "inputs_embeds"):
-        if arguments.get(name) is not None:
-            arguments[name] = arguments[name].flatten(0, 1).index_select(0, index)[None]
-    mask = arguments.get("attention_mask")
+def _expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
+    """Raise if the model around the decoder has made a mask of its own."""
     if isinstance(mask, dict) and all(part is call.mask for part in mask.values()):  # a mask for each type of layer
-        mask = call.mask
-    if mask is not None and mask is not call.mask:
-        same = call.mask is not None and isinstance(mask, Tensor) and torch.equal(mask.bool(), call.mask.bool())
-        if not same:
-            raise UnsupportedModelError(
-                stack.name,
-                expected="the attention_mask of the batch",
-                found="a mask that the composite model made itself",
-                remedy="this family is not handled yet",
-            )
+        return
+    if mask is None or mask is call.mask:
+        return
+    if call.mask is None or not isinstance(mask, Tensor) or not torch.equal(mask.bool(), call.mask.bool()):
+        raise UnsupportedModelError(
+            stack.name,
+            expected="the attention_mask of the batch",
+            found="a mask that the composite model made itself",
+            remedy="this family is not handled yet",
+        )
+
+
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+_HANDLED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", *_PER_TOKEN)
+
+
+def localise(arguments: dict[str, Any], call: TextCall, installation: Installation) -> TextCall:
+    """Replace the inputs of a decoder, or of the composite model around it, by those of this rank's tokens.
+
+    Returns:
+        The call, which knows then that this has been done.
+    """
+    stack, index, (rows, length) = installation.anatomy.decoder, call.local_index, call.shape
+    assert stack is not None
+    for name in ("input_ids", "inputs_embeds", *_PER_TOKEN):
+        value = arguments.get(name)
+        if value is not None:
+            if tuple(value.shape[:2]) != (rows, length):
+                raise InputError(
+                    name,
+                    expected=f"{(rows, length)} tokens, as the batch has",
+                    found=f"{tuple(value.shape[:2])} in the decoder",
+                    remedy="this model changes the sequence between its input and its decoder, and cannot be sharded",
+                )
+            arguments[name] = value.flatten(0, 1)[index][None]
+    _expect_mask(arguments.get("attention_mask"), call, stack)
+    # Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
     arguments["attention_mask"] = UNTOUCHED.to(index.device)
 
     positions = arguments.get("position_ids")
@@ -230,16 +261,17 @@ def _localise(arguments: dict[str, Any], call: TextCall, stack: Stack) -> Tensor
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
         arguments.pop(name, None)
     _localise_deepstack(arguments, index)
+    seam = installation.anatomy.seam
+    handled = {*_HANDLED, *(seam.visual_arguments if seam else ())}
     for name, value in arguments.items():
-        handled = name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks")
-        if isinstance(value, Tensor) and not handled and length in value.shape:
+        if isinstance(value, Tensor) and name not in handled and length in value.shape:
             raise UnsupportedModelError(
                 stack.name,
                 expected="inputs that are known to be per token",
                 found=f"{name} of shape {tuple(value.shape)}",
                 remedy="leave it out; it is not handled yet",
             )
-    return longest
+    return replace(call, longest=longest, mask=arguments["attention_mask"])
 
 
 def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:

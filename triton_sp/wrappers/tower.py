@@ -1,0 +1,189 @@
+"""One call of a vision tower: where its tokens are outside of its blocks, and how they are cut inside.
+
+Outside, where the tower embeds patches and the model projects its result, one of three is true (`Outside`):
+
+    whole     every rank has all tokens; the way of a tower alone, and of composites whose seam is not known
+    images    each rank has images of its own, whole ones; where there are fewer than ranks, some have none
+    patches   each rank has its part of the stream of patches, cut anywhere between merge units
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from triton_sp import comm, pipeline
+from triton_sp.anatomy import Stack
+from triton_sp.comm import ALONE, Group
+from triton_sp.cost import Choice
+from triton_sp.pipeline import Stream
+from triton_sp.plan import Segments, Shards
+from triton_sp.wrappers.install import SPConfig
+from triton_sp.wrappers.planning import plan_tower
+
+Outside = Literal["whole", "images", "patches"]
+
+
+@dataclass
+class Layout:
+    """How the hidden states looked before the first block.
+
+    (T, C), or a segment of N tokens for each of B images: (B, N, C), or (N, B, C) if `tokens_first`.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    tokens_first: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[:-1].numel()
+
+    @property
+    def length(self) -> int:
+        """Tokens of an image; of the whole stream if it is packed."""
+        return self.shape[0 if self.tokens_first else -2]
+
+    def images(self, total: int) -> Segments:
+        """The segments of so many tokens of images like these; packed towers hand theirs to each block."""
+        return Segments(tuple(range(0, total + 1, max(self.length, 1))))
+
+    def flat(self, hidden: Tensor) -> Tensor:
+        """The stream (S, C) of all tokens, image after image."""
+        return (hidden.transpose(0, 1) if self.tokens_first else hidden).flatten(0, -2)
+
+    def restore(self, tokens_SC: Tensor) -> Tensor:
+        """The adjoint of `flat`."""
+        if self.tokens_first:
+            return tokens_SC.unflatten(0, self.shape[1::-1]).transpose(0, 1)
+        return tokens_SC.unflatten(0, self.shape[:-1])
+
+    def local(self, tokens_TC: Tensor) -> Tensor:
+        """A rank's tokens as the blocks want them: like one image."""
+        if len(self.shape) == 2:
+            return tokens_TC
+        return tokens_TC[:, None] if self.tokens_first else tokens_TC[None]
+
+
+@dataclass(eq=False)
+class TowerPass:
+    """One call of a tower. Layout, choice and streams are written by the first block, and not by a recomputation;
+    where patches are cut outside already, by `cut_patches`.
+
+    Attributes:
+        stand_in: this rank has no image of its own, and runs what is outside of the blocks on another's, to no effect.
+        layout: how hidden states look outside of the blocks.
+        owned: tokens of each rank outside of the blocks, where these are its images'.
+    """
+
+    group: Group
+    stack: Stack
+    config: SPConfig
+    outside: Outside = "whole"
+    stand_in: bool = False
+    tally: Counter[str] = field(default_factory=Counter)
+    layout: Layout | None = None
+    owned: Shards | None = None
+    segments: Segments | None = None
+    choice: Choice | None = None
+    streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
+    last_output: Tensor | None = None  # of the block before, while the forward runs
+
+    def plan(self, hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+        """Decide how the stream is cut, from the segments that the first block attends in."""
+        if self.outside == "patches":
+            return
+        layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first)
+        self.streams.clear()
+        total = layout.tokens
+        if self.outside == "images":
+            assert cu_seqlens is None, "images are shared out where each is a row of a dense batch"
+            own = 0 if self.stand_in else layout.tokens
+            self.owned = Shards(tuple(count for (count,) in comm.integers_of_all([own], self.group)))
+            total = self.owned.total
+        # The one host read of a call; layers whose segments are others need another, if shards end with segments.
+        self.segments = layout.images(total) if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
+        self.choice = plan_tower(self.stack, self.config, self.group, self.segments, hidden, self.owned)
+        if cu_seqlens is not None:
+            self.stream(cu_seqlens, self.segments)
+
+    def cut_patches(self, choice: Choice, streams: list[tuple[Tensor, Segments]]) -> None:
+        """Settle the cut before the patches are embedded, and the segments that blocks will ask for."""
+        self.choice = choice
+        for cu_seqlens, known in streams:
+            self.stream(cu_seqlens, known)
+
+    @cached_property
+    def _of_images(self) -> Tensor:
+        assert self.layout is not None and self.segments is not None
+        return torch.tensor(self.segments.starts, dtype=torch.int32, device=self.layout.device)
+
+    def stream(self, cu_seqlens: Tensor | None = None, known: Segments | None = None) -> Stream:
+        """The stream with these segments, without cu_seqlens the one of images; the same object in every layer."""
+        assert self.choice is not None
+        if cu_seqlens is None:
+            if self.outside == "patches":
+                return next(iter(self.streams.values()))
+            cu_seqlens, known = self._of_images, self.segments
+        key = (cu_seqlens.data_ptr(), len(cu_seqlens))
+        if key not in self.streams:
+            group = ALONE if self.choice.plan == "replicate" else self.group
+            self.streams[key] = Stream(
+                group, self.choice.shards, cu_seqlens, known=known, plan=self.choice.plan, chunks=self.choice.chunks
+            )
+        return self.streams[key]
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """What the blocks run on, from the hidden states outside."""
+        if self.outside == "patches":
+            return hidden
+        assert self.layout is not None
+        rows, stream = self.layout.flat(hidden), self.stream()
+        if self.owned is None:
+            return self.layout.local(pipeline.shard(rows, stream))
+        own = rows[: self.owned.sizes[self.group.rank]]
+        return self.layout.local(pipeline.reshard(own, self.owned, stream.shards, self.group))
+
+    def leave(self, local: Tensor) -> Tensor:
+        """The hidden states outside, shaped as they were there, from what a block returned."""
+        if self.outside == "patches":
+            return local
+        assert self.layout is not None
+        rows, stream = local.flatten(0, -2), self.stream()
+        if self.owned is None:
+            return self.layout.restore(pipeline.gather(rows, stream))
+        rows = pipeline.reshard(rows, stream.shards, self.owned, self.group)
+        if self.stand_in:  # joined to nothing, so that this rank takes part in the exchange of the backward
+            rows = torch.cat([rows, rows.new_zeros(self.layout.tokens, rows.shape[-1])])
+        return self.layout.restore(rows)
+
+
+class TowerStates(tuple[Tensor, ...]):
+    """A tower's `hidden_states`. The ones from between blocks hold a rank's tokens and leave the blocks when read."""
+
+    _tower: TowerPass
+
+    def __new__(cls, states: tuple[Tensor, ...], tower: TowerPass) -> TowerStates:
+        self = super().__new__(cls, states)
+        self._tower = tower
+        return self
+
+    @overload
+    def __getitem__(self, index: Any) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Tensor, ...]: ...
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        state = super().__getitem__(index)
+        # Entry 0 went into the first block and entry n came out of the last: both are as outside of the blocks.
+        between = 0 < index % len(self) < len(self._tower.stack.blocks)
+        return self._tower.leave(state) if between and state is not None else state
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self)))

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from triton_sp import models
+from triton_sp.anatomy import Seam
 from triton_sp.errors import SPError
 from triton_sp.ops import implementation
 from triton_sp.wrappers.head import loss_implementation
-from triton_sp.wrappers.install import LastCall, installation_of
+from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import WHOLE
 
@@ -111,20 +112,27 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     except SPError as error:
         return Explanation(title, (Row("", "", None, "", "", "refused", str(error)),), attention)
     rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
+    if anatomy.seam and ranks != 1:
+        rows.append(_seam_row(anatomy.seam))
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
-    seam = anatomy.seam
-    if seam is not None and ranks != 1:
-        family = getattr(seam.module.config, "model_type", "")
-        decision = ROUTED if seam.features else GATHERED
-        rows.append(Row(seam.name or type(seam.module).__name__, f"seam ({family})", None, "", "", decision, seam.why))
     if installation is not None:
-        rows = [replace(row, last_batch=_last_batch(installation.last_calls.get(row.part))) for row in rows]
+        rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
     return Explanation(title, tuple(rows), attention, loss)
 
 
-def _last_batch(call: LastCall | None) -> str:
+def _seam_row(seam: Seam) -> Row:
+    config: Any = seam.module.config
+    decision = ROUTED if seam.features else GATHERED
+    return Row(seam.name or type(seam.module).__name__, f"seam ({config.model_type})", None, "", "", decision, seam.why)
+
+
+def _last_batch(part: str, installation: Installation) -> str:
+    call, seam = installation.last_calls.get(part), installation.anatomy.seam
+    if seam is not None and part == (seam.name or type(seam.module).__name__):
+        rows = (f"{name} {' + '.join(map(str, shards.sizes))}" for name, shards in installation.last_rows.items())
+        return "rows of " + ", ".join(rows) if installation.last_rows else ""
     if call is None:
         return ""
     tokens = " + ".join(map(str, call.choice.shards.sizes))

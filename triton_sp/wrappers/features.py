@@ -150,6 +150,7 @@ def _run_features(features: Features, override: Override, *args: Any, **kwargs: 
             outside(override.module)
         return override.original(*args, **kwargs)
     arguments = override.bind(args, kwargs)
+    override.installation.last_rows[features.method] = call.needed[features.method]
     makers = {"patches": _from_patches, "images": _from_images, "frames": _from_frames}
     return makers[features.cut](features, override, arguments, call.needed[features.method])
 

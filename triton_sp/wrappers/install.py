@@ -17,6 +17,7 @@ from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import SPError
 from triton_sp.models import Anatomy
+from triton_sp.plan import Shards
 
 _MISSING = "<not set on the instance>"
 _MARK = "_triton_sp"
@@ -102,6 +103,7 @@ class Installation:
     anatomy: Anatomy
     edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
+    last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     checked_head: bool = False  # what the model does to logits was seen once, see wrappers/head.py
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:

@@ -215,7 +215,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     if _takes_pixels(owner):
         ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
         stack.module = ancestors[0]
-        stack.unit = int(getattr(owner, "spatial_merge_unit", 1))
+        stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
         taps = FAMILIES.get(family, Family()).taps
         stack.taps = list(getattr(owner, taps)) if taps else []
         if not attention:

@@ -199,7 +199,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
         call = localise(arguments, call, installation)
     else:
         _expect_mask(arguments.get("attention_mask"), call, stack)
-    arguments["attention_mask"] = call.mask
+    arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
     arguments[KEYWORD] = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
     assert call.longest is not None
     with active(DecoderScope(call.longest)):
@@ -248,8 +248,8 @@ def localise(arguments: dict[str, Any], call: TextCall, installation: Installati
                 )
             arguments[name] = value.flatten(0, 1)[index][None]
     _expect_mask(arguments.get("attention_mask"), call, stack)
-    # Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
-    arguments["attention_mask"] = UNTOUCHED.to(index.device)
+    # Padding is left out; a model around the decoder that makes a mask nevertheless is noticed by that.
+    arguments["attention_mask"] = mask = call.mask if stack.spans else None
 
     positions = arguments.get("position_ids")
     if positions is None:
@@ -271,7 +271,7 @@ def localise(arguments: dict[str, Any], call: TextCall, installation: Installati
                 found=f"{name} of shape {tuple(value.shape)}",
                 remedy="leave it out; it is not handled yet",
             )
-    return replace(call, longest=longest, mask=arguments["attention_mask"])
+    return replace(call, longest=longest, mask=mask)
 
 
 def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:

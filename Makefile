@@ -15,19 +15,21 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m perf.plot --check
 	$(BIN)/python -m pytest --doctest-modules triton_sp -p no:cacheprovider
 
-# On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched.
+# On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:
-	$(PYTHON) perf/gpu.py
+	$(PYTHON) -m perf.gpu $(if $(BUDGET),--budget $(BUDGET))
 
 # Long: every model with every plan.
 all-plans: .venv/.ready
 	$(BIN)/python tests/all_plans.py
 
-# DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
+# What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready
-	$(BIN)/python perf/exchange.py
+	for sweep in scale exchange model single_rank; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
+	$(BIN)/python -m perf.plot
 
 compile-table: .venv/.ready
 	$(BIN)/python tests/compile_table.py

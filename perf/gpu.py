@@ -1,77 +1,140 @@
-"""Everything that needs a GPU, in one command (`make gpu`), well inside 10 minutes; CSV under perf/results/<gpu>/.
+"""Everything that needs a GPU, in one command (`make gpu`), well inside 10 minutes: tests, then sweeps.
 
-Needs PyTorch, Triton and pytest, and no network. A step that fails or runs out of its time does not stop the others;
-the exit status is that of the tests.
+    python -m perf.gpu [--budget SECONDS]
+
+Needs PyTorch, Triton, pytest, pandas and tqdm, and no network. The most telling steps come first, each in a process of
+its own with a limit; a step that fails or runs out of time does not stop the others, and what was found is on disk at
+any moment: perf/results/<gpu>/steps.csv and kernels.csv. The exit status is 1 if a test failed.
+`--device cpu --quick` goes through the same steps in small, on Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
-from machine import ROOT, Report
 
-PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-c",
-    os.devnull,
-    "--rootdir=.",
-    "--noconftest",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-]
-# What calls the Gluon tier takes, once more with it, where its self-check has passed.
-ON_GLUON = ["tests/attend_cases.py", "-k", "gluon or head_dims or test_masks or nan or strides or whole or graph"]
-SANITIZED = ["tests/attend_cases.py", "-k", "test_strides or test_keys_left_out or test_empty_and_whole"]
+from perf import machine
+from perf.contest import LOST, Settings
+from perf.rows import Report, Row
+
+PYTHON = sys.executable
+PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# In the kernels' own suite nothing of the models is needed.
+CASES = [*PYTEST, "-c", os.devnull, "--rootdir=.", "--noconftest", "tests/attend_cases.py"]
+ON_GLUON = "gluon or head_dims or test_masks or nan or strides or whole or graph"
+SANITIZED = "test_strides or test_keys_left_out or test_empty_and_whole"
+LARGE = "test_more_than_two_to_the_31_elements"
 
 
-def steps() -> dict[str, tuple[list[str], float]]:
-    """Name -> command and the seconds it may take."""
-    cases = ["tests/attend_cases.py"]
-    if importlib.util.find_spec("hypothesis"):
-        cases.append("tests/attend_properties.py")
-    found = {
-        "tests": ([*PYTEST, *cases, "--durations=5"], 260.0),
-        "narrow products": ([sys.executable, "perf/narrow_products.py"], 30.0),
-        "attend": ([sys.executable, "perf/attend.py", "80"], 100.0),
-        "gluon": ([sys.executable, "perf/gluon.py", "15"], 75.0),
-        "tests on gluon": ([*PYTEST, *ON_GLUON], 40.0),
-    }
+@dataclass(frozen=True)
+class Step:
+    """A command, the seconds it may take, and whether it is a test; portable kernels unless `gluon`."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    test: bool = False
+    gluon: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def _sweep(name: str, device: str, seconds: float) -> list[str]:
+    quick = ["--quick"] if device == "cpu" else []
+    return [PYTHON, "-m", "perf.sweep", name, "--device", device, "--budget", f"{seconds:.0f}", *quick]
+
+
+def steps() -> list[Step]:
+    """On a GPU, the most telling first."""
+    parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []  # compiling is what takes time
+    cases = [*CASES, *parallel, *(["tests/attend_properties.py"] if importlib.util.find_spec("hypothesis") else [])]
+    found = [
+        Step("tests of the kernels", [*cases, "-k", f"not {LARGE}", "--durations=5"], 150, test=True),
+        Step("kernels", _sweep("kernels", "cuda", 115), 125),
+        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/test_gpu.py"], 90, test=True),
+        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 45, gluon=True),
+        Step("tests on gluon", [*CASES, "-k", ON_GLUON], 40, test=True, gluon=True),
+        Step("large tensors", [*CASES, "-k", LARGE], 25, test=True),
+        Step("narrow products", [PYTHON, "-m", "perf.narrow_products"], 20),
+        Step("single rank", _sweep("single_rank", "cuda", 50), 60),
+    ]
     if sanitizer := shutil.which("compute-sanitizer"):
         for tool in ("memcheck", "racecheck"):
-            command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", *PYTEST, *SANITIZED]
-            found[tool] = (command, 45.0)
-    return found
+            command = [sanitizer, f"--tool={tool}", "--error-exitcode=9", *CASES, "-k", SANITIZED]
+            found.append(Step(tool, command, 35, test=True))
+    return [*found, Step("kernels, the rest", _sweep("kernels", "cuda", 3600), 3600)]
 
 
-def main() -> int:
-    if not torch.cuda.is_available():
+def rehearsal() -> list[Step]:
+    """The same kinds of steps in small, on a CPU."""
+    interpreter = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return [
+        Step("tests of the kernels", [*CASES, "-k", "test_lse"], 120, test=True, environment=interpreter),
+        Step("kernels", _sweep("kernels", "cpu", 10), 90),
+        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/test_gpu.py"], 60, test=True),
+        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 60, gluon=True),
+        Step("single rank", _sweep("single_rank", "cpu", 30), 120),
+    ]
+
+
+def run(step: Step, seconds: float) -> str:
+    """The status of a step. A sweep that has lost its GPU is started again, in a new process, where it stopped."""
+    # The repository is found without being installed; the kernels' own choice of device must not be overridden.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(machine.ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment.pop("TRITON_INTERPRET", None)
+    # The portable kernels are proven and timed as such, whatever an earlier run has recorded of the Gluon tier.
+    environment |= {"TRITON_SP_GLUON": "1" if step.gluon else "0", **step.environment}
+    if step.name.startswith("kernels"):
+        del environment["TRITON_SP_GLUON"]  # this sweep measures both
+    end = time.monotonic() + seconds
+    for _ in range(3):
+        left = max(end - time.monotonic(), 1.0)
+        try:
+            code = subprocess.run(step.command, cwd=machine.ROOT, env=environment, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return "out of time"
+        if code != LOST or step.test:
+            break
+    return {0: "ok", 5: "no tests"}.get(code, f"error: exit code {code}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("perf.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--budget", type=float, default=540.0, metavar="SECONDS", help="for all steps; default 540")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--quick", action="store_true", help="with --device cpu: the steps in small")
+    parsed = parser.parse_args(arguments)
+    if parsed.device == "cuda" and not torch.cuda.is_available():
         print("make gpu needs a GPU that PyTorch can see; there is none here")
         return 2
-    # The repository is found without being installed; the kernels' own choice of device must not be overridden.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment.pop("TRITON_INTERPRET", None)
-    report, status = Report("steps", ["step", "result", "seconds"]), 1
-    for name, (command, limit) in steps().items():
-        start = time.monotonic()
-        # The portable kernels are proven and timed as such, whatever an earlier run has recorded of the Gluon tier.
-        environment["TRITON_SP_GLUON"] = "1" if "gluon" in name else "0"
-        try:
-            code = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            code = -1
-        result = {0: "passed", -1: "out of time"}.get(code, f"failed ({code})")
-        report.add(step=name, result=result, seconds=round(time.monotonic() - start, 1))
-        status = code if name == "tests" else status
-    return status
+    if (parsed.device == "cpu") != parsed.quick:
+        parser.error("--device cpu and --quick go together: a rehearsal")
+    settings = Settings(torch.device(parsed.device), parsed.quick, fresh=True, budget=parsed.budget)
+    report, failed = settings.report("steps"), False
+    for step in rehearsal() if parsed.quick else steps():
+        left = parsed.budget - (time.monotonic() - settings.began) - 2.0
+        begin = time.monotonic()
+        print(f"--- {step.name}", flush=True)
+        status = run(step, min(step.seconds, left)) if left > 5 else "no time left"
+        _note(report, step, status, time.monotonic() - begin, settings)
+        failed |= step.test and status.startswith("error")
+    print(f"--- {report.path.parent}")
+    return int(failed)
+
+
+def _note(report: Report, step: Step, status: str, seconds: float, settings: Settings) -> None:
+    row = Row("step", "make gpu", step.name, "", status=status, clock="wall", median_ms=1e3 * seconds)
+    row.device = settings.device.type
+    report.add([row])
+    print(f"--- {step.name}: {status}, {seconds:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

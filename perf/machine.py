@@ -1,81 +1,95 @@
-"""Where a measurement comes from: the columns that every CSV under perf/results/ carries."""
+"""Where a measurement comes from: the columns about the machine that every row carries."""
 
 from __future__ import annotations
 
-import csv
 import datetime
+import functools
 import os
-import pathlib
 import platform
 import subprocess
-from collections.abc import Sequence
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+VERSIONS = ("torch", "triton", "transformers", "deepspeed")
+COLUMNS = [
+    *("gpu", "driver", "sm_mhz_max", "power_limit", "cpu", "cores", "threads", "load", "python"),
+    *VERSIONS,
+    *("commit", "date"),
+]
 
 
 def ask(*command: str) -> str:
-    """The first line that a program prints, or "unknown" where there is no such program."""
+    """The first line that a program prints, or "" where there is no such program."""
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return (run.stdout.strip().splitlines() or ["unknown"])[0] if run.returncode == 0 else "unknown"
+        return ""
+    return (run.stdout.strip().splitlines() or [""])[0] if run.returncode == 0 else ""
 
 
-def describe() -> dict[str, Any]:
-    """GPU, driver, clock, versions, date and commit."""
-    import triton
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
-    query = "driver_version,clocks.max.sm,clocks.sm,power.limit"
-    driver, max_clock, clock, power = (
-        ask("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader").split(", ") * 4
-    )[:4]
+
+@functools.cache
+def _still() -> dict[str, Any]:
+    """What does not change while the process runs."""
+    import torch  # here, so that tables can be checked without it
+
+    query = "driver_version,clocks.max.sm,power.limit"
+    found = ask("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits").split(", ")
+    driver, clock, power = found if len(found) == 3 else ("", "", "")
     return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "driver": driver,
-        "sm_clock": clock,
-        "sm_clock_max": max_clock,
+        "sm_mhz_max": clock,
         "power_limit": power,
+        "cpu": cpu(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **{package: version(package) for package in VERSIONS},
         "commit": os.environ.get("TRITON_SP_COMMIT") or ask("git", "rev-parse", "--short", "HEAD"),
     }
 
 
+def describe() -> dict[str, Any]:
+    """GPU, driver, clocks, processor, how busy it is, versions, date and commit: the columns `COLUMNS`."""
+    import torch
+
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    moment = {"threads": torch.get_num_threads(), "load": f"{os.getloadavg()[0]:.1f}", "date": now}
+    return {name: (_still() | moment)[name] for name in COLUMNS}
+
+
 def cpu() -> str:
     """What the processor calls itself."""
-    info = pathlib.Path("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return (names or [platform.processor() or platform.machine()])[0]
 
 
-def folder() -> pathlib.Path:
-    """perf/results/<gpu>/, or perf/results/cpu/ where there is none; made if need be."""
-    name = torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "cpu"
-    path = pathlib.Path(os.environ.get("TRITON_SP_RESULTS", ROOT / "perf" / "results")) / name
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def sm_mhz() -> int | None:
+    """The clock of the GPU's multiprocessors right now."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = ask("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits")
+    return int(found) if found.isdigit() else None
 
 
-class Report:
-    """A CSV that is written row by row, so that a run cut short keeps what it measured."""
+def results(device: torch.device) -> Path:
+    """The folder of a device's CSVs: perf/results/<gpu>/ or perf/results/cpu/, or in TRITON_SP_RESULTS."""
+    import torch
 
-    def __init__(self, name: str, fields: Sequence[str]) -> None:
-        self.path, self.machine = folder() / f"{name}.csv", describe()
-        self.fields = [*fields, *self.machine]
-        self._write("w", dict(zip(self.fields, self.fields, strict=True)))
-
-    def add(self, **row: Any) -> None:
-        """One row, whose missing fields stay empty."""
-        self._write("a", row | self.machine)
-        print(*(f"{key}={value}" for key, value in row.items()), flush=True)
-
-    def _write(self, mode: str, row: dict[str, Any]) -> None:
-        with open(self.path, mode, newline="") as file:
-            csv.DictWriter(file, self.fields, lineterminator="\n").writerow(row)
+    name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-")
+    return Path(os.environ.get("TRITON_SP_RESULTS", ROOT / "perf" / "results")) / name

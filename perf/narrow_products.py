@@ -1,16 +1,16 @@
-"""What a matrix product with 16 columns costs beside one with 32: perf/results/<gpu>/narrow_products.csv.
+"""What a matrix product with 16 columns costs beside one with 32: rows of kernels.csv.
 
 Head dims 72 and 80 are computed as 64 + 16, and whether the 16-wide part runs at its fair share of the matrix units
 decides up to 20 % there. Each program multiplies tiles that never leave the SM, with p in registers as in attention.
 """
 
-import statistics
-
 import torch
 import triton
 import triton.language as tl
-from attend import milliseconds
-from machine import Report
+
+from perf.clock import Clock
+from perf.contest import Entry, Settings, measure_rates, timed
+from perf.rows import Row
 
 STEPS = 4096
 
@@ -29,20 +29,22 @@ def narrow_products(x_ptr, out_ptr, steps, BM: tl.constexpr, BK: tl.constexpr, N
 
 
 def main() -> None:
-    report = Report("narrow_products", ["columns", "ms", "tflops"])
+    settings = Settings(torch.device("cuda"))
+    report, clock = settings.report("kernels"), Clock(settings.device)
+    rates, _ = measure_rates(clock, settings)
     programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
     x = torch.randn(128 * 256, device="cuda", dtype=torch.bfloat16) * 0.01
+    entries = []
     for columns in (16, 32, 64, 128):
         out = torch.empty(programs * 128 * columns, device="cuda")
 
         def run(out: torch.Tensor = out, columns: int = columns) -> None:
             narrow_products[(programs,)](x, out, STEPS, BM=128, BK=64, N=columns, num_warps=8)
 
-        for _ in range(3):
-            run()
-        median = statistics.median(milliseconds(run) for _ in range(20))
-        work = 2e-9 * programs * STEPS * 128 * 64 * columns
-        report.add(columns=columns, ms=round(median, 4), tflops=round(work / median, 1))
+        work = 2 * programs * STEPS * 128 * 64 * columns
+        row = Row("rate", "triton", f"products of {columns} columns", flops=work, **settings.columns())
+        entries.append(Entry(row, run))
+    report.add(timed(entries, clock, rates, settings))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What attention sends on 8, 64 and 1024 GPUs, by formulas that tests/test_scale.py holds to counted bytes.
 
-    python perf/scale.py [file.csv]
+    python -m perf.sweep scale
 
 One level: heads are exchanged in the whole group. Two levels: they are exchanged inside a node, and keys and values
 travel between nodes, to the ranks that hold the same heads there. docs/scaling.md explains both.
@@ -11,9 +11,10 @@ each rank that it sends to, and its bytes at the bandwidth of where they go.
 
 from __future__ import annotations
 
-import csv
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+
+from perf.contest import Settings
+from perf.rows import Row
 
 
 @dataclass(frozen=True)
@@ -79,40 +80,38 @@ def two_level(x: Attention, ranks: int, node: int) -> Sent:
 
 
 LAYERS = [
-    Attention("ViT, 64k patches", 1 << 16, 16, 16, 80, False),
-    Attention("LLM 28/4, 256k", 1 << 18, 28, 4, 128, True),
-    Attention("LLM 64/8, 1M", 1 << 20, 64, 8, 128, True),
+    Attention("ViT 16 heads of 80, 64k patches", 1 << 16, 16, 16, 80, False),
+    Attention("LLM 28/4 heads of 128, 256k tokens", 1 << 18, 28, 4, 128, True),
+    Attention("LLM 64/8 heads of 128, 1M tokens", 1 << 20, 64, 8, 128, True),
 ]
+WAYS = {"one level": one_level, "two levels": two_level}
 
 
-def rows(machines: Machines = Machines()) -> list[dict[str, object]]:
-    """The table: a row for each layer, number of GPUs and way."""
-    table: list[dict[str, object]] = []
+def rows(machines: Machines = Machines()) -> list[Row]:
+    """For each layer, number of GPUs and way: bytes inside and between nodes, and the times to send and to attend."""
+    table = []
     for layer in LAYERS:
         for ranks in (8, 64, 1024):
-            compute = layer.flops / ranks / machines.flops
-            for way in (one_level, two_level):
-                sent = way(layer, ranks, machines.node)
-                seconds = sent.seconds(machines)
-                row = {"layer": layer.name, "gpus": ranks, "way": way.__name__, **asdict(sent)}
-                row |= {"send_ms": 1e3 * seconds, "attend_ms": 1e3 * compute, "overhead": seconds / compute}
-                table.append(row)
+            for way, of in WAYS.items():
+                sent = of(layer, ranks, machines.node)
+                base = Row(
+                    "exchange", way, layer.name, kind="modelled", device="cuda", dtype="bfloat16", ranks=ranks,
+                    tokens=layer.tokens, longest=layer.tokens, heads=layer.heads, kv_heads=layer.kv_heads,
+                    dim=layer.dim, causal=layer.causal, note=f"{machines}",
+                )  # fmt: skip
+                attend = layer.flops / ranks / machines.flops
+                table += [
+                    replace(base, direction="inside nodes", sent_bytes=round(sent.inside)),
+                    replace(base, direction="between nodes", sent_bytes=round(sent.between)),
+                    replace(base, direction="send", median_ms=1e3 * sent.seconds(machines)),
+                    replace(base, direction="attend", median_ms=1e3 * attend, flops=layer.flops / ranks),
+                ]
     return table
 
 
-def main(arguments: list[str]) -> None:
-    table = rows()
-    if arguments:
-        with open(arguments[0], "w", newline="") as file:
-            writer = csv.DictWriter(file, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-    print(f"{'layer':18}{'GPUs':>5}  {'way':10}{'in node MB':>11}{'between MB':>11}{'send ms':>9}{'attend ms':>10}")
-    for row in table:
-        megabytes = f"{row['inside'] / 1e6:11.1f}{row['between'] / 1e6:11.1f}"  # type: ignore[operator]
-        times = f"{row['send_ms']:9.2f}{row['attend_ms']:10.2f}"
-        print(f"{row['layer']:18}{row['gpus']:5}  {row['way']:10}{megabytes}{times}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def sweep(settings: Settings) -> int:
+    """Write scale.csv anew; the exit code."""
+    report = settings.report("scale")
+    report.add(rows())
+    print(report.path)
+    return 0

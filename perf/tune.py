@@ -1,6 +1,6 @@
 """Try other launches than the table's on the GPU at hand, and write the fastest: opt-in autotuning.
 
-    python perf/tune.py tuned.json 72 80 128
+    python -m perf.tune tuned.json 72 80 128
     TRITON_SP_TUNED=tuned.json torchrun ...
 
 A file rather than tuning at run time, so that every rank makes the same choice.
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attend import milliseconds
 
+from perf.clock import Clock
 from triton_sp.kernels import attend, attend_backward, launch
 
 TILES = {
@@ -47,13 +47,14 @@ def work(dim: int, heads: int = 16, length: int = 4096) -> dict[str, Callable[[]
 
 def fastest(kernel: str, dim: int, run: Callable[[], Any], found: dict[str, list[Any]]) -> None:
     """Put the fastest launch into `found`, which is also what the launchers read while this runs."""
+    clock = Clock(torch.device("cuda"))
     name, times = f"{launch.target()} {kernel} {dim}", {}
     for (rows, keys), warps, stages, registers in itertools.product(TILES[kernel], WARPS, STAGES, REGISTERS):
         options = {"num_warps": warps, "num_stages": stages} | ({"maxnreg": registers} if registers else {})
         found[name] = [rows, keys, options]
         try:
             run()
-            times[json.dumps(found[name])] = statistics.median(milliseconds(run) for _ in range(15))
+            times[json.dumps(found[name])] = statistics.median(clock.milliseconds(run) for _ in range(15))
         except Exception as error:  # too much shared memory, or a tile the compiler cannot do
             print(f"{name} {found[name]}: {error!r:.80}", flush=True)
     best = min(times, key=times.__getitem__)

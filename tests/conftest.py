@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 
 from triton_sp.testing import RankPool
 
@@ -34,3 +35,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         return path
 
     return of
+
+
+@pytest.fixture(autouse=True)
+def gpu(request: pytest.FixtureRequest) -> None:
+    """Skip what is marked so where there is none."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU that PyTorch can see")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from scale import Attention
 
+from perf.scale import Attention
 from triton_sp import comm, pipeline
 from triton_sp.comm import resolve_group
 from triton_sp.pipeline import Stream

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import scale
 import scale_jobs
-from scale import Attention
+
+from perf import scale
+from perf.scale import Attention
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from triton_sp import comm, cost
 from triton_sp.calibrate import measure_link
+
+# What is done by the files of a checkout, which an installed package does not have.
+CHECKOUT = {
+    "sweep": "measure speed, bytes and memory: triton-sp sweep kernels|exchange|model|scale|single_rank [--quick]",
+    "plot": "plots and tables of what sweeps have measured: triton-sp plot [--check]",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,12 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Starts its own ranks, or measures those it is started on: torchrun ... -m triton_sp.cli calibrate",
     )
     calibrate.add_argument("--ranks", type=int, help="ranks of a group; default: the GPUs, or 2 without one")
-    parsed = parser.parse_args(arguments)
+    for name, text in CHECKOUT.items():
+        commands.add_parser(name, help=text, add_help=False)
+    parsed, rest = parser.parse_known_args(arguments)
+    if parsed.command in CHECKOUT:
+        sys.exit(_from_checkout(f"perf.{parsed.command}", rest))
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if "RANK" in os.environ:
         _calibrate()
     else:
         ranks = parsed.ranks or max(torch.cuda.device_count(), 0) or 2
         comm.start_ranks(ranks, "triton_sp.cli", "calibrate")
+
+
+def _from_checkout(module: str, arguments: list[str]) -> int:
+    """Run a module of the folder perf/ beside the package; the exit code."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "perf" / "sweep.py").exists():
+        print("triton-sp: this needs a checkout of the repository, installed with pip install -e '.[dev]'")
+        return 2
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    return importlib.import_module(module).main(arguments)
 
 
 def _calibrate() -> None:

@@ -1,0 +1,117 @@
+"""The measuring itself: one schema, resuming, providers that fail or are wrong, tables that follow from rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from perf import attention, contest, kernels, model, packs, rows
+from perf.attention import Peer
+from perf.cases import AttentionCase, attention_cases
+from perf.clock import Clock
+from perf.engines import ENGINES, OURS, QUICK
+from perf.rows import Report, Row
+
+CASE = AttentionCase("test, mixed", (9, 1, 20), heads=4, kv_heads=2, dim=8, causal=True)
+RATES = contest.Rates(1.0, 1.0)
+
+
+@pytest.fixture
+def settings(monkeypatch, tmp_path) -> contest.Settings:
+    monkeypatch.setenv("TRITON_SP_RESULTS", str(tmp_path))
+    return contest.Settings(torch.device("cpu"), quick=True)
+
+
+def measure(settings: contest.Settings, case: AttentionCase = CASE) -> pd.DataFrame:
+    report = settings.report("kernels")
+    kernels.attend(case, settings, Clock(settings.device), RATES, report)
+    return pd.read_csv(report.path).set_index(["provider", "direction"])
+
+
+def test_rows_survive_and_are_replaced(settings) -> None:
+    report = settings.report("some")
+    report.add([Row("attend", "a", "x", tokens=4), Row("attend", "b", "x", tokens=4, status="error: no", dim=8)])
+    again = settings.report("some")
+    assert again.status(Row("attend", "b", "x", tokens=4, dim=8)) == "error: no"
+    assert again.status(Row("attend", "b", "x", tokens=5, dim=8)) is None
+    again.add([Row("attend", "a", "x", tokens=4, median_ms=2.0)])
+    found = pd.read_csv(again.path)
+    assert list(found.columns) == rows.COLUMNS and found["median_ms"].tolist()[0] == 2.0 and len(found) == 2
+    assert Report(again.path, fresh=True).status(Row("attend", "a", "x", tokens=4)) is None
+
+
+def test_attend_is_measured_once(settings, monkeypatch) -> None:
+    found = measure(settings)
+    assert set(found["status"]) == {"ok"} and (found["median_ms"] > 0).all() and (found["error_ratio"] < 1).all()
+    assert found.loc[("triton_sp", "forward"), "flops"] == CASE.flops
+    monkeypatch.setattr(kernels, "_contest", None)  # would raise if anything were measured again
+    assert len(measure(settings)) == len(found)
+
+
+def test_failing_and_wrong_peers(settings, monkeypatch) -> None:
+    calls = []
+
+    def refuse(case, table):
+        calls.append(case)
+        raise NotImplementedError("not\nthis shape")
+
+    def wrong(case, table):
+        right = attention._ours(case, table)
+        return lambda q, k, v: right(q * 1.0, k, v) + 0.1 * (q - q.detach())  # only dq is wrong
+
+    peers = [p for p in attention.PEERS if p.name in ("triton_sp", "SDPA")]
+    peers += [Peer("refuses", refuse, lambda device: ""), Peer("cheats", wrong, lambda device: "", note="known")]
+    monkeypatch.setattr(kernels, "PEERS", peers)
+    found = measure(settings)
+    assert found.loc[("refuses", "backward"), "status"] == "error: NotImplementedError: not this shape"
+    assert found.loc[("cheats", "forward"), "status"] == "ok"
+    bad = found.loc[("cheats", "backward")]
+    assert bad["status"] == "wrong" and bad["note"] == "dq is wrong; known" and math.isnan(bad["ratio"])
+    # The one right peer's ratio is not against what is wrong.
+    assert math.isnan(found.loc[("triton_sp", "backward"), "ratio"])
+    assert found.loc[("triton_sp", "forward"), "ratio"] > 0
+    peers.append(replace(peers[0], name="newcomer"))
+    again = measure(settings)
+    assert again.loc[("newcomer", "forward"), "status"] == "ok" and len(calls) == 1  # who failed is not asked again
+
+
+def test_sampled_textbook_is_the_whole_one() -> None:
+    torch.manual_seed(0)
+    heads = (CASE.heads, CASE.kv_heads, CASE.kv_heads, CASE.heads)
+    tensors = [torch.randn(CASE.tokens, h, CASE.dim, dtype=torch.float64) for h in heads]
+    sample = torch.tensor([0, 8, 9, 15, 29])
+    tensors[3] = tensors[3] * torch.zeros(CASE.tokens, 1, 1, dtype=torch.float64).index_fill(0, sample, 1)
+    leaves = [x.clone().requires_grad_() for x in tensors[:3]]
+    out = attention._ours(CASE, torch.tensor(CASE.segments.starts))(*leaves)
+    dq, dk, dv = torch.autograd.grad(out, leaves, tensors[3])
+    for found, wanted in zip(
+        attention.textbook(CASE, sample, tensors, torch.float64), (out[sample], dq[sample], dk, dv), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_cases_are_as_long_as_asked() -> None:
+    for case in attention_cases((4096,)):
+        assert 0.7 * 4096 <= case.tokens <= 4096 and case.heads % case.kv_heads == 0, case
+    assert max(max(case.lengths) for case in attention_cases((1 << 18,)) if "packed" in case.name) > 5000
+
+
+def test_packs_agree_with_copies(settings) -> None:
+    for case in (replace(CASE, lengths=(64,), heads=16, kv_heads=8), replace(CASE, lengths=(64,), heads=5, kv_heads=5)):
+        packs.measure(case, settings, Clock(settings.device), RATES, settings.report("kernels"))
+    found = pd.read_csv(settings.report("kernels").path)
+    assert set(found["status"]) == {"ok"} and (found["provider"] == "torch").sum() == 3 and len(found) == 9
+
+
+def test_a_model_is_compared_with_one_process(ranks, tmp_path) -> None:
+    (one,) = ranks.run(model.measure, "one process", "LLaVA VLM", QUICK, 1, tmp_path / "x", ranks=1)
+    found = ranks.run(model.measure, OURS, "LLaVA VLM", QUICK, 1, tmp_path / "x", ranks=2)
+    for rank in found:
+        assert rank["step"]["status"] == "ok", rank
+        assert rank["forward"]["flops"] == one["forward"]["flops"] / 2
+        assert rank["forward"]["layer_collectives"] == "4 all_to_all_single"  # of a ViT and an LLM layer
+    assert set(ENGINES) >= {"one process", OURS}

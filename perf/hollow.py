@@ -1,0 +1,108 @@
+"""Run a program's tensors without their numbers: every float is allocated, counted and never touched.
+
+Integers and booleans are computed as ever, so that what depends on ids, masks and cu_seqlens goes its true way; an
+operation on floats only gets outputs of the right shape. Memory that nobody touches is not backed by the machine, so a
+step of a model that fills eight GPUs can be followed on a laptop, allocation by allocation.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
+
+aten = torch.ops.aten
+
+
+class Hollow(TorchDispatchMode):
+    """Within it no float is computed. `now` and `peak` are the bytes of tensors that are alive, and the most so far.
+
+    What an operation needs inside of itself is not seen, nor what an allocator wastes. A view holds its whole storage.
+
+    >>> with Hollow() as hollow:
+    ...     x = torch.randn(1000, 1000)
+    ...     y = (x @ x)[:1]                     # holds all of the product
+    ...     del x
+    >>> hollow.now, hollow.peak, tuple(y.shape)
+    (4000000, 8000000, (1, 1000))
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self._run(func, args, kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._see(x.untyped_storage())
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if func.is_view or (inputs and not any(x.is_floating_point() for x in inputs)):
+            return func(*args, **kwargs)
+        if func is aten.allclose.default:
+            return True  # there are no numbers to differ
+        if func in (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default):
+            return func(*args, **kwargs)
+        if func._schema.is_mutable and func.namespace == "aten":
+            written = [
+                kwargs.get(a.name, args[i] if i < len(args) else None) for i, a in enumerate(func._schema.arguments)
+                if a.alias_info is not None and a.alias_info.is_write
+            ]  # fmt: skip
+            if all(x.is_floating_point() for x in tree_leaves(written) if isinstance(x, Tensor)):
+                return written[0] if len(written) == 1 else tuple(written)
+            return func(*args, **kwargs)
+        if func in (aten.index.Tensor, aten.index_put.default):  # a mask's shape depends on its values: as indices
+            args = (args[0], [_as_index(x) for x in args[1]], *args[2:])
+            args = (args[0], [y for x in args[1] for y in x], *args[2:])
+        if func is aten.masked_select.default:
+            return args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
+        shapes = func(*tree_map(_meta, args), **{**tree_map(_meta, kwargs), **_device(func, kwargs)})
+        if tree_any(lambda x: isinstance(x, Tensor) and not x.is_floating_point(), shapes):
+            return func(*args, **kwargs)
+        return tree_map(_allocate, shapes)
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()  # the object lives as long as the memory
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def _as_index(x: Tensor | None) -> list[Tensor | None]:
+    if x is None or x.dtype not in (torch.bool, torch.uint8):
+        return [x]
+    return list(x.nonzero(as_tuple=True))
+
+
+def _meta(x: Any) -> Any:
+    """A tensor without storage in the place of one, of the same shape and strides."""
+    if isinstance(x, Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    return torch.device("meta") if isinstance(x, torch.device) else x
+
+
+def _device(func: Any, kwargs: dict[str, Any]) -> dict[str, torch.device]:
+    """Where a factory makes its tensor."""
+    takes = any(a.name == "device" for a in func._schema.arguments)
+    return {"device": torch.device("meta")} if takes and kwargs.get("device") is None else {}
+
+
+def _allocate(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+    return x

@@ -16,7 +16,7 @@ check: .venv/.ready
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(BIN)/python -m perf.plot --check
-	$(BIN)/python -m pytest --doctest-modules triton_sp -p no:cacheprovider
+	$(BIN)/python -m pytest --doctest-modules triton_sp perf -p no:cacheprovider
 
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:
@@ -28,7 +28,7 @@ all-plans: .venv/.ready
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready
-	for sweep in scale exchange model single_rank; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
+	for sweep in scale fuse exchange model single_rank; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
 	$(BIN)/python -m perf.plot
 
 compile-table: .venv/.ready

@@ -34,7 +34,7 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (T, H, D), (T, K, D), (T, 
 
 
 def cases(settings: Settings) -> list[AttentionCase]:
-    tokens = 1200 if settings.quick else 2 * K
+    tokens = 600 if settings.quick else K
     return [
         AttentionCase("Qwen3-VL ViT, image", (tokens,), 16, 16, 72),
         AttentionCase("InternViT-6B, image", (tokens,), 25, 25, 128),
@@ -119,7 +119,7 @@ def sweep(settings: Settings) -> int:
     if settings.device.type != "cpu":
         print("exchange: its ranks are CPU processes; run it with --device cpu")
         return 2
-    report, repeats = settings.report("exchange"), 2 if settings.quick else 9
+    report, repeats = settings.report("exchange"), 2 if settings.quick else 7
     jobs = [(ranks, case, name) for ranks in RANKS for case in cases(settings) for name in PROVIDERS]
     jobs = [job for job in jobs if job[0] > 1 or job[2] == OURS]
     pool, width = RankPool(), 0

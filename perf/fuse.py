@@ -1,6 +1,6 @@
 """The seam between ViT and LLM on one rank: what is sent and held, routed and by gather-then-slice.
 
-    python perf/fuse.py        under a minute; P = 2 and 4 run over gloo, P = 2, 4 and 8 are counted without running
+    python -m perf.sweep fuse        P = 2 and 4 run over gloo, P = 2, 4 and 8 are counted without running
 
 "routed" is `triton_sp.FusionAdapter`: each rank embeds its own tokens and gets the visual features of its own
 placeholders. "gathered" is what else is done: every rank gathers all visual features (by the exact adjoint pair of
@@ -13,25 +13,22 @@ made, its result and what it keeps for the backward included, parameters and inp
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
 import torch
-from machine import Report
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from perf.contest import Settings
+from perf.rows import Row
 from triton_sp import FusionAdapter, comm
 from triton_sp.plan import Shards, moves, shard_tokens
 from triton_sp.testing import RankPool, relative_error
 
 TOKENS, START, VISUAL, WIDTH, PLACEHOLDER, VOCABULARY = 6000, 600, 4500, 256, 7, 64
 ROW = 4 * WIDTH  # bytes
-FIELDS = [
-    "way", "how", "ranks", "rank", "tokens", "visual_tokens", "width", "sent_bytes_forward", "sent_bytes_backward",
-    "largest_bytes", "peak_bytes", "output_error", "gradient_error",
-]  # fmt: skip
+WAYS = {"routed": "triton_sp", "gathered": "gather then slice"}
 
 
 # --- by running ----------------------------------------------------------------------------------------------------
@@ -160,34 +157,36 @@ def _common(a: range, b: range) -> int:
     return max(0, min(a.stop, b.stop) - max(a.start, b.start))
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the rows ------------------------------------------------------------------------------------------------------
 
 
-def table(rows: pd.DataFrame) -> str:
-    """Markdown, a line for each way and number of ranks: the rank that has most, in MB."""
-    columns = ["sent_bytes_forward", "sent_bytes_backward", "largest_bytes", "peak_bytes"]
-    worst = rows.groupby(["ranks", "how", "way"], sort=False)[columns].max() / 1e6
-    head = "| P | how | way | MB sent, forward | backward | largest tensor | peak |\n|---|---|---|---|---|---|---|"
-    lines = [
-        "| " + " | ".join([*map(str, key), *(f"{value:.2f}" for value in row)]) + " |"
-        for key, row in zip(worst.index, worst.to_numpy(), strict=True)
-    ]
-    return "\n".join([head, *lines])
+def _rows(base: Row, found: dict[str, Any]) -> list[Row]:
+    """Forward and backward of a rank."""
+    ran = "output_error" in found
+    base = replace(base, rank=found["rank"], kind="measured" if ran else "modelled")
+    forward, backward = (
+        replace(base, direction=d, sent_bytes=found[f"sent_bytes_{d}"], error=found.get(name))
+        for d, name in (("forward", "output_error"), ("backward", "gradient_error"))
+    )
+    return [replace(forward, memory_bytes=found["peak_bytes"], largest_bytes=found["largest_bytes"]), backward]
 
 
-def main() -> None:
-    report = Report("fuse", FIELDS)
-    shared = {"tokens": TOKENS, "visual_tokens": VISUAL, "width": WIDTH}
-    pool = RankPool()
-    for ranks in (2, 4, 8):
-        for way in ("routed", "gathered"):
-            counted = [("counted", count(way, ranks, rank)) for rank in range(ranks)]
-            ran = [("run", row) for row in pool.run(run, way, ranks=ranks)] if ranks < 8 else []
-            for how, row in [*ran, *counted]:
-                report.add(way=way, how=how, ranks=ranks, **shared, **row)
+def sweep(settings: Settings) -> int:
+    """Measure what is not in fuse.csv yet; the exit code."""
+    if settings.device.type != "cpu":
+        print("fuse: its ranks are CPU processes; run it with --device cpu")
+        return 2
+    report, pool = settings.report("fuse"), RankPool()
+    for ranks in (2, 4) if settings.quick else (2, 4, 8):
+        for way, provider in WAYS.items():
+            base = Row(
+                "fuse", provider, f"video of {VISUAL} in {TOKENS} tokens of width {WIDTH}", ranks=ranks, tokens=TOKENS,
+                longest=TOKENS, **settings.columns(),
+            )  # fmt: skip
+            if report.status(replace(base, kind="modelled")) is None:
+                report.add(row for rank in range(ranks) for row in _rows(base, count(way, ranks, rank)))
+            if ranks < 8 and report.status(base) is None and not settings.over:
+                report.add(row for found in pool.run(run, way, ranks=ranks) for row in _rows(base, found))
     pool.close()
-    print(table(pd.read_csv(report.path)))
-
-
-if __name__ == "__main__":
-    main()
+    print(report.path)
+    return 0

@@ -7,6 +7,7 @@ step of a model that fills eight GPUs can be followed on a laptop, allocation by
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 aten = torch.ops.aten
+LARGE = 1 << 26
+NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; in Python from 3.13 on
 
 
 class Hollow(TorchDispatchMode):
@@ -103,6 +106,13 @@ def _device(func: Any, kwargs: dict[str, Any]) -> dict[str, torch.device]:
 
 
 def _allocate(x: Any) -> Any:
-    if isinstance(x, Tensor):
+    """A tensor like a meta tensor; a large one in address space only, which the system is not asked to have."""
+    if not isinstance(x, Tensor):
+        return x
+    elements = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    size = elements * x.element_size()
+    if size < LARGE or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
-    return x
+    space = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE)
+    storage = torch.frombuffer(space, dtype=torch.uint8).untyped_storage()
+    return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape, x.stride())

@@ -104,7 +104,7 @@ def overhead(name: str, size: Size, repeats: int) -> dict[str, Any]:
 def attempt(pool: RankPool, ranks: int, function: Callable[..., Any], *args: Any) -> list[Any] | str:
     """What the ranks found, or a status: nothing about an engine stops the others."""
     try:
-        return pool.run(function, *args, ranks=ranks, timeout=300.0)
+        return pool.run(function, *args, ranks=ranks, timeout=900.0)
     except (RankError, TimeoutError, EOFError) as error:  # EOFError: a rank is gone
         pool.close()
         return failure(next(iter(error.errors.values())) if isinstance(error, RankError) else error)

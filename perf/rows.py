@@ -35,6 +35,7 @@ class Row:
         error_ratio: largest error against fp32 over that of the textbook in the same dtype; of the worst tensor.
         flops: of attention, or of the product, in this direction; gbps counts bytes read and written.
         sent_bytes: to other ranks. saved_bytes: kept for the backward. memory_bytes: the peak above what was there.
+        largest_bytes: of the largest tensor.
     """
 
     stage: str
@@ -73,6 +74,7 @@ class Row:
     sent_bytes: int | None = None
     saved_bytes: int | None = None
     memory_bytes: int | None = None
+    largest_bytes: int | None = None
     sm_mhz_before: int | None = None
     sm_mhz_after: int | None = None
 

@@ -1,4 +1,4 @@
-"""The front of all measurements: `python -m perf.sweep kernels|exchange|model|scale|single_rank`, or `triton-sp sweep`.
+"""The front of all measurements: `python -m perf.sweep NAME`, or from anywhere `triton-sp sweep NAME`.
 
 Each sweep writes perf/results/<device>/<sweep>.csv, a row at a time, in the schema of rows.py. A sweep that is started
 again goes on where it stopped; `--fresh` begins anew, `--quick` tries everything out on small cases.
@@ -20,6 +20,7 @@ SWEEPS = {
     "kernels": "attend, pack and unpack beside their peers, on one device",
     "exchange": "an attention layer on 1, 2 and 4 ranks, beside DeepSpeed's",
     "model": "whole models on 1, 2 and 4 ranks, beside DeepSpeed AutoSP and ALST",
+    "fuse": "the seam between tower and language model, routed and by gather-then-slice",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
     "single_rank": "one rank of 8 of an 8B model on 1M visual tokens: its memory, its time",
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import fuse
 import pytest
+
+from perf import fuse
 
 
 @pytest.mark.parametrize(("way", "size"), [("routed", 2), ("routed", 3), ("gathered", 3)])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from unittest import mock
 
 import pandas as pd
 import pytest
 import torch
 
-from perf import attention, contest, kernels, model, packs, rows
+import triton_sp
+from perf import attention, contest, kernels, model, packs, plot, rows, scale, single_rank
 from perf.attention import Peer
 from perf.cases import AttentionCase, attention_cases
 from perf.clock import Clock
-from perf.engines import ENGINES, OURS, QUICK
+from perf.engines import ENGINES, OURS, QUICK, build_vlm
+from perf.hollow import Hollow
 from perf.rows import Report, Row
 
 CASE = AttentionCase("test, mixed", (9, 1, 20), heads=4, kv_heads=2, dim=8, causal=True)
@@ -115,3 +118,51 @@ def test_a_model_is_compared_with_one_process(ranks, tmp_path) -> None:
         assert rank["forward"]["flops"] == one["forward"]["flops"] / 2
         assert rank["forward"]["layer_collectives"] == "4 all_to_all_single"  # of a ViT and an LLM layer
     assert set(ENGINES) >= {"one process", OURS}
+
+
+class Counting(Hollow):
+    """The same count of a step that is computed."""
+
+    def _run(self, func, args, kwargs):
+        return func(*args, **kwargs)
+
+
+def peak_of(mode: Hollow) -> tuple[int, int]:
+    with mode:
+        net, batch = build_vlm(QUICK)
+        with single_rank.alone_among(2, 1):
+            triton_sp.wrap(net, config=triton_sp.SPConfig(check="off", plan="heads"))
+            loss = net(**batch).loss
+            kept = mode.now
+            loss.backward()
+    return kept, mode.peak
+
+
+def test_memory_is_counted_without_computing() -> None:
+    assert peak_of(Hollow()) == pytest.approx(peak_of(Counting()), rel=0.01)
+
+
+def test_one_rank_of_eight_holds_less() -> None:
+    run = single_rank.Run(1, 1, 8)
+    two, eight = (single_rank.account(single_rank.SMALL, run, ranks) for ranks in (2, 8))
+    assert two.parameters == eight.parameters and two.inputs == eight.inputs and two.kept > eight.kept
+
+
+def test_tables_follow_from_rows(settings) -> None:
+    settings.report("scale").add(scale.rows())
+    found = plot.read(settings.report("scale").path)
+    text = "before\n<!-- table: scale -->\nold\n<!-- end -->\nafter\n"
+    with mock.patch.dict(plot.TABLES, scale=(plot.scale_table, lambda: found)):
+        new = plot.written(text)
+        assert plot.written(new) == new and "old" not in new and new.endswith("<!-- end -->\nafter\n")
+    assert "| LLM 28/4 heads of 128, 256k tokens | 8 | one level | 528.5 | 0.0 |" in new
+    with pytest.raises(ValueError, match="nothing"):
+        plot.written("<!-- table: nothing -->\n<!-- end -->")
+
+
+def test_plots_are_drawn(settings, tmp_path) -> None:
+    base = Row("attend", "triton_sp", "x", dim=64, tflops=1.0, median_ms=1.0)
+    points = [replace(base, tokens=n, provider=p) for n in (64, 128) for p in ("triton_sp", "SDPA")]
+    settings.report("kernels").add([*points, Row("rate", "torch", "product of 8 x 8", tflops=2.0)])
+    plot.plot_kernels(plot.read(settings.report("kernels").path), tmp_path / "kernels.png")
+    assert (tmp_path / "kernels.png").stat().st_size > 5000

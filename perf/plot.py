@@ -1,0 +1,267 @@
+"""Plots and tables of what sweeps have measured: `triton-sp plot`, or `python -m perf.plot [--check]`.
+
+Every table of measurements in the documents stands between `<!-- table: name -->` and `<!-- end -->` and is written
+from the CSVs; `--check` only says which do not agree with them. PNGs go beside the CSVs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from perf.machine import ROOT
+from perf.rows import read
+
+RESULTS = ROOT / "perf" / "results"
+DOCUMENTS = [ROOT / "README.md", ROOT / "perf" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+GIB = 2**30
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    >>> print(markdown(["a", "b"], [["1", "2"]]))
+    | a | b |
+    | --- | --- |
+    | 1 | 2 |
+    """
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+# --- the tables --------------------------------------------------------------------------------------------------
+
+
+def _busiest(rows: pd.DataFrame, direction: str) -> pd.Series:
+    """The row of the rank that has most of everything."""
+    part = rows[rows["direction"] == direction]
+    row = part.iloc[0].copy()
+    for name in ("sent_bytes", "saved_bytes", "flops", "median_ms", "p20_ms", "p80_ms", "error"):
+        row[name] = part[name].max()
+    if (part["status"] != "ok").any():
+        row["status"] = part["status"][part["status"] != "ok"].iloc[0]
+    return row
+
+
+def _runs(rows: pd.DataFrame) -> list[tuple[list[str], pd.DataFrame]]:
+    """(case, P, provider) and the rows of each run, in the order of the file, but case by case."""
+    order = {case: i for i, case in enumerate(rows["case"].unique())}
+    groups = rows.groupby(["case", "ranks", "provider"], sort=False)
+    found = sorted(groups, key=lambda group: (order[group[0][0]], group[0][1]))
+    return [([case, str(ranks), provider], part) for (case, ranks, provider), part in found]
+
+
+def _time(row: pd.Series) -> str:
+    if row["status"] != "ok":
+        return "-"
+    return f"{row['median_ms'] / 1e3:.2f} ({row['p20_ms'] / 1e3:.2f}-{row['p80_ms'] / 1e3:.2f})"
+
+
+def model_table(rows: pd.DataFrame) -> str:
+    """Whole models: of each run, the rank that has most."""
+    header = ["model", "P", "engine", "result", "collectives a layer, forward", "MB sent, forward", "backward",
+              "attention GFLOP, forward", "MB saved", "CPU s a step (p20-p80)", "error of loss, gradients"]  # fmt: skip
+    lines = []
+    for name, part in _runs(rows[(rows["kind"] == "measured") & rows["ratio"].isna()]):
+        forward = _busiest(part, "forward")
+        if forward["status"].startswith("error"):
+            lines.append([*name, forward["status"], *[""] * 7])
+            continue
+        backward, step = _busiest(part, "backward"), _busiest(part, "step")
+        sizes = [f"{x['sent_bytes'] / 1e6:.1f}" for x in (forward, backward)]
+        work = [f"{forward['flops'] / 1e9:.2f}", f"{forward['saved_bytes'] / 1e6:.1f}"]
+        errors = f"{forward['error']:.0e}, {backward['error']:.0e}"
+        lines.append([*name, step["status"], forward["layer_collectives"], *sizes, *work, _time(step), errors])
+    return markdown(header, lines)
+
+
+def overhead_table(rows: pd.DataFrame) -> str:
+    """What wrap costs on one rank."""
+    found = rows[rows["ratio"].notna()]
+    lines = [[r["case"], f"{r['median_ms']:.1f}", f"{100 * (1 / r['ratio'] - 1):+.1f} %"] for _, r in found.iterrows()]
+    return markdown(["model, P = 1", "CPU ms a step, wrapped", "more than unwrapped"], lines)
+
+
+def exchange_table(rows: pd.DataFrame) -> str:
+    """One attention layer: of each run, the rank that has most."""
+    header = ["layer", "P", "provider", "result", "collectives, forward", "backward", "MB sent, forward", "backward",
+              "attention GFLOP, forward", "CPU s (p20-p80)"]  # fmt: skip
+    lines = []
+    for name, part in _runs(rows):
+        forward = _busiest(part, "forward")
+        if forward["status"].startswith("error"):
+            lines.append([*name, forward["status"], *[""] * 6])
+            continue
+        backward, both = _busiest(part, "backward"), _busiest(part, "both")
+        counts = [forward["collectives"], backward["collectives"]]
+        sizes = [f"{x['sent_bytes'] / 1e6:.1f}" for x in (forward, backward)]
+        lines.append([*name, both["status"], *counts, *sizes, f"{forward['flops'] / 1e9:.2f}", _time(both)])
+    return markdown(header, lines)
+
+
+def fuse_table(rows: pd.DataFrame) -> str:
+    """The seam: of each way, the rank that has most."""
+    lines = []
+    for (ranks, kind, way), part in rows.groupby(["ranks", "kind", "provider"], sort=False):
+        most = part.groupby("direction")[["sent_bytes", "largest_bytes", "memory_bytes"]].max() / 1e6
+        numbers = [most.loc["forward", "sent_bytes"], most.loc["backward", "sent_bytes"]]
+        numbers += [most.loc["forward", "largest_bytes"], most.loc["forward", "memory_bytes"]]
+        lines.append([str(ranks), kind, way, *(f"{x:.2f}" for x in numbers)])
+    lines.sort(key=lambda line: (int(line[0]), line[2] != "triton_sp", line[1]))
+    return markdown(["P", "kind", "way", "MB sent, forward", "backward", "largest tensor, MB", "peak, MB"], lines)
+
+
+def scale_table(rows: pd.DataFrame) -> str:
+    """Bytes and times by formula."""
+    lines = []
+    for (case, ranks, way), part in rows.groupby(["case", "ranks", "provider"], sort=False):
+        values = part.set_index("direction")
+        if ranks <= 8 and way != "one level":
+            continue  # one node: there are no two levels
+        sizes = [f"{values.loc[d, 'sent_bytes'] / 1e6:.1f}" for d in ("inside nodes", "between nodes")]
+        times = [f"{values.loc[d, 'median_ms']:.2f}" for d in ("send", "attend")]
+        lines.append([case, str(ranks), way, *sizes, *times])
+    return markdown(["layer", "GPUs", "way", "MB in node", "MB between", "send ms", "attend ms"], lines)
+
+
+def single_rank_table(rows: pd.DataFrame) -> str:
+    """What one rank of an 8B model holds."""
+    lines = []
+    for (case, tokens, ranks), part in rows.groupby(["case", "tokens", "ranks"], sort=False):
+        values = part.set_index("direction")["memory_bytes"] / GIB
+        if "parameters" in values and part["status"].eq("ok").all():
+            kept = part["saved_bytes"].max() / GIB
+            numbers = [values["parameters"], values["inputs"], kept, values["step"]]
+            lines.append([case, f"{tokens:,}", str(ranks), *(f"{x:.1f}" for x in numbers)])
+    header = ["model", "visual tokens", "P", "parameters, GiB", "inputs", "kept for the backward", "peak of the step"]
+    return markdown(header, lines)
+
+
+def kernels_table(rows: pd.DataFrame) -> str:
+    """Speed beside the best peer of the same run, of this library's rows."""
+    found = rows[rows["provider"].str.startswith("triton_sp") & (rows["kind"] == "measured")]
+    lines = []
+    for _, r in found.iterrows():
+        rate = f"{r['tflops']:.0f} TFLOP/s" if r["tflops"] > 0 else f"{r['gbps']:.0f} GB/s"
+        result = r["status"] if r["status"] != "ok" else f"{rate}, {100 * r['share']:.0f} %"
+        ratio = "" if pd.isna(r["ratio"]) else f"{r['ratio']:.2f}"
+        lines.append([r["stage"], r["case"], f"{r['tokens']:,}", r["provider"], r["direction"], result, ratio])
+    header = ["stage", "case", "tokens", "provider", "direction", "rate, share of the limit", "best peer's time / ours"]
+    return markdown(header, lines)
+
+
+def _cpu(name: str) -> Callable[[], pd.DataFrame]:
+    return lambda: read(RESULTS / "cpu" / f"{name}.csv")
+
+
+TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame]]] = {
+    "model": (model_table, _cpu("model")),
+    "overhead": (overhead_table, _cpu("model")),
+    "exchange": (exchange_table, _cpu("exchange")),
+    "fuse": (fuse_table, _cpu("fuse")),
+    "scale": (scale_table, _cpu("scale")),
+    "single_rank": (single_rank_table, _cpu("single_rank")),
+}
+for _folder in sorted(RESULTS.glob("*/kernels.csv")):  # a table for each GPU that there are rows of
+    _name = "kernels_" + re.sub(r"\W", "_", _folder.parent.name)
+    TABLES[_name] = (kernels_table, lambda path=_folder: read(path))
+
+
+def written(text: str) -> str:
+    """A document with its tables as the CSVs have them.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(TABLES)}")
+        make, rows = TABLES[match[2]]
+        return f"{match[1]}{make(rows())}\n{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+# --- the plots ---------------------------------------------------------------------------------------------------
+
+
+def plot_kernels(rows: pd.DataFrame, path: Path) -> None:
+    """TFLOP/s of attention against the length of the stream, a panel for each head dim and direction, under the rate
+    of a large matrix product in the same run."""
+    import matplotlib.pyplot as plt
+
+    roof = rows[(rows["stage"] == "rate") & rows["case"].str.startswith("product of") & (rows["provider"] == "torch")]
+    rows = rows[(rows["stage"] == "attend") & (rows["kind"] == "measured") & (rows["status"] == "ok")]
+    dims, directions = sorted(rows["dim"].unique()), list(rows["direction"].unique())
+    figure, axes = plt.subplots(
+        len(directions), len(dims), figsize=(4 * len(dims), 3.2 * len(directions)), squeeze=False
+    )
+    for line, direction in zip(axes, directions, strict=True):
+        for axis, dim in zip(line, dims, strict=True):
+            part = rows[(rows["dim"] == dim) & (rows["direction"] == direction)]
+            for provider, points in part.groupby("provider"):
+                best = points.groupby("tokens")["tflops"].max()
+                wide = 2.5 if str(provider).startswith("triton_sp") else 1.0
+                axis.plot(best.index, best.to_numpy(), marker=".", linewidth=wide, label=provider)
+            if len(roof):
+                axis.axhline(roof["tflops"].iloc[-1], color="0.6", linestyle="--", label="matrix product")
+            axis.set(
+                title=f"head dim {dim}, {direction}", xscale="log", xlabel="tokens", ylabel="TFLOP/s", ylim=(0, None)
+            )
+            axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_model(rows: pd.DataFrame, path: Path) -> None:
+    """Bytes sent, bytes kept and attention FLOPs of the rank that has most, against P."""
+    import matplotlib.pyplot as plt
+
+    columns = {"sent_bytes": "MB sent, forward", "saved_bytes": "MB kept for the backward", "flops": "attention GFLOP"}
+    forward = rows[(rows["direction"] == "forward") & ~rows["status"].str.startswith("error")]
+    cases = list(forward["case"].unique())
+    figure, axes = plt.subplots(len(cases), len(columns), figsize=(11, 2.8 * len(cases)), squeeze=False)
+    for line, case in zip(axes, cases, strict=True):
+        for axis, (column, title) in zip(line, columns.items(), strict=True):
+            for provider, part in forward[forward["case"] == case].groupby("provider"):
+                most = part.groupby("ranks")[column].max() / (1e9 if column == "flops" else 1e6)
+                axis.plot(most.index, most.to_numpy(), marker="o", label=provider)
+            axis.set(title=f"{case}: {title}", xlabel="P", xticks=sorted(forward["ranks"].unique()), ylim=(0, None))
+            axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+PLOTS = {"kernels": plot_kernels, "model": plot_model}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; with --check the exit code is 1 if a document does not agree with the CSVs."""
+    parser = argparse.ArgumentParser("perf.plot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, say which documents are out of date")
+    check = parser.parse_args(arguments).check
+    stale = [path for path in DOCUMENTS if written(path.read_text()) != path.read_text()]
+    if check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)}: its tables are not those of the CSVs; run: triton-sp plot")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(written(path.read_text()))
+        print(path)
+    for name, plot in PLOTS.items():
+        for csv in RESULTS.glob(f"*/{name}.csv"):
+            plot(read(csv), csv.with_suffix(".png"))
+            print(csv.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

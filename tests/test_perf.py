@@ -15,7 +15,7 @@ from perf import attention, contest, kernels, model, packs, plot, rows, scale, s
 from perf.attention import Peer
 from perf.cases import AttentionCase, attention_cases
 from perf.clock import Clock
-from perf.engines import ENGINES, OURS, QUICK, build_vlm
+from perf.engines import ENGINES, OURS, QUICK, build_llm
 from perf.hollow import Hollow
 from perf.rows import Report, Row
 
@@ -129,7 +129,7 @@ class Counting(Hollow):
 
 def peak_of(mode: Hollow) -> tuple[int, int]:
     with mode:
-        net, batch = build_vlm(QUICK)
+        net, batch = build_llm(QUICK)
         with single_rank.alone_among(2, 1):
             triton_sp.wrap(net, config=triton_sp.SPConfig(check="off", plan="heads"))
             loss = net(**batch).loss

@@ -236,7 +236,7 @@ def vlm_case(
 ) -> Case:
     vision, text, families = parts
     names = [batch for batch in LAYOUTS if "video" in families or batch != "image_and_video"]
-    batches = {batch: partial(vlm_batch, batch, families, name.startswith("qwen")) for batch in names}
+    batches = {batch: partial(vlm_batch, batch, families, name.startswith(("qwen", "glm"))) for batch in names}
     config = getattr(hf, f"{model}Config")(vision_config=vision, text_config=text, image_token_id=IMAGE, **options)
     return Case(name, "vlm", partial(build, f"{model}ForConditionalGeneration", config, attention), batches, unused)
 
@@ -389,6 +389,77 @@ def gemma_cases() -> list[Case]:
     ]
 
 
+# Height and width in pixels of pictures that are padded to squares of GRID x GRID patches.
+PADDED = [(GRID * PATCH, GRID * PATCH), (16, 24), (24, 12), (20, 8), (24, 16)]
+
+
+def padded_batch(name: str, recipe: Callable[[torch.dtype], Batch], dtype: torch.dtype) -> Batch:
+    """Idefics and SmolVLM take (B, most images of a sample, 3, H, W), padding of pictures and of samples 0."""
+    batch = recipe(dtype)
+    counts = [sum(item == "image" for item in layout) for layout in LAYOUTS[name]]
+    if not sum(counts):
+        return batch
+    pictures, taken = iter(batch["pixel_values"]), iter(PADDED)
+    values = torch.zeros(len(counts), max(counts), *batch["pixel_values"].shape[1:], dtype=dtype)
+    mask = torch.zeros(values[:, :, 0].shape, dtype=torch.long)
+    for row, count in enumerate(counts):
+        for column in range(count):
+            height, width = next(taken)
+            values[row, column, :, :height, :width] = next(pictures)[:, :height, :width]
+            mask[row, column, :height, :width] = 1
+    return batch | {"pixel_values": values, "pixel_attention_mask": mask}
+
+
+def padded_case(name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], **options: Any) -> Case:
+    case = vlm_case(name, model, parts, **options)
+    batches = {layout: partial(padded_batch, layout, recipe) for layout, recipe in case.batches.items()}
+    return replace(case, batches=batches, suite=(3,))
+
+
+def padded_cases() -> list[Case]:
+    def vision(family: str) -> Any:
+        return vision_config(f"{family}Vision")
+
+    shuffled, resampled = tile_visuals([1] * 5, GRID**2 // MERGE**2), tile_visuals([1] * 5, 7)
+    perceiver = {"hidden_size": WIDTH, "resampler_n_latents": 7, "resampler_depth": 1, "resampler_n_heads": 4}
+    perceiver |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
+    mistral = text_config("Mistral", sliding_window=None)
+    idefics2 = padded_case("idefics2", "Idefics2", (vision("Idefics2"), mistral, resampled), perceiver_config=perceiver)
+    return [
+        replace(idefics2, dtype=torch.float32),  # its resampler's norms, which every rank runs, round to that
+        padded_case("idefics3", "Idefics3", (vision("Idefics3"), text_config("Llama"), shuffled), scale_factor=MERGE),
+        padded_case("smolvlm", "SmolVLM", (vision("SmolVLM"), text_config("Llama"), shuffled), scale_factor=MERGE),
+    ]
+
+
+def pixtral_visuals() -> dict[str, Visuals]:
+    """Pictures of any size in one tensor, padded at the right and the bottom."""
+    grids = [(10, 14), (4, 6), (4, 12), (6, 6), (2, 10)]
+
+    def inputs(count: int, dtype: torch.dtype) -> Batch:
+        sizes = torch.tensor(grids[:count]) * PATCH
+        height, width = sizes.amax(0).tolist()
+        return {"pixel_values": pixels(count, 3, height, width, dtype=dtype, seed=count), "image_sizes": sizes}
+
+    return {"image": Visuals([[height * width // MERGE**2] for height, width in grids], inputs)}
+
+
+def packed_cases() -> list[Case]:
+    pixtral = vision_config("PixtralVision", grid=14)
+    mistral = text_config("Mistral", sliding_window=None)
+    case = vlm_case("mistral3", "Mistral3", (pixtral, mistral, pixtral_visuals()), spatial_merge_size=MERGE)
+    glm = {"num_heads": HEADS, "patch_size": PATCH, "spatial_merge_size": MERGE, "hidden_size": WIDTH, "depth": 2}
+    glm |= {"intermediate_size": 80, "out_hidden_size": WIDTH, "image_size": 8 * PATCH}
+    text = text_config("Glm4vText", kv_heads=2, rope_parameters=MROPE)
+    ids = {"video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END}
+    images = {"image": qwen_visuals()["image"]}
+    return [
+        replace(case, suite=(3,)),
+        # Its position embeddings are interpolated in float32.
+        replace(vlm_case("glm4v", "Glm4v", (glm, text.to_dict(), images), **ids), suite=(2,), dtype=torch.float32),
+    ]
+
+
 def vision_cases() -> list[Case]:
     return [
         vision_case("vit", "ViT"),
@@ -413,4 +484,15 @@ def text_cases() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in (*qwen_cases(), *llava_cases(), *gemma_cases(), *vision_cases(), *text_cases())}
+CASES = {
+    case.name: case
+    for case in (
+        *qwen_cases(),
+        *llava_cases(),
+        *gemma_cases(),
+        *padded_cases(),
+        *packed_cases(),
+        *vision_cases(),
+        *text_cases(),
+    )
+}

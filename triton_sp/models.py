@@ -36,13 +36,19 @@ class Family:
 
     taps: str | None = None  # modules that the tower runs on the hidden states between its blocks
     packs_plain_ids: bool = True  # (B, S) position_ids that restart mark packed documents
+    packs_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
 
 
 FAMILIES: dict[str, Family] = {
     # vision towers
     "clip_vision_model": Family(),
     "dinov2": Family(),
+    "glm4v_vision": Family(),
+    "idefics2": Family(),  # the towers' own model_type in some versions of transformers
+    "idefics2_vision": Family(),
+    "idefics3_vision": Family(),
     "internvl_vision": Family(),
+    "pixtral": Family(packs_images=True),
     "qwen2_vl_vision": Family(),
     "qwen2_vl": Family(),  # the tower's own model_type in transformers < 5.20
     "qwen2_5_vl_vision": Family(),
@@ -51,11 +57,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family(taps="deepstack_merger_list"),
     "qwen3_vl_moe_vision": Family(taps="deepstack_merger_list"),
     "siglip_vision_model": Family(),
+    "smolvlm_vision": Family(),
     "vit": Family(),
     # decoders
     "gemma": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
+    "glm4v_text": Family(packs_plain_ids=False),
     "gpt_neox": Family(),
     "llama": Family(),
     "mistral": Family(),
@@ -227,7 +235,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
         stack.refusal = _refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
-    elif attention and getattr(anatomy.entry, "get_output_embeddings", lambda: None)() is not None:
+    elif attention and _embeds_tokens(owner):
         stack.refusal = UnsupportedModelError(
             name,
             expected="a decoder with causal attention",
@@ -246,6 +254,11 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
         )
         anatomy.decoder = stack
+
+
+def _embeds_tokens(owner: nn.Module) -> bool:
+    """Whether a model reads token ids; a resampler of image features does not."""
+    return isinstance(getattr(owner, "embed_tokens", None), nn.Embedding)
 
 
 def _spans(entry: nn.Module, decoder: nn.Module) -> Spans | None:
@@ -422,6 +435,20 @@ def expected_window(attention: nn.Module) -> int | None:
     if kinds and index is not None:
         return window if kinds[index] == "sliding_attention" else None
     return window
+
+
+def packs_images(tower: Stack) -> bool:
+    """Whether a tower makes one sequence of images of different sizes without telling its blocks where each begins."""
+    return FAMILIES.get(tower.family, Family()).packs_images
+
+
+def packed_images(tower: Stack, arguments: dict[str, Any]) -> torch.Tensor:
+    """cu_seqlens of the patches of such images, from the arguments of the tower."""
+    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
+    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else torch.as_tensor(sizes).tolist()
+    module: Any = tower.module
+    lengths = [(height // module.patch_size) * (width // module.patch_size) for height, width in sizes]
+    return torch.tensor([0, *lengths], device=pixels.device).cumsum(0).to(torch.int32)
 
 
 def packs_plain_ids(decoder: Stack) -> bool:

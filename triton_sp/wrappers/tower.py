@@ -9,7 +9,10 @@ Outside, where the tower embeds patches and the model projects its result, one o
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, overload
@@ -21,6 +24,7 @@ from triton_sp import comm, pipeline
 from triton_sp.anatomy import Stack
 from triton_sp.comm import ALONE, Group
 from triton_sp.cost import Choice
+from triton_sp.errors import UnsupportedModelError
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import SPConfig
@@ -33,12 +37,28 @@ Outside = Literal["whole", "images", "patches"]
 class Layout:
     """How the hidden states looked before the first block.
 
-    (T, C), or a segment of N tokens for each of B images: (B, N, C), or (N, B, C) if `tokens_first`.
+    (T, C) or (1, T, C), packed, or a segment of N tokens for each of B images: (B, N, C), or (N, B, C) if
+    `tokens_first`.
+
+    Where images are padded to one size, blocks get a mask: padding sees the image, but is seen by nothing. In the
+    stream each image's real tokens come first then, so that they are a range.
+
+    Attributes:
+        real: (B, N) bool, the tokens that are not padding; None if none is.
     """
 
     shape: torch.Size
     device: torch.device
     tokens_first: bool = False
+    real: Tensor | None = None
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """(B N), which token of the images each of the stream is."""
+        if self.real is None:
+            return None
+        first = torch.arange(0, self.tokens, self.length, device=self.device)[:, None]
+        return (first + (~self.real).int().argsort(dim=1, stable=True)).flatten()
 
     @property
     def tokens(self) -> int:
@@ -55,10 +75,13 @@ class Layout:
 
     def flat(self, hidden: Tensor) -> Tensor:
         """The stream (S, C) of all tokens, image after image."""
-        return (hidden.transpose(0, 1) if self.tokens_first else hidden).flatten(0, -2)
+        tokens_SC = (hidden.transpose(0, 1) if self.tokens_first else hidden).flatten(0, -2)
+        return tokens_SC if self.order is None else tokens_SC[self.order]
 
     def restore(self, tokens_SC: Tensor) -> Tensor:
         """The adjoint of `flat`."""
+        if self.order is not None:
+            tokens_SC = tokens_SC[self.order.argsort()]
         if self.tokens_first:
             return tokens_SC.unflatten(0, self.shape[1::-1]).transpose(0, 1)
         return tokens_SC.unflatten(0, self.shape[:-1])
@@ -79,6 +102,9 @@ class TowerPass:
         stand_in: this rank has no image of its own, and runs what is outside of the blocks on another's, to no effect.
         layout: how hidden states look outside of the blocks.
         owned: tokens of each rank outside of the blocks, where these are its images'.
+        mask: the one that the first block got; all others must get the same.
+        packed: cu_seqlens of a tower that packs images and tells its blocks by a mask, or not at all.
+        seqused_k: how many tokens of each image are real, where images are padded.
     """
 
     group: Group
@@ -89,28 +115,53 @@ class TowerPass:
     tally: Counter[str] = field(default_factory=Counter)
     layout: Layout | None = None
     owned: Shards | None = None
+    mask: Tensor | None = None
+    packed: Tensor | None = None
+    seqused_k: Tensor | None = None
     segments: Segments | None = None
     choice: Choice | None = None
     streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
     last_output: Tensor | None = None  # of the block before, while the forward runs
 
-    def plan(self, hidden: Tensor, cu_seqlens: Tensor | None) -> None:
+    def plan(self, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
         """Decide how the stream is cut, from the segments that the first block attends in."""
         if self.outside == "patches":
             return
-        layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first)
+        self.mask = mask
+        block = type(self.stack.blocks[0]).__name__
+        real = None if mask is None or self.packed is not None else real_tokens(mask, hidden, block)
+        layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first, real)
         self.streams.clear()
+        self.seqused_k = None if real is None else real.sum(1, dtype=torch.int32)
         total = layout.tokens
         if self.outside == "images":
-            assert cu_seqlens is None, "images are shared out where each is a row of a dense batch"
+            assert cu_seqlens is None and self.packed is None, "images are shared out where each is a row of a batch"
             own = 0 if self.stand_in else layout.tokens
-            self.owned = Shards(tuple(count for (count,) in comm.integers_of_all([own], self.group)))
+            sizes = comm.integers_of_all([own, real is not None], self.group)
+            self.owned = Shards(tuple(count for count, _ in sizes))
             total = self.owned.total
+            if any(masked for _, masked in sizes):
+                self._gather_used(layout)
+        cu_seqlens = self.packed if cu_seqlens is None else cu_seqlens
         # The one host read of a call; layers whose segments are others need another, if shards end with segments.
         self.segments = layout.images(total) if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
         self.choice = plan_tower(self.stack, self.config, self.group, self.segments, hidden, self.owned)
         if cu_seqlens is not None:
             self.stream(cu_seqlens, self.segments)
+
+    def is_planned_for(self, mask: Tensor) -> bool:
+        """Whether a block's mask is the first block's. (Reentrant checkpoints hand on another tensor of its memory.)"""
+        return self.mask is not None and (self.mask.shape, self.mask.data_ptr()) == (mask.shape, mask.data_ptr())
+
+    def _gather_used(self, layout: Layout) -> None:
+        """`seqused_k` of all ranks' images, from each rank's."""
+        assert self.owned is not None
+        counts = [size // layout.length for size in self.owned.sizes]
+        own = [layout.length] * layout.shape[0] if self.seqused_k is None else self.seqused_k.tolist()
+        own = own[: counts[self.group.rank]]
+        used = comm.integers_of_all(own + [0] * (max(counts) - len(own)), self.group)
+        each = [number for numbers, count in zip(used, counts, strict=True) for number in numbers[:count]]
+        self.seqused_k = torch.tensor(each, dtype=torch.int32, device=layout.device)
 
     def cut_patches(self, choice: Choice, streams: list[tuple[Tensor, Segments]]) -> None:
         """Settle the cut before the patches are embedded, and the segments that blocks will ask for."""
@@ -127,14 +178,16 @@ class TowerPass:
         """The stream with these segments, without cu_seqlens the one of images; the same object in every layer."""
         assert self.choice is not None
         if cu_seqlens is None:
-            if self.outside == "patches":
+            if self.outside == "patches" or self.packed is not None:
                 return next(iter(self.streams.values()))
             cu_seqlens, known = self._of_images, self.segments
         key = (cu_seqlens.data_ptr(), len(cu_seqlens))
         if key not in self.streams:
             group = ALONE if self.choice.plan == "replicate" else self.group
             self.streams[key] = Stream(
-                group, self.choice.shards, cu_seqlens, known=known, plan=self.choice.plan, chunks=self.choice.chunks
+                *(group, self.choice.shards, cu_seqlens, self.seqused_k, known),
+                plan=self.choice.plan,
+                chunks=self.choice.chunks,
             )
         return self.streams[key]
 
@@ -161,6 +214,47 @@ class TowerPass:
         if self.stand_in:  # joined to nothing, so that this rank takes part in the exchange of the backward
             rows = torch.cat([rows, rows.new_zeros(self.layout.tokens, rows.shape[-1])])
         return self.layout.restore(rows)
+
+
+@contextmanager
+def without_dense_mask(tower: TowerPass) -> Iterator[None]:
+    """While a packed tower runs: keep it from making a mask (T, T) of all patches, which the stream does not need.
+
+    Such towers make none for flash attention; their blocks have a configuration of their own.
+    """
+    module: Any = tower.stack.module
+    config = module.config
+    if tower.packed is not None:
+        module.config = copy.copy(config)
+        module.config._attn_implementation_internal = "flash_attention_2"
+    try:
+        yield
+    finally:
+        module.config = config
+
+
+def real_tokens(mask: Tensor, hidden: Tensor, block: str) -> Tensor | None:
+    """(B, N) bool, the tokens that a block's mask lets all others see; None if these are all.
+
+    Args:
+        mask: (B, N), non-zero at real tokens, or (B, 1, N or 1, N), bool or added to scores, alike for all rows.
+
+    Raises:
+        UnsupportedModelError: a mask of another kind.
+    """
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.ndim == 2:
+        seen = mask.bool()[:, None, None]
+    shape = (*hidden.shape[:1], 1, hidden.shape[1]) if hidden.ndim == 3 else ()
+    if seen.ndim != 4 or (seen.shape[0], seen.shape[1], seen.shape[3]) != shape or bool((seen != seen[:, :, :1]).any()):
+        raise UnsupportedModelError(
+            block,
+            expected="a mask of padded patches, alike for all patches of an image",
+            found=f"one of shape {tuple(mask.shape)}",
+            remedy="this kind of mask is not handled; call without it",
+        )
+    real = seen[:, 0, 0]
+    return None if bool(real.all()) else real
 
 
 class TowerStates(tuple[Tensor, ...]):

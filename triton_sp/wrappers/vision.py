@@ -8,7 +8,6 @@ state) is brought there when it is read.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from triton_sp import pipeline
 from triton_sp.errors import InputError, UnsupportedModelError
-from triton_sp.models import Stack
+from triton_sp.models import Stack, packed_images, packs_images
 from triton_sp.pipeline import Stream
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
@@ -32,7 +31,7 @@ from triton_sp.wrappers.scope import (
     outside,
     recomputing,
 )
-from triton_sp.wrappers.tower import TowerPass, TowerStates
+from triton_sp.wrappers.tower import TowerPass, TowerStates, without_dense_mask
 
 
 def install(stack: Stack, installation: Installation) -> None:
@@ -65,7 +64,10 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     tower = TowerPass(override.installation.group, stack, override.installation.config)
     if features is not None:
         args, kwargs = features.prepare(tower, args, kwargs)
-    with active(tower), bound_checkpoints(stack.module), nullcontext() if stack.door else opaque.no_fast_path():
+    if packs_images(stack):
+        tower.packed = packed_images(stack, override.bind(args, kwargs))
+    guards = (bound_checkpoints(stack.module), without_dense_mask(tower) if stack.door else opaque.no_fast_path())
+    with active(tower), guards[0], guards[1]:
         out = override.original(*args, **kwargs)
     tower.last_output = None
     layers = len(stack.attention if stack.door else stack.blocks)
@@ -92,7 +94,7 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     if first:
         _check_unit(tower, hidden)
     if first and not recomputing():
-        tower.plan(hidden, arguments.get("cu_seqlens"))
+        tower.plan(hidden, arguments.get("cu_seqlens"), arguments.get("attention_mask") if tower.stack.door else None)
     else:
         _check_chain(tower, override.module, hidden)
 
@@ -148,6 +150,8 @@ def _localise(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block
     if arguments.get("cu_seqlens") is not None:
         # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
         arguments["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32)
+    if arguments.get("attention_mask") is not None and tower.is_planned_for(arguments["attention_mask"]):
+        arguments["attention_mask"] = None  # all that it says is in the stream
     for name in ("attention_mask", "causal_attention_mask", "head_mask", "layer_head_mask"):
         if arguments.get(name) is not None:
             raise UnsupportedModelError(

@@ -63,6 +63,7 @@ def steps() -> list[Step]:
         Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 45, gluon=True),
         Step("tests on gluon", [*CASES, "-k", ON_GLUON], 40, test=True, gluon=True),
         Step("large tensors", [*CASES, "-k", LARGE], 25, test=True),
+        Step("tests of the splice", [*CASES[:-1], "tests/splice_cases.py"], 30, test=True),
         Step("narrow products", [PYTHON, "-m", "perf.narrow_products"], 20),
         Step("single rank", _sweep("single_rank", "cuda", 50), 60),
     ]

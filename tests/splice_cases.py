@@ -55,3 +55,15 @@ def test_expanded_gradient() -> None:
     splice(text, visual, torch.tensor([1, -2, -3], device=DEVICE)).sum().backward()
     assert text.grad is not None and text.grad[:, 0].tolist() == [0, 1, 1]
     assert visual.grad is not None and visual.grad[:, 0].tolist() == [0, 1]
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_more_than_two_to_the_31_elements() -> None:
+    columns = 4096
+    tokens = 2**31 // columns + 64
+    text = torch.zeros(tokens, columns, dtype=torch.bfloat16, device=DEVICE)
+    text[-1], visual = 1, torch.full((2, columns), 3, dtype=torch.bfloat16, device=DEVICE)
+    index = -1 - torch.arange(tokens, device=DEVICE)
+    index[-2] = 1
+    out = splice(text, visual, index)
+    assert out[[-1, -2, 0], -1].tolist() == [1, 3, 0] and out[[-1, -2, 0], 0].tolist() == [1, 3, 0]

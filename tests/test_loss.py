@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -300,6 +301,8 @@ def smoothing_as_transformers_has_it() -> None:
         assert parity.gradient_error(found[1], expected[1])[0] < 1e-5
     with pytest.raises(SPError, match="label_smoothing_factor"):
         model(**batch, num_items_in_batch=7)
+    with pytest.raises(SPError, match="label_smoothing_factor"):
+        triton_sp.share_batches(SimpleNamespace(accelerator=None, model=model, label_smoother=smoother))
 
 
 def test_label_smoothing(ranks) -> None:

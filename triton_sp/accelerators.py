@@ -16,6 +16,7 @@ from triton_sp import comm
 from triton_sp.batches import SharedBatches
 from triton_sp.comm import Group
 from triton_sp.errors import InputError
+from triton_sp.wrappers.install import installation_of
 
 _T = TypeVar("_T")
 
@@ -55,6 +56,14 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
 
 
 def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
+    installation = installation_of(trainer.model) if getattr(trainer, "label_smoother", None) else None
+    if installation is not None and installation.group.size > 1 and not installation.config.gather_logits:
+        raise InputError(
+            "TrainingArguments.label_smoothing_factor",
+            expected="0: the Trainer would smooth labels of the whole batch by logits of this rank's tokens",
+            found=f"{trainer.label_smoother.epsilon}",
+            remedy="use SPConfig(label_smoothing=...) instead",
+        )
     _adapt(trainer.accelerator, group, limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
     return trainer

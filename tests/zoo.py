@@ -319,9 +319,15 @@ def qwen_cases() -> list[Case]:
     qwen3 = wide | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
     text2 = text_config("Qwen2VLText", rope_parameters=MROPE)
     text2_5 = text_config("Qwen2_5_VLText", kv_heads=1, rope_parameters=MROPE)
-    text3 = text_config("Qwen3VLText", layers=3, rope_parameters=MROPE | {"mrope_interleaved": True})
+    interleaved = {"rope_parameters": MROPE | {"mrope_interleaved": True}}
+    text3 = text_config("Qwen3VLText", layers=3, **interleaved)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    text3_moe = text_config("Qwen3VLMoeText", kv_heads=4, **interleaved, **experts)
     ids = {"video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    # The experts' grouped product has no float64.
+    moe = vlm_case("qwen3_vl_moe", "Qwen3VLMoe", (qwen3, text3_moe.to_dict(), qwen_visuals(frame_spans=True)), **ids)
     return [
+        replace(moe, dtype=torch.float32),
         vlm_case("qwen2_vl", "Qwen2VL", (qwen2, text2.to_dict(), qwen_visuals()), **ids),
         vlm_case("qwen2_5_vl", "Qwen2_5_VL", (qwen2_5, text2_5.to_dict(), qwen_visuals()), **ids),
         vlm_case("qwen3_vl", "Qwen3VL", (qwen3, text3.to_dict(), qwen_visuals(frame_spans=True)), **ids),
@@ -335,10 +341,21 @@ def llava_cases() -> list[Case]:
     siglip = vision_config("SiglipVision", ONEVISION_GRID, vision_use_head=False)
     siglip_unused = ("model.vision_tower.post_layernorm.",)
     siglip_options = {"video_token_id": VIDEO, "image_grid_pinpoints": ONEVISION_PINPOINTS}
+    clip_next, next_options = vision_config("CLIPVision", ONEVISION_GRID, layers=3), dict(siglip_options)
+    del next_options["video_token_id"]
+    next_visuals = {"image": onevision_visuals()["image"]}
     internvl = vision_config("InternVLVision", attention_bias=True)
     one_tile, tiles = tile_visuals([1, 1, 1, 1, 1], GRID**2), tile_visuals([5, 1, 3, 1, 1], GRID**2 // MERGE**2)
     return [
         vlm_case("llava", "Llava", (clip, text_config("Llama"), one_tile), clip_unused, **clip_select),
+        vlm_case(
+            "llava_next",
+            "LlavaNext",
+            (clip_next, text_config("Mistral", kv_heads=4, sliding_window=None), next_visuals),
+            clip_unused,
+            **clip_select,
+            **next_options,
+        ),
         vlm_case(
             "llava_onevision",
             "LlavaOnevision",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -34,7 +33,7 @@ class Peer:
         absent: why it cannot run on a device, or "". A peer that is absent has no row.
         fits: whether it can be asked for a case at all.
         around: what has to be in place while it runs.
-        slow_to_start: it compiles for many seconds, which quick runs spare themselves.
+        slow_to_start: it compiles for many seconds: only with `--slow`.
     """
 
     name: str
@@ -121,13 +120,6 @@ def _cudnn_varlen() -> AbstractContextManager[Any]:
     return mock.patch("torch.nn.attention.varlen._should_use_cudnn", lambda *_: True)
 
 
-@functools.cache
-def _compiled_flex() -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def _flex(case: AttentionCase, table: Tensor) -> Attend:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -140,7 +132,9 @@ def _flex(case: AttentionCase, table: Tensor) -> Attend:
         return same & (row >= key) if case.causal else same
 
     mask = create_block_mask(visible, None, None, case.tokens, case.tokens, table.device.type, _compile=on_gpu)
-    run = _compiled_flex() if on_gpu else flex_attention
+    if on_gpu:
+        torch._dynamo.reset()  # after 8 shapes it would stop compiling
+    run = torch.compile(flex_attention, dynamic=False) if on_gpu else flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

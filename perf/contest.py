@@ -25,12 +25,14 @@ class Settings:
         quick: few and small cases, to try everything out.
         fresh: measure what is in the file already once more.
         budget: seconds after which no further case begins.
+        slow: also measure peers that compile for many seconds.
     """
 
     device: torch.device
     quick: bool = False
     fresh: bool = False
     budget: float = math.inf
+    slow: bool = False
     began: float = field(default_factory=time.monotonic)
 
     @property

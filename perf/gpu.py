@@ -134,6 +134,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _note(report: Report, step: Step, status: str, seconds: float, settings: Settings) -> None:
     row = Row("step", "make gpu", step.name, "", status=status, clock="wall", median_ms=1e3 * seconds)
     row.device = settings.device.type
+    if step.gluon and settings.device.type == "cuda":
+        from triton_sp.kernels import gluon_gate
+
+        gluon_gate.known.cache_clear()  # the step, a process of its own, may just have recorded another verdict
+        row.note = gluon_gate.known(torch.cuda.current_device()).reason
     report.add([row])
     print(f"--- {step.name}: {status}, {seconds:.0f} s", flush=True)
 

@@ -44,7 +44,7 @@ def row_of(case: AttentionCase, peer: Peer, direction: str, settings: Settings) 
 
 def attend(case: AttentionCase, settings: Settings, clock: Clock, rates: Rates, report: Report) -> None:
     """All peers on one case. Who has failed on it before is left out, so that a crash is not repeated."""
-    usable = [p for p in PEERS if not p.absent(settings.device) and not (settings.quick and p.slow_to_start)]
+    usable = [p for p in PEERS if not p.absent(settings.device) and (settings.slow or not p.slow_to_start)]
     rows = {(p, d): row_of(case, p, d, settings) for p in usable if p.fits(case) for d in p.directions}
     known = {key: report.status(row) for key, row in rows.items()}
     if all(known.values()):

@@ -115,7 +115,7 @@ def video(shape: Shape, frames: int, device: torch.device) -> dict[str, Tensor]:
     """A batch: each frame between its timestamps' ids, then a question."""
     frame = torch.tensor([5, 6, 3, *[2] * shape.frame_tokens, 4])
     ids = torch.cat([frame.repeat(frames), torch.arange(7, 39)])[None]
-    patches = torch.randn(frames * shape.side**2, 3 * 2 * 16 * 16, dtype=torch.bfloat16)
+    patches = torch.randn(frames * shape.side**2, 3 * 2 * 16 * 16, dtype=torch.bfloat16, device=device)
     batch = {
         "input_ids": ids, "labels": ids.masked_fill(ids == 2, -100), "pixel_values_videos": patches,
         "video_grid_thw": torch.tensor([[frames, shape.side, shape.side]]), "mm_token_type_ids": 2 * (ids == 2).int(),

@@ -37,9 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="measure again what is in the file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after that")
+    parser.add_argument("--slow", action="store_true", help="also peers that compile for many seconds a case")
     parsed = parser.parse_args(arguments)
     device = torch.device(parsed.device)
-    settings = Settings(device, parsed.quick, parsed.fresh, parsed.budget)
+    settings = Settings(device, parsed.quick, parsed.fresh, parsed.budget, parsed.slow)
     if device.type == "cpu":
         torch.set_num_threads(1)  # so that CPU time is time
     return importlib.import_module(f"perf.{parsed.sweep}").sweep(settings)

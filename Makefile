@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu perf all-plans compile-table clean
+.PHONY: demo test check gpu perf all-plans engines compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,13 @@ gpu:
 # Long: every model with every plan.
 all-plans: .venv/.ready
 	$(BIN)/python tests/all_plans.py
+
+# Long: DeepSpeed, with every ZeRO stage, and the engines of the suite on more ranks. DeepSpeed is built against the
+# torch that is there, without its compiled parts.
+engines: .venv/.ready
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8' 'peft>=0.18'
+	$(BIN)/python -m pytest -m "long or not long" tests/test_engines.py tests/test_trainer.py tests/test_deepspeed.py \
+		tests/test_peft.py
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready

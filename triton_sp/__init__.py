@@ -2,7 +2,7 @@
 
 >>> import triton_sp
 >>> sorted(name for name in triton_sp.__all__ if name[0].islower())
-['errors', 'explain', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
+['errors', 'explain', 'mpu', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
 """
 
 from triton_sp import errors
@@ -10,6 +10,7 @@ from triton_sp._version import __version__
 from triton_sp.accelerators import share_batches
 from triton_sp.api import sync_gradients, unwrap, wrap
 from triton_sp.explain import explain
+from triton_sp.mpu import mpu
 from triton_sp.ops import varlen_attention
 from triton_sp.wrappers.encoder import UlyssesSPViTAttention
 from triton_sp.wrappers.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "errors",
     "explain",
+    "mpu",
     "share_batches",
     "sync_gradients",
     "unwrap",

@@ -76,9 +76,7 @@ def _adapt(accelerator: Any, group: Group, limit: int) -> Any:
         InputError: a setting with which accelerate itself divides batches among the ranks of a group.
     """
     _refuse(accelerator)
-    # The world ranks that lead a group, in order; with them, which data-parallel rank this one belongs to.
-    everyone = comm.integers_of_all([comm.world_rank(0, group)], comm.resolve_group())
-    leaders = sorted({leader for (leader,) in everyone})
+    leaders = comm.leaders(group)
     accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, group, leaders, limit)
     accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator, leaders)
     return accelerator

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -51,6 +52,8 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     if not isinstance(config, SPConfig):
         raise InputError("config", expected="an SPConfig", found=type(config).__name__, remedy="SPConfig(...)")
     resolved = comm.resolve_group(group)
+    if config.gradient == "auto":
+        config = replace(config, gradient=_mean_if_known(group))
     present = installation_of(model_)
     if present is not None:
         if (present.group, present.config) == (resolved, config):
@@ -75,6 +78,17 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     installation.override(anatomy.entry, model.run_model)
     mark(anatomy.entry, installation)
     return model_
+
+
+def _mean_if_known(group: Any) -> Literal["mean"]:
+    if comm.adds_in_part(group):
+        raise InputError(
+            "SPConfig.gradient",
+            expected="'sum' (ZeRO 0, 1 and 2 add over the ranks of this mpu) or 'mean' (ZeRO 3 averages)",
+            found="'auto', and an mpu that does not tell which",
+            remedy="say which, or pass triton_sp.mpu(group) to wrap and to deepspeed.initialize: all stages average",
+        )
+    return "mean"
 
 
 def unwrap(model_: Model) -> Model:

@@ -103,9 +103,19 @@ def _process_group(group: Any) -> Any:
     )
 
 
+def new_group(divisions: list[list[int]]) -> Group:
+    """Make a process group of each list of world ranks, which together are all; return this rank's."""
+    return resolve_group(dist.new_subgroups_by_enumeration(divisions)[0])
+
+
 def world_rank(rank: int, group: Group) -> int:
     """The rank among all of one of a group."""
     return dist.get_global_rank(group.process_group, rank)
+
+
+def adds_in_part(group: Any) -> bool:
+    """Whether it is an mpu with which some stages of ZeRO add gradients over the group's ranks and some average."""
+    return hasattr(group, "get_sequence_parallel_world_size")
 
 
 def start_ranks(ranks: int, module: str, *arguments: str) -> None:
@@ -364,6 +374,12 @@ def notices_of_all(notice: bytes, group: Group) -> list[bytes]:
 def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:
     """The integers of every rank, in rank order; each rank gives as many."""
     return _of_all(torch.tensor(values, dtype=torch.int64), group).tolist()
+
+
+def leaders(group: Group) -> list[int]:
+    """The world ranks that are the first of their groups, in order. To be called on all ranks of all groups."""
+    everyone = integers_of_all([world_rank(0, group)], resolve_group())
+    return sorted({leader for (leader,) in everyone})
 
 
 def _of_all(own: Tensor, group: Group) -> Tensor:

@@ -29,7 +29,8 @@ class SPConfig:
 
     Attributes:
         gradient: what will combine the ranks' gradients. "mean" for engines that average over ranks (DDP, FSDP, ZeRO
-            and `sync_gradients`), "sum" for those that add.
+            and `sync_gradients`), "sum" for those that add. "auto" is "mean", but with DeepSpeed's own mpu the choice
+            is yours, see mpu.py.
         gather_logits: whether `out.logits` (without a head: `out.last_hidden_state`) holds all tokens, (B, S, V) with
             0 at padding, instead of this rank's, (1, T, V).
         chunked_loss: whether a training step with labels leaves `out.logits` None and forms its loss from a chunk of
@@ -50,7 +51,7 @@ class SPConfig:
     False
     """
 
-    gradient: Literal["mean", "sum"] = "mean"
+    gradient: Literal["auto", "mean", "sum"] = "auto"
     gather_logits: bool = False
     chunked_loss: bool = False
     label_smoothing: float = 0.0
@@ -61,7 +62,7 @@ class SPConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("gradient", ("mean", "sum")),
+            ("gradient", ("auto", "mean", "sum")),
             ("check", ("always", "off")),
             ("plan", ("auto", "heads", "segments", "replicate")),
             ("link", ("auto", "nvlink", "pcie", "gloo")),

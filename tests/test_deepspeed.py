@@ -1,0 +1,25 @@
+"""DeepSpeed, where it is installed (`make engines` does): every ZeRO stage trains what one process trains."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="make engines installs it")
+import deepspeed_jobs
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+
+
+@pytest.mark.parametrize(("size", "with_mpu"), [(2, True), (4, True), (4, False)])
+def test_weights_after_training(ranks, size: int, with_mpu: bool) -> None:
+    for errors in ranks.run(deepspeed_jobs.train, "qwen2_5_vl", with_mpu, ranks=size, timeout=1000):
+        assert set(errors) == {0, 1, 2, 3} and max(errors.values()) < 2e-4, errors
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_checkpoints(ranks, tmp_path, stage: int) -> None:
+    """Saved by groups of 2, loaded by a group of 4, and by the model without triton_sp."""
+    saved = ranks.run(deepspeed_jobs.save, "qwen2_5_vl", stage, str(tmp_path), ranks=2, timeout=1000)
+    for loss in ranks.run(deepspeed_jobs.load, "qwen2_5_vl", stage, str(tmp_path), ranks=4, timeout=1000):
+        assert loss == pytest.approx(saved[0], rel=1e-5)
+    assert deepspeed_jobs.load_unwrapped("qwen2_5_vl", str(tmp_path)) == pytest.approx(saved[0], rel=1e-5)

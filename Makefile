@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu perf all-plans engines compile-table clean
+.PHONY: demo test check gpu perf all-plans engines faults compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,10 @@ engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8' 'peft>=0.18'
 	$(BIN)/python -m pytest -m "long or not long" tests/test_engines.py tests/test_trainer.py tests/test_deepspeed.py \
 		tests/test_peft.py
+
+# Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
+faults: .venv/.ready
+	$(BIN)/python tests/faults.py
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready

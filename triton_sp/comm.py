@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_process_group_store, _resolve_process_group
 
 from triton_sp.errors import GroupError
+from triton_sp.failures import Notes
 from triton_sp.plan import Shards
 
 _BUCKET_BYTES = 64 << 20  # of gradients in one collective
@@ -173,19 +174,50 @@ def _note(name: str, sent: int) -> None:
         ledger.entries.append((name, sent))
 
 
+# --- failures of other ranks ---------------------------------------------------------------------------------------
+
+_notes: dict[str, Notes] = {}  # by the name of the group; a later one of that name has another store
+
+
+def notes_of(group: Group) -> Notes:
+    """By which the ranks of a group hear of one another's failures."""
+    store = _get_process_group_store(group.process_group)
+    notes = _notes.get(group.name)
+    if notes is None or notes.store is not store:
+        notes = _notes[group.name] = Notes(store, group.rank, group.size)
+    return notes
+
+
+@contextmanager
+def _explained(group: Group) -> Iterator[None]:
+    """Turn the error of a collective into one that names the rank to blame."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise notes_of(group).explain(error) from error
+
+
+def _wait(x: Tensor, group: Group) -> Tensor:
+    with _explained(group):
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return funcol.wait_tensor(x)  # lets the program go on, and the device wait
+        return notes_of(group).wait(lambda: funcol.wait_tensor(x))
+
+
 # --- movements ---------------------------------------------------------------------------------------------------
 
 
 def _all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
     """Rows `send[p]` of x go to rank p; `receive[p]` rows come from it. All sizes are known: nothing is asked."""
-    return funcol.wait_tensor(_issue(x, send, receive, group, name))
+    return _wait(_issue(x, send, receive, group, name), group)
 
 
 def _issue(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
-    """The same, without waiting: the result may be touched only after `funcol.wait_tensor`."""
+    """The same, without waiting: the result may be touched only after `_wait`."""
     row_bytes = x.element_size() * (x[:1].numel() if len(x) else 0)
     _note(name, (sum(send) - send[group.rank]) * row_bytes)
-    out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
+    with _explained(group):
+        out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
     return getattr(out, "elem", out)  # without the subclass that waits at the first touch: autograd touches it
 
 
@@ -204,7 +236,7 @@ class _Transfer:
 
     def take(self) -> Tensor:
         assert self.pending is not None
-        arrived, self.pending = funcol.wait_tensor(self.pending), None
+        arrived, self.pending = _wait(self.pending, self.group), None
         return arrived
 
 
@@ -315,7 +347,9 @@ def total_of_shares(x: Tensor, group: Group) -> Tensor:
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum over ranks, without a gradient."""
     _note("all_reduce", x.numel() * x.element_size())
-    return funcol.wait_tensor(funcol.all_reduce(x.detach(), "sum", group.process_group))
+    with _explained(group):
+        total = funcol.all_reduce(x.detach(), "sum", group.process_group)
+    return _wait(total, group)
 
 
 def largest(value: float, group: Group, device: torch.device) -> float:
@@ -395,5 +429,6 @@ def broadcast(x: Tensor, source: int, group: Group) -> Tensor:
     On the CPU if the group has a CPU backend, else on the GPU.
     """
     _note("broadcast", x.nbytes * (group.size - 1) if group.rank == source else 0)
-    sent = funcol.broadcast(x.to(control_device(group)), source, group.process_group)
-    return funcol.wait_tensor(getattr(sent, "elem", sent))
+    with _explained(group):
+        sent = funcol.broadcast(x.to(control_device(group)), source, group.process_group)
+    return _wait(getattr(sent, "elem", sent), group)

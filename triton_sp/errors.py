@@ -44,5 +44,9 @@ class DisagreementError(SPError):
     """The ranks of a group were given different batches, models or settings."""
 
 
+class PeerError(SPError):
+    """Another rank of the group failed, ended or stopped in the middle of a step. The group can't be used any more."""
+
+
 class UnsupportedKernelError(SPError):
     """An operator was asked for something that no implementation of it supports."""

@@ -68,6 +68,7 @@ def _serve(rank: int, pipe: Connection) -> None:
         store, ranks, function, args = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+            dist.barrier()  # a job that ends at once would leave while others are still connecting to it
             answer = ForkingPickler.dumps((True, function(*args)))
         except BaseException as error:
             answer = ForkingPickler.dumps((False, (error, traceback.format_exc())))
@@ -77,10 +78,10 @@ def _serve(rank: int, pipe: Connection) -> None:
 
 
 class RankError(AssertionError):
-    """A job failed on some ranks; `errors` maps rank to exception."""
+    """A job failed on some ranks; `errors` maps rank to exception, `results` has what the others returned."""
 
-    def __init__(self, errors: dict[int, BaseException], text: str) -> None:
-        self.errors = errors
+    def __init__(self, errors: dict[int, BaseException], text: str, results: list[Any]) -> None:
+        self.errors, self.results = errors, results
         super().__init__(text)
 
 
@@ -98,17 +99,24 @@ class RankPool:
         self._workers: list[tuple[Any, Connection]] = []
 
     def _start(self, ranks: int) -> None:
-        while len(self._workers) < ranks:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(len(self._workers), theirs), daemon=True)
-            process.start()
-            self._workers.append((process, ours))
+        for rank in range(ranks):
+            if rank == len(self._workers):
+                self._workers.append(self._worker(rank))
+            elif not self._workers[rank][0].is_alive():
+                self._workers[rank] = self._worker(rank)
+
+    def _worker(self, rank: int) -> tuple[Any, Connection]:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that ours ends with the process
+        return process, ours
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 240.0) -> list[Any]:
         """Call `function(*args)` on each rank, in a default gloo group of `ranks`; return the results by rank.
 
         Raises:
-            RankError: some rank raised; holds each one's exception.
+            RankError: some rank raised; holds each one's exception, EOFError if its process has ended.
             TimeoutError: some rank did not answer; all are killed, and started anew on the next call.
         """
         self._start(ranks)
@@ -121,13 +129,16 @@ class RankPool:
                 if not pipe.poll(timeout):
                     self.close()
                     raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {timeout} s")
-                ok, value = pipe.recv()
+                try:
+                    ok, value = pipe.recv()
+                except EOFError as error:
+                    ok, value = False, (error, "its process has ended")
                 results.append(value)
                 if not ok:
                     errors[rank] = value[0]
                     texts.append(f"--- rank {rank}\n{value[1]}")
         if errors:
-            raise RankError(errors, "\n".join(texts))
+            raise RankError(errors, "\n".join(texts), results)
         return results
 
     def close(self) -> None:

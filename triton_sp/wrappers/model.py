@@ -18,6 +18,7 @@ from triton_sp.agreement import agree
 from triton_sp.anatomy import Spans
 from triton_sp.cost import find_link
 from triton_sp.errors import InputError
+from triton_sp.failures import Watched, told
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
 from triton_sp.models import causal_lm_loss, device_of, logit_transform, packs_plain_ids
 from triton_sp.wrappers.features import check_rows, needed_rows
@@ -36,11 +37,30 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     if installation.group.size == 1 and not (config.chunked_loss or config.label_smoothing):
         return override.original(*args, **kwargs)
     arguments = _bind(override, args, kwargs)
-    if installation.anatomy.decoder is None:
-        return _run_vision_model(override, arguments, args, kwargs)
-    if _decodes(override, arguments):
+    with_decoder = installation.anatomy.decoder is not None
+    if with_decoder and _decodes(override, arguments):
         return override.original(*args, **kwargs)
-    return _run_text_model(override, arguments)
+    notes = comm.notes_of(installation.group)
+    with told(notes):
+        if with_decoder:
+            out = _run_text_model(override, arguments)
+        else:
+            out = _run_vision_model(override, arguments, args, kwargs)
+    _watch(out, Watched(notes))
+    return out
+
+
+def _watch(out: Any, hook: Watched) -> None:
+    """Let the backward of an output be watched, wherever it begins."""
+    if isinstance(out, Tensor):
+        if out.requires_grad:
+            out.register_hook(hook)
+    elif isinstance(out, Mapping):
+        for value in out.values():
+            _watch(value, hook)
+    elif type(out) in (list, tuple):
+        for value in out:
+            _watch(value, hook)
 
 
 def _bind(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,13 @@ def test_before_wrap(name: str) -> None:
     assert all(row.heads_per_rank == "" for row in triton_sp.explain(model).rows)
 
 
+@pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if case.kind == "vlm"])
+def test_every_seam_is_known(name: str) -> None:
+    """So that parity is parity of what is routed; one that is not known is told, see test_memory.py."""
+    seams = [row for row in triton_sp.explain(build(name), ranks=2).rows if row.kind.startswith("seam")]
+    assert [row.decision for row in seams] == ["features routed"]
+
+
 def explained_when_wrapped(name: str) -> Explanation:
     return triton_sp.explain(triton_sp.wrap(build(name)))
 

@@ -56,15 +56,16 @@ class Features:
     Attributes:
         method: its name; its first argument are the pixels.
         token: the attribute of the model's configuration that holds the placeholder's id.
-        cut: how ranks share the work out. "patches": pixels are rows of patches, described by grids, and are cut
-            anywhere between merge units; "images": an entry of the pixels is an image, and ranks have whole ones;
-            "frames": an entry is a video, and ranks have whole frames.
-        beside: with "patches" the argument with the grids; with "images" arguments that have an entry per image too.
+        cut: how ranks share the work out. "patches": anywhere between merge units; "images": ranks have whole ones;
+            "frames": pixels are videos, and ranks have whole frames.
+        entry: what an entry of the pixels is: an image; a sample's images, filled up with images of zeros; or a patch.
+        beside: arguments that have such an entry too; with patches the one with the grid of each image.
     """
 
     method: str
     token: str
     cut: Literal["patches", "images", "frames"]
+    entry: Literal["image", "sample", "patch"] = "image"
     beside: tuple[str, ...] = ()
 
 

@@ -76,24 +76,34 @@ FAMILIES: dict[str, Family] = {
 }
 
 _IMAGES = Features("get_image_features", "image_token_id", "images", beside=("image_sizes",))
+_SAMPLES = Features("get_image_features", "image_token_id", "images", "sample", ("pixel_attention_mask",))
 _FRAMES = Features("get_video_features", "video_token_id", "frames")
 _GRIDS = (
-    Features("get_image_features", "image_token_id", "patches", beside=("image_grid_thw",)),
-    Features("get_video_features", "video_token_id", "patches", beside=("video_grid_thw",)),
+    Features("get_image_features", "image_token_id", "patches", "patch", ("image_grid_thw",)),
+    Features("get_video_features", "video_token_id", "patches", "patch", ("video_grid_thw",)),
+)
+_WHOLE_GRIDS = (  # its embeddings want all patches of an image; one token stands for images and videos
+    Features("get_image_features", "image_token_id", "images", "patch", ("image_grid_thw",)),
+    Features("get_video_features", "image_token_id", "images", "patch", ("video_grid_thw",)),
 )
 
 # By the `model_type` of a composite's configuration: how its features are made and where they go.
 SEAMS: dict[str, tuple[Features, ...]] = {
     "gemma3": (_IMAGES,),
+    "glm4v": _WHOLE_GRIDS,
+    "idefics2": (_SAMPLES,),
+    "idefics3": (_SAMPLES,),
     "internvl": (_IMAGES,),
     "llava": (_IMAGES,),
     "llava_next": (_IMAGES,),
     "llava_onevision": (_IMAGES, _FRAMES),
+    "mistral3": (_IMAGES,),
     "paligemma": (_IMAGES,),
     "qwen2_5_vl": _GRIDS,
     "qwen2_vl": _GRIDS,
     "qwen3_vl": _GRIDS,
     "qwen3_vl_moe": _GRIDS,
+    "smolvlm": (_SAMPLES,),
 }
 
 # By the `model_type` of a composite's configuration: the masks that it makes for its decoder.

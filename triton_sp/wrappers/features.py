@@ -71,7 +71,7 @@ def check_rows(installation: Installation, arguments: Mapping[str, Any], needed:
     seam = installation.anatomy.seam
     assert seam is not None
     for features in seam.features:
-        grid = arguments.get(features.beside[0]) if features.cut == "patches" else None
+        grid = arguments.get(features.beside[0]) if features.entry == "patch" else None
         if grid is not None:
             _check_count(features, merged_rows(grid, installation.anatomy.towers[0]), needed[features.method])
 
@@ -188,22 +188,37 @@ def _route(patches: Patches, needed: Shards, tower: TowerPass, out: Any) -> Any:
 def _from_images(features: Features, override: Override, arguments: dict[str, Any], needed: Shards) -> Any:
     """Ranks share out the images; one without any runs the first, to no effect, so that it takes part in everything."""
     group = override.installation.group
-    pixels = arguments[next(iter(override.__signature__.parameters))]
+    owns = _take_images(features, next(iter(override.__signature__.parameters)), arguments, group)
+    with active(_share_images(stand_in=not owns)):
+        out = override.original(**arguments)
+    return _with_rows(out, lambda rows: _deliver(rows if owns else rows[:0], features, needed, group))
+
+
+def _take_images(features: Features, pixels: str, arguments: dict[str, Any], group: Group) -> bool:
+    """Leave this rank's images in the arguments, or another's where it has none; return whether it has any."""
+    names = [name for name in (pixels, *features.beside) if arguments.get(name) is not None]
     per_sample = arguments.get("batch_num_images")
-    own = shard_tokens(len(pixels) if per_sample is None else len(per_sample), group.size).range(group.rank)
+    if features.entry == "sample":
+        real = arguments[pixels].flatten(0, 1).flatten(1).any(1).nonzero().flatten()
+        own = shard_tokens(len(real), group.size).range(group.rank)
+        index = real[own.start : own.stop] if own else torch.zeros(1, dtype=torch.long, device=real.device)
+        for name in names:
+            arguments[name] = arguments[name].flatten(0, 1)[index][:, None]
+        return bool(own)
+    entries = len(arguments[features.beside[0]] if features.entry == "patch" else arguments[pixels])
+    own = shard_tokens(entries if per_sample is None else len(per_sample), group.size).range(group.rank)
     taken = own or range(1)
-    if (
-        per_sample is not None
-    ):  # how an image is tiled depends on the number of images in its sample: keep these together
+    if per_sample is not None:  # how an image is tiled depends on how many its sample has: samples stay together
         starts = [0, *torch.as_tensor(per_sample).cumsum(0).tolist()]
         arguments["batch_num_images"] = per_sample[taken.start : taken.stop]
         taken = range(starts[taken.start], starts[taken.stop])
-    for name, value in arguments.items():
-        if value is pixels or (name in features.beside and value is not None):
-            arguments[name] = value[taken.start : taken.stop]
-    with active(_share_images(stand_in=not own)):
-        out = override.original(**arguments)
-    return _with_rows(out, lambda rows: _deliver(rows if own else rows[:0], features, needed, group))
+    if features.entry == "patch":
+        starts = [0, *arguments[features.beside[0]].prod(-1).cumsum(0).tolist()]
+        arguments[pixels] = arguments[pixels][starts[taken.start] : starts[taken.stop]]
+        names.remove(pixels)
+    for name in names:
+        arguments[name] = arguments[name][taken.start : taken.stop]
+    return bool(own)
 
 
 def _from_frames(features: Features, override: Override, arguments: dict[str, Any], needed: Shards) -> Any:
@@ -248,7 +263,7 @@ def _with_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     held = getattr(out, "pooler_output", out)
     if isinstance(held, Tensor):
         rows = change(held.flatten(0, -2))
-        changed: Any = rows if held.ndim == 2 else rows[None]
+        changed: Any = rows if held.ndim == 2 else rows[:, None]
     else:
         changed = type(held)([change(torch.cat([part.flatten(0, -2) for part in held]))])
     if held is out:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Literal, overload
 
 import torch
@@ -69,9 +70,9 @@ class Layout:
         """Tokens of an image; of the whole stream if it is packed."""
         return self.shape[0 if self.tokens_first else -2]
 
-    def images(self, total: int) -> Segments:
-        """The segments of so many tokens of images like these; packed towers hand theirs to each block."""
-        return Segments(tuple(range(0, total + 1, max(self.length, 1))))
+    def images(self) -> Segments:
+        """The segments of dense images; packed towers hand theirs to each block."""
+        return Segments(tuple(range(0, self.tokens + 1, max(self.length, 1))))
 
     def flat(self, hidden: Tensor) -> Tensor:
         """The stream (S, C) of all tokens, image after image."""
@@ -118,9 +119,9 @@ class TowerPass:
     mask: Tensor | None = None
     packed: Tensor | None = None
     seqused_k: Tensor | None = None
-    segments: Segments | None = None
     choice: Choice | None = None
     streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
+    tables: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
     last_output: Tensor | None = None  # of the block before, while the forward runs
 
     def plan(self, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
@@ -133,35 +134,34 @@ class TowerPass:
         layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first, real)
         self.streams.clear()
         self.seqused_k = None if real is None else real.sum(1, dtype=torch.int32)
-        total = layout.tokens
-        if self.outside == "images":
-            assert cu_seqlens is None and self.packed is None, "images are shared out where each is a row of a batch"
-            own = 0 if self.stand_in else layout.tokens
-            sizes = comm.integers_of_all([own, real is not None], self.group)
-            self.owned = Shards(tuple(count for count, _ in sizes))
-            total = self.owned.total
-            if any(masked for _, masked in sizes):
-                self._gather_used(layout)
         cu_seqlens = self.packed if cu_seqlens is None else cu_seqlens
         # The one host read of a call; layers whose segments are others need another, if shards end with segments.
-        self.segments = layout.images(total) if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
-        self.choice = plan_tower(self.stack, self.config, self.group, self.segments, hidden, self.owned)
-        if cu_seqlens is not None:
-            self.stream(cu_seqlens, self.segments)
+        known = layout.images() if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
+        if self.outside == "images":
+            known, cu_seqlens = self._join_images(known), None
+        if cu_seqlens is None:
+            cu_seqlens = torch.tensor(known.starts, dtype=torch.int32, device=hidden.device)
+        self.choice = plan_tower(self.stack, self.config, self.group, known, hidden, self.owned)
+        self.stream(cu_seqlens, known)
 
     def is_planned_for(self, mask: Tensor) -> bool:
         """Whether a block's mask is the first block's. (Reentrant checkpoints hand on another tensor of its memory.)"""
         return self.mask is not None and (self.mask.shape, self.mask.data_ptr()) == (mask.shape, mask.data_ptr())
 
-    def _gather_used(self, layout: Layout) -> None:
-        """`seqused_k` of all ranks' images, from each rank's."""
-        assert self.owned is not None
-        counts = [size // layout.length for size in self.owned.sizes]
-        own = [layout.length] * layout.shape[0] if self.seqused_k is None else self.seqused_k.tolist()
-        own = own[: counts[self.group.rank]]
-        used = comm.integers_of_all(own + [0] * (max(counts) - len(own)), self.group)
-        each = [number for numbers, count in zip(used, counts, strict=True) for number in numbers[:count]]
-        self.seqused_k = torch.tensor(each, dtype=torch.int32, device=layout.device)
+    def _join_images(self, own: Segments) -> Segments:
+        """The segments of all ranks' images, of which this rank knows its own; `owned` and `seqused_k` too."""
+        lengths = [] if self.stand_in else [stop - start for start, stop in pairwise(own.starts)]
+        used = lengths if self.seqused_k is None else self.seqused_k.tolist()[: len(lengths)]
+        most = max(count for (count,) in comm.integers_of_all([len(lengths)], self.group))
+        filled = [(*pair, 1) for pair in zip(lengths, used, strict=True)] + [(0, 0, 0)] * (most - len(lengths))
+        told = comm.integers_of_all([number for entry in filled for number in entry], self.group)
+        ranks = [[tuple(row[i : i + 2]) for i in range(0, len(row), 3) if row[i + 2]] for row in told]
+        self.owned = Shards(tuple(sum(length for length, _ in rank) for rank in ranks))
+        images = [image for rank in ranks for image in rank]
+        assert self.layout is not None
+        real = torch.tensor([real for _, real in images], dtype=torch.int32, device=self.layout.device)
+        self.seqused_k = real if any(length != real for length, real in images) else None
+        return Segments((0, *accumulate(length for length, _ in images)))
 
     def cut_patches(self, choice: Choice, streams: list[tuple[Tensor, Segments]]) -> None:
         """Settle the cut before the patches are embedded, and the segments that blocks will ask for."""
@@ -169,18 +169,12 @@ class TowerPass:
         for cu_seqlens, known in streams:
             self.stream(cu_seqlens, known)
 
-    @cached_property
-    def _of_images(self) -> Tensor:
-        assert self.layout is not None and self.segments is not None
-        return torch.tensor(self.segments.starts, dtype=torch.int32, device=self.layout.device)
-
     def stream(self, cu_seqlens: Tensor | None = None, known: Segments | None = None) -> Stream:
-        """The stream with these segments, without cu_seqlens the one of images; the same object in every layer."""
+        """The stream with these segments, the same object in every layer that has them; without cu_seqlens, and where
+        ranks have joined their images' segments, the first block's."""
         assert self.choice is not None
-        if cu_seqlens is None:
-            if self.outside == "patches" or self.packed is not None:
-                return next(iter(self.streams.values()))
-            cu_seqlens, known = self._of_images, self.segments
+        if cu_seqlens is None or (self.streams and self.outside == "images"):
+            return next(iter(self.streams.values()))
         key = (cu_seqlens.data_ptr(), len(cu_seqlens))
         if key not in self.streams:
             group = ALONE if self.choice.plan == "replicate" else self.group
@@ -190,6 +184,18 @@ class TowerPass:
                 chunks=self.choice.chunks,
             )
         return self.streams[key]
+
+    def table(self, x: Tensor) -> Tensor:
+        """The rows for the blocks' tokens of a tensor that has a row for each token outside, such as rotations."""
+        if self.outside == "patches":
+            return x
+        if self.owned is None:
+            return pipeline.shard(x, self.stream())
+        key = (x.data_ptr(), x.shape)
+        if key not in self.tables:  # every block gets the same
+            own = x[: self.owned.sizes[self.group.rank]]
+            self.tables[key] = pipeline.reshard(own, self.owned, self.stream().shards, self.group)
+        return self.tables[key]
 
     def enter(self, hidden: Tensor) -> Tensor:
         """What the blocks run on, from the hidden states outside."""

@@ -142,11 +142,11 @@ def _localise(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block
     """Replace what describes the whole stream by what describes this rank's tokens."""
     tokens = len(stream.shards.range(stream.group.rank))
     for name in ("position_embeddings", "rotary_pos_emb"):
-        value = arguments.get(name) if tower.outside == "whole" else None  # else they are the rank's already
+        value = arguments.get(name)
         if isinstance(value, Tensor):
-            arguments[name] = pipeline.shard(value, stream)
+            arguments[name] = tower.table(value)
         elif value is not None:
-            arguments[name] = tuple(pipeline.shard(part, stream) for part in value)
+            arguments[name] = tuple(map(tower.table, value))
     if arguments.get("cu_seqlens") is not None:
         # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
         arguments["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32)

@@ -252,9 +252,14 @@ def on_rank(name: str) -> tuple[str, BaseException | None, float]:
     return "result", None, time.monotonic() - start
 
 
+def ready() -> None:
+    """Started, and everything imported."""
+
+
 def outcome(pool: RankPool, name: str, ranks: int) -> dict[str, Any]:
     """A row of the catalogue."""
     fault, answers = FAULTS[name], {}
+    pool.run(ready, ranks=ranks, timeout=1000)
     try:
         answers = dict(enumerate(pool.run(on_rank, name, ranks=ranks, timeout=60)))
     except RankError as raised:  # one that was killed: the others' answers are lost with it, unless they are kept here

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -61,10 +62,13 @@ def find_link(name: str, device: str, ranks: int) -> Link:
     """
     if name != "auto":
         return LINKS[name]
-    file = calibration_file(device, ranks)
-    if file.exists():
-        return Link(**json.loads(file.read_text()))
-    return LINKS["gloo" if device == "cpu" else "nvlink"]
+    return _calibrated(calibration_file(device, ranks)) or LINKS["gloo" if device == "cpu" else "nvlink"]
+
+
+@cache
+def _calibrated(file: Path) -> Link | None:
+    """What a file holds, read once in a process: each forward asks, several times."""
+    return Link(**json.loads(file.read_text())) if file.exists() else None
 
 
 def store_link(link: Link, device: str, ranks: int) -> Path:
@@ -72,6 +76,7 @@ def store_link(link: Link, device: str, ranks: int) -> Path:
     file = calibration_file(device, ranks)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(link), indent=1))
+    _calibrated.cache_clear()
     return file
 
 

@@ -38,8 +38,9 @@ class SPConfig:
             and the head is a plain linear layer on a GPU; `explain` says.
         label_smoothing: of the loss, as transformers' LabelSmoother has it. (That one needs all logits on every rank:
             `gather_logits`.)
-        check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them;
-            "off" trusts the caller.
+        check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them.
+            "first" does so for the first batch of each kind (shapes, settings, plan), and only compares the kind of
+            later ones: other ids, labels or pixels of the same shape go unnoticed. "off" trusts the caller.
         plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
             vision towers, "replicate" ask for one; where it is not possible "auto" decides.
         chunks: in how many parts heads are exchanged, if they divide: one travels while another is attended to, and
@@ -55,7 +56,7 @@ class SPConfig:
     gather_logits: bool = False
     chunked_loss: bool = False
     label_smoothing: float = 0.0
-    check: Literal["always", "off"] = "always"
+    check: Literal["always", "first", "off"] = "always"
     plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
     chunks: int = 1
@@ -63,7 +64,7 @@ class SPConfig:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("gradient", ("auto", "mean", "sum")),
-            ("check", ("always", "off")),
+            ("check", ("always", "first", "off")),
             ("plan", ("auto", "heads", "segments", "replicate")),
             ("link", ("auto", "nvlink", "pcie", "gloo")),
         ):
@@ -103,6 +104,7 @@ class Installation:
     config: SPConfig
     anatomy: Anatomy
     edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
+    agreed: set[int] = field(default_factory=set)  # digests of the kinds of batches that ranks have agreed on
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     checked_head: bool = False  # what the model does to logits was seen once, see wrappers/head.py

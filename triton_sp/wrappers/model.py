@@ -28,7 +28,9 @@ from triton_sp.wrappers.planning import plan_decoder
 from triton_sp.wrappers.scope import Call, active
 from triton_sp.wrappers.text import TextCall, lay_out
 
-_CHECKED_VALUES = 1 << 22  # integer tensors up to this many elements are compared by value, others by shape
+# Integer tensors up to so many elements are compared by value, others by shape. With check="first" grids of images
+# still are: towers make their plans of them.
+_CHECKED_VALUES, _ALWAYS_CHECKED = 1 << 22, 1 << 10
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
@@ -80,20 +82,22 @@ def _bind(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     raise failure
 
 
-def _agree(installation: Installation, arguments: dict[str, Any], check: Callable[[], None]) -> None:
+def _agree(installation: Installation, arguments: dict[str, Any], check: Callable[[], str | None]) -> None:
+    """`check` validates the batch, and may return its plan."""
     if installation.config.check == "off":
         check()
         return
 
-    def describe() -> str:
-        check()
-        return _describe(installation, arguments)
+    def describe(most: int = _CHECKED_VALUES) -> str:
+        plan = check()
+        return f"{_describe(installation, arguments, most)}\nplan={plan or ''}"
 
-    agree(installation.group, describe)
+    brief = partial(describe, _ALWAYS_CHECKED) if installation.config.check == "first" else None
+    agree(installation.group, describe, brief, installation.agreed)
 
 
-def _describe(installation: Installation, arguments: dict[str, Any]) -> str:
-    """What must be equal on all ranks, a line a field."""
+def _describe(installation: Installation, arguments: dict[str, Any], most: int) -> str:
+    """What must be equal on all ranks, a line a field; tensors of up to `most` elements by content."""
     model = installation.anatomy.entry
     lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
     lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
@@ -101,15 +105,15 @@ def _describe(installation: Installation, arguments: dict[str, Any]) -> str:
     lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
     for name, value in sorted(arguments.items()):
         if isinstance(value, Tensor):
-            lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value)}")
+            lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value, most)}")
         elif value is not None and not isinstance(value, Mapping | list | tuple):
             lines.append(f"{name}={value!s:.40}")
     return "\n".join(lines)
 
 
-def _digest(value: Tensor) -> str:
+def _digest(value: Tensor, most: int) -> str:
     """Ids, labels, masks and grids by content: they decide every rank's plan."""
-    if value.is_floating_point() or value.numel() > _CHECKED_VALUES:
+    if value.is_floating_point() or value.numel() > most:
         return ""
     return " " + hashlib.blake2s(value.detach().cpu().contiguous().numpy().tobytes(), digest_size=6).hexdigest()
 
@@ -270,7 +274,7 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
     assert installation.anatomy.decoder is not None
     spans = installation.anatomy.decoder.spans
 
-    def check() -> None:
+    def check() -> str:
         shape = _check_batch(override, arguments)
         labels = arguments.get("labels")
         targets = None if labels is None else shift(labels)
@@ -285,6 +289,7 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
             call = replace(call, needed=needed_rows(seam, tokens, call.index, call.stream.shards))
             check_rows(installation, arguments, call.needed)
         laid_out.append((call, targets))
+        return f"{call.choice.plan} {call.stream.shards.sizes} {call.stream.known}"
 
     _agree(installation, arguments, check)
     call, targets = laid_out[0]

@@ -7,6 +7,7 @@ rank needs are a range of them, and an all-to-all brings it from those who have 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -135,7 +136,9 @@ def _part_of_outputs(given: Mapping[str, Any], call: TextCall, installation: Ins
             _check_count(features, len(rows), needed)
             return rows[own.start : own.stop]
 
-        part[modality] = _with_rows(part[modality], pick)
+        out = part[modality] = _with_rows(copy.copy(part[modality]), pick)
+        if getattr(out, "deepstack_features", None) is not None:
+            out.deepstack_features = [_with_rows(level, pick) for level in out.deepstack_features]
     return part
 
 

@@ -57,7 +57,8 @@ def measure(engine: str, name: str, size: Size, repeats: int, expected: Path) ->
             torch.save((total, gradient), expected)
         wanted = torch.load(expected)
         errors = [relative_error(found, right) for found, right in zip((total, gradient), wanted, strict=True)]
-        busy, wall = _step_times(model, runner.forward, repeats)
+        # All ranks have the same errors. The time of what is wrong is compared with nothing.
+        busy, wall = _step_times(model, runner.forward, repeats if max(errors) < CORRECT else 1)
     status = ["ok" if error < CORRECT else "wrong" for error in (*errors, max(errors))]
     return {
         "forward": {

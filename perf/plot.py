@@ -136,7 +136,7 @@ def scale_table(rows: pd.DataFrame) -> str:
 def single_rank_table(rows: pd.DataFrame) -> str:
     """What one rank of an 8B model holds."""
     lines = []
-    for (case, tokens, ranks), part in rows.groupby(["case", "tokens", "ranks"], sort=False):
+    for (case, tokens, ranks), part in rows.groupby(["case", "tokens", "ranks"]):
         values = part.set_index("direction")["memory_bytes"] / GIB
         if "parameters" in values and part["status"].eq("ok").all():
             kept = part["saved_bytes"].max() / GIB

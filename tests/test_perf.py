@@ -18,6 +18,7 @@ from perf.clock import Clock
 from perf.engines import ENGINES, OURS, QUICK, build_llm
 from perf.hollow import Hollow
 from perf.rows import Report, Row
+from triton_sp import cli
 
 CASE = AttentionCase("test, mixed", (9, 1, 20), heads=4, kv_heads=2, dim=8, causal=True)
 RATES = contest.Rates(1.0, 1.0)
@@ -166,3 +167,8 @@ def test_plots_are_drawn(settings, tmp_path) -> None:
     settings.report("kernels").add([*points, Row("rate", "torch", "product of 8 x 8", tflops=2.0)])
     plot.plot_kernels(plot.read(settings.report("kernels").path), tmp_path / "kernels.png")
     assert (tmp_path / "kernels.png").stat().st_size > 5000
+
+
+def test_documents_agree_with_the_csvs() -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["plot", "--check"])

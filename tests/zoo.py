@@ -401,7 +401,7 @@ def gemma_cases() -> list[Case]:
     paligemma2 = span_case("paligemma2", "PaliGemma", (siglip, gemma2, every), projection_dim=WIDTH, attention="eager")
     return [
         span_case("paligemma", "PaliGemma", (siglip, gemma1, every), projection_dim=WIDTH),
-        replace(paligemma2, suite=(3,)),
+        replace(paligemma2, suite=(2,)),
         span_case("gemma3", "Gemma3", (siglip, gemma3, pooled), **options),
     ]
 
@@ -430,22 +430,21 @@ def padded_batch(name: str, recipe: Callable[[torch.dtype], Batch], dtype: torch
 def padded_case(name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], **options: Any) -> Case:
     case = vlm_case(name, model, parts, **options)
     batches = {layout: partial(padded_batch, layout, recipe) for layout, recipe in case.batches.items()}
-    return replace(case, batches=batches, suite=(3,))
+    return replace(case, batches=batches, suite=(3, 4))
 
 
 def padded_cases() -> list[Case]:
-    def vision(family: str) -> Any:
-        return vision_config(f"{family}Vision")
-
+    vision = vision_config("SiglipVision").to_diff_dict()  # of the same fields
+    vision.pop("model_type")
     shuffled, resampled = tile_visuals([1] * 5, GRID**2 // MERGE**2), tile_visuals([1] * 5, 7)
     perceiver = {"hidden_size": WIDTH, "resampler_n_latents": 7, "resampler_depth": 1, "resampler_n_heads": 4}
     perceiver |= {"resampler_head_dim": 8, "num_key_value_heads": 2}
     mistral = text_config("Mistral", sliding_window=None)
-    idefics2 = padded_case("idefics2", "Idefics2", (vision("Idefics2"), mistral, resampled), perceiver_config=perceiver)
+    idefics2 = padded_case("idefics2", "Idefics2", (vision, mistral, resampled), perceiver_config=perceiver)
     return [
-        replace(idefics2, dtype=torch.float32),  # its resampler's norms, which every rank runs, round to that
-        padded_case("idefics3", "Idefics3", (vision("Idefics3"), text_config("Llama"), shuffled), scale_factor=MERGE),
-        padded_case("smolvlm", "SmolVLM", (vision("SmolVLM"), text_config("Llama"), shuffled), scale_factor=MERGE),
+        replace(idefics2, suite=(2,), dtype=torch.float32),  # its resampler rounds to that, on each rank
+        padded_case("idefics3", "Idefics3", (vision, text_config("Llama"), shuffled), scale_factor=MERGE),
+        padded_case("smolvlm", "SmolVLM", (vision, text_config("Llama"), shuffled), scale_factor=MERGE),
     ]
 
 
@@ -471,7 +470,7 @@ def packed_cases() -> list[Case]:
     ids = {"video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END}
     images = {"image": qwen_visuals()["image"]}
     return [
-        replace(case, suite=(3,)),
+        replace(case, suite=(3, 4)),
         # Its position embeddings are interpolated in float32.
         replace(vlm_case("glm4v", "Glm4v", (glm, text.to_dict(), images), **ids), suite=(2,), dtype=torch.float32),
     ]

@@ -43,6 +43,7 @@ class Stack:
     refusal: UnsupportedModelError | None = None
     known: bool = False
     taps: list[nn.Module] = field(default_factory=list)
+    embeddings: nn.Module | None = None  # of a tower, where it interpolates positions by the sizes of all images
     unit: int = 1  # neighbouring tokens that a tap or merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
     spans: Spans | None = None  # where the model around a decoder makes its masks

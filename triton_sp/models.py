@@ -35,6 +35,7 @@ class Family:
     """What can't be read off a part's structure, by the `model_type` of its configuration."""
 
     taps: str | None = None  # modules that the tower runs on the hidden states between its blocks
+    embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
     packs_plain_ids: bool = True  # (B, S) position_ids that restart mark packed documents
     packs_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
 
@@ -43,7 +44,7 @@ FAMILIES: dict[str, Family] = {
     # vision towers
     "clip_vision_model": Family(),
     "dinov2": Family(),
-    "glm4v_vision": Family(),
+    "glm4v_vision": Family(embeddings="embeddings"),
     "idefics2": Family(),  # the towers' own model_type in some versions of transformers
     "idefics2_vision": Family(),
     "idefics3_vision": Family(),
@@ -82,15 +83,15 @@ _GRIDS = (
     Features("get_image_features", "image_token_id", "patches", "patch", ("image_grid_thw",)),
     Features("get_video_features", "video_token_id", "patches", "patch", ("video_grid_thw",)),
 )
-_WHOLE_GRIDS = (  # its embeddings want all patches of an image; one token stands for images and videos
-    Features("get_image_features", "image_token_id", "images", "patch", ("image_grid_thw",)),
-    Features("get_video_features", "image_token_id", "images", "patch", ("video_grid_thw",)),
+_FRAME_GRIDS = (  # frames of videos stand where images do
+    Features("get_image_features", "image_token_id", "patches", "patch", ("image_grid_thw",)),
+    Features("get_video_features", "image_token_id", "patches", "patch", ("video_grid_thw",)),
 )
 
 # By the `model_type` of a composite's configuration: how its features are made and where they go.
 SEAMS: dict[str, tuple[Features, ...]] = {
     "gemma3": (_IMAGES,),
-    "glm4v": _WHOLE_GRIDS,
+    "glm4v": _FRAME_GRIDS,
     "idefics2": (_SAMPLES,),
     "idefics3": (_SAMPLES,),
     "internvl": (_IMAGES,),
@@ -236,6 +237,8 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
         stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
         taps = FAMILIES.get(family, Family()).taps
         stack.taps = list(getattr(owner, taps)) if taps else []
+        embeddings = FAMILIES.get(family, Family()).embeddings
+        stack.embeddings = getattr(owner, embeddings) if embeddings else None
         if not attention:
             stack.attention = _opaque_units(blocks)
         stack.refusal = _refuse_blocks(stack, names)

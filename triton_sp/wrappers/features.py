@@ -174,6 +174,7 @@ def _from_patches(features: Features, override: Override, arguments: dict[str, A
     def prepare(tower: TowerPass, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         tower.outside = "patches"
         tower.cut_patches(patches.choice, patches.streams)
+        tower.frames = patches.frames if stack.embeddings is not None else None
         return args, kwargs | patches.metadata
 
     with active(FeatureCall(prepare, partial(_route, patches, needed))):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class Patches:
         streams: cu_seqlens as the blocks will hand them out, and their values; those of the first block first.
         order: (units,) int64 on the CPU, in which order the tower runs the merge units, or None for their own.
         unit: patches in a merge unit.
+        grid: (images, 3), frames, height and width of each in patches.
     """
 
     group: Group
@@ -40,6 +42,7 @@ class Patches:
     streams: list[tuple[Tensor, Segments]]
     order: Tensor | None
     unit: int
+    grid: Tensor
 
     @property
     def own(self) -> range:
@@ -47,6 +50,16 @@ class Patches:
         if self.choice.plan == "replicate":
             return range(self.choice.shards.total)
         return self.choice.shards.range(self.group.rank)
+
+    @property
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """The frames that this rank has patches of: how many patches, and (1, height, width) of the whole frame."""
+        own, each = self.own, self.grid.repeat_interleave(self.grid[:, 0], 0)
+        starts = [0, *each[:, 1:].prod(-1).cumsum(0).tolist()]
+        counts = [min(stop, own.stop) - max(start, own.start) for start, stop in pairwise(starts)]
+        index = [frame for frame, count in enumerate(counts) if count > 0]
+        counts = self.grid.new_tensor([counts[frame] for frame in index])
+        return counts, each[index].index_fill(1, self.grid.new_zeros(1), 1)
 
     def pick(self, x: Tensor) -> Tensor:
         """This rank's rows of a tensor with a row for each patch."""
@@ -108,7 +121,7 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
     known = [(cu, Segments(tuple(cu.tolist()))) for cu in streams]
     like = torch.empty(0, tower.patch_embed.embed_dim, dtype=next(tower.parameters()).dtype, device=device)
     choice = plan_tower(stack, config, group, known[0][1], like)
-    patches = Patches(group, choice, metadata, known, order, stack.unit)
+    patches = Patches(group, choice, metadata, known, order, stack.unit, grid)
     metadata |= {name: patches.pick(value) for name, value in of_patches.items()}
     if order is not None:  # this rank's units come in the order of windows already
         metadata["window_index"] = torch.arange(len(patches.own) // stack.unit)

@@ -103,6 +103,7 @@ class TowerPass:
         stand_in: this rank has no image of its own, and runs what is outside of the blocks on another's, to no effect.
         layout: how hidden states look outside of the blocks.
         owned: tokens of each rank outside of the blocks, where these are its images'.
+        frames: where patches are cut outside, the frames that this rank has patches of, see `Patches.frames`.
         mask: the one that the first block got; all others must get the same.
         packed: cu_seqlens of a tower that packs images and tells its blocks by a mask, or not at all.
         seqused_k: how many tokens of each image are real, where images are padded.
@@ -116,6 +117,7 @@ class TowerPass:
     tally: Counter[str] = field(default_factory=Counter)
     layout: Layout | None = None
     owned: Shards | None = None
+    frames: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
     packed: Tensor | None = None
     seqused_k: Tensor | None = None

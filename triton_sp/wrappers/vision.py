@@ -46,6 +46,8 @@ def install(stack: Stack, installation: Installation) -> None:
         installation.override(block, _run_block)
     for tap in stack.taps:
         installation.override(tap, _run_tap)
+    if stack.embeddings is not None:
+        installation.override(stack.embeddings, _run_embeddings)
     installation.override(stack.module, _run_tower)
 
 
@@ -53,6 +55,17 @@ def _stack_of(override: Override) -> Stack:
     module = override.module
     towers = override.installation.anatomy.towers
     return next(t for t in towers if t.module is module or any(m is module for m in (*t.blocks, *t.taps)))
+
+
+def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes: Tensor, *places: Tensor) -> Tensor:
+    """GLM-4V interpolates positions by the sizes of the frames that patches are of: it gets those of this rank's."""
+    tower = current(TowerPass)
+    if tower is not None and tower.frames is not None:
+        lengths, shapes = (table.to(hidden.device) for table in tower.frames)
+    if not len(hidden):  # nothing can be interpolated, but the weight must have its gradient
+        module: Any = override.module
+        return hidden + module.position_embedding.weight[:0]
+    return override.original(hidden, lengths, shapes, *places)
 
 
 def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:

@@ -59,15 +59,15 @@ class Features:
         token: the attribute of the model's configuration that holds the placeholder's id.
         cut: how ranks share the work out. "patches": anywhere between merge units; "images": ranks have whole ones;
             "frames": pixels are videos, and ranks have whole frames.
-        entry: what an entry of the pixels is: an image; a sample's images, filled up with images of zeros; or a patch.
-        beside: arguments that have such an entry too; with patches the one with the grid of each image.
+        beside: with patches the argument with the grid of each image; with images arguments with an entry for each too.
+        samples: an entry of the pixels is a sample's images, filled up with images of zeros.
     """
 
     method: str
     token: str
     cut: Literal["patches", "images", "frames"]
-    entry: Literal["image", "sample", "patch"] = "image"
     beside: tuple[str, ...] = ()
+    samples: bool = False
 
 
 @dataclass(eq=False)

@@ -77,15 +77,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 _IMAGES = Features("get_image_features", "image_token_id", "images", beside=("image_sizes",))
-_SAMPLES = Features("get_image_features", "image_token_id", "images", "sample", ("pixel_attention_mask",))
+_SAMPLES = Features("get_image_features", "image_token_id", "images", beside=("pixel_attention_mask",), samples=True)
 _FRAMES = Features("get_video_features", "video_token_id", "frames")
 _GRIDS = (
-    Features("get_image_features", "image_token_id", "patches", "patch", ("image_grid_thw",)),
-    Features("get_video_features", "video_token_id", "patches", "patch", ("video_grid_thw",)),
+    Features("get_image_features", "image_token_id", "patches", beside=("image_grid_thw",)),
+    Features("get_video_features", "video_token_id", "patches", beside=("video_grid_thw",)),
 )
 _FRAME_GRIDS = (  # frames of videos stand where images do
-    Features("get_image_features", "image_token_id", "patches", "patch", ("image_grid_thw",)),
-    Features("get_video_features", "image_token_id", "patches", "patch", ("video_grid_thw",)),
+    _GRIDS[0],
+    Features("get_video_features", "image_token_id", "patches", beside=("video_grid_thw",)),
 )
 
 # By the `model_type` of a composite's configuration: how its features are made and where they go.
@@ -175,12 +175,17 @@ def _find_seam(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dic
     why = "known family" if features else f"how {family} makes its features is not known"
     if len(towers) != 1 or not towers[0].door:
         features, why = (), "more than one vision tower, or one with attention of its own"
-    for feature in features:
-        lacking = not hasattr(composite, feature.method) or not hasattr(composite.config, feature.token)
-        if lacking or (feature.cut == "patches" and not _takes_metadata(composite, towers[0].module)):
-            features, why = (), "this version of transformers cannot be given a part of the patches"
-            break
+    if not all(_can_be_cut(feature, composite, towers[0].module) for feature in features):
+        features, why = (), "this version of transformers makes features otherwise"
     return Seam(names[id(composite)], composite, features, why)
+
+
+def _can_be_cut(features: Features, composite: Any, tower: nn.Module) -> bool:
+    if not hasattr(composite, features.method) or not hasattr(composite.config, features.token):
+        return False
+    if features.cut == "frames":  # the method has to end videos itself; in 5.17 the composite does
+        return "image_newline" in inspect.unwrap(getattr(type(composite), features.method)).__code__.co_names
+    return features.cut == "images" or _takes_metadata(composite, tower)
 
 
 def _takes_metadata(composite: nn.Module, tower: nn.Module) -> bool:
@@ -275,9 +280,14 @@ def _embeds_tokens(owner: nn.Module) -> bool:
 
 
 def _spans(entry: nn.Module, decoder: nn.Module) -> Spans | None:
-    """The masks that the innermost model around a decoder makes for it."""
+    """The masks that the innermost model around a decoder makes for it, as transformers >= 5 composes them: before,
+    sliding windows met spans another way, which is refused then."""
     around: list[Any] = [m for m in entry.modules() if is_hf(m) and m is not decoder and _contains(m, decoder)]
-    return SPANS.get(around[-1].config.model_type) if around else None
+    if not around or around[-1].config.model_type not in SPANS:
+        return None
+    from transformers import masking_utils
+
+    return SPANS[around[-1].config.model_type] if hasattr(masking_utils, "blockwise_overlay") else None
 
 
 def _contains(module: nn.Module, part: nn.Module) -> bool:

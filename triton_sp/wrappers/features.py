@@ -72,7 +72,7 @@ def check_rows(installation: Installation, arguments: Mapping[str, Any], needed:
     seam = installation.anatomy.seam
     assert seam is not None
     for features in seam.features:
-        grid = arguments.get(features.beside[0]) if features.entry == "patch" else None
+        grid = arguments.get(features.beside[0]) if features.cut == "patches" else None
         if grid is not None:
             _check_count(features, merged_rows(grid, installation.anatomy.towers[0]), needed[features.method])
 
@@ -202,24 +202,20 @@ def _take_images(features: Features, pixels: str, arguments: dict[str, Any], gro
     """Leave this rank's images in the arguments, or another's where it has none; return whether it has any."""
     names = [name for name in (pixels, *features.beside) if arguments.get(name) is not None]
     per_sample = arguments.get("batch_num_images")
-    if features.entry == "sample":
+    if features.samples:
         real = arguments[pixels].flatten(0, 1).flatten(1).any(1).nonzero().flatten()
         own = shard_tokens(len(real), group.size).range(group.rank)
         index = real[own.start : own.stop] if own else torch.zeros(1, dtype=torch.long, device=real.device)
         for name in names:
             arguments[name] = arguments[name].flatten(0, 1)[index][:, None]
         return bool(own)
-    entries = len(arguments[features.beside[0]] if features.entry == "patch" else arguments[pixels])
-    own = shard_tokens(entries if per_sample is None else len(per_sample), group.size).range(group.rank)
+    entries = arguments[pixels] if per_sample is None else per_sample
+    own = shard_tokens(len(entries), group.size).range(group.rank)
     taken = own or range(1)
     if per_sample is not None:  # how an image is tiled depends on how many its sample has: samples stay together
         starts = [0, *torch.as_tensor(per_sample).cumsum(0).tolist()]
         arguments["batch_num_images"] = per_sample[taken.start : taken.stop]
         taken = range(starts[taken.start], starts[taken.stop])
-    if features.entry == "patch":
-        starts = [0, *arguments[features.beside[0]].prod(-1).cumsum(0).tolist()]
-        arguments[pixels] = arguments[pixels][starts[taken.start] : starts[taken.stop]]
-        names.remove(pixels)
     for name in names:
         arguments[name] = arguments[name][taken.start : taken.stop]
     return bool(own)

@@ -123,7 +123,7 @@ class TowerPass:
     seqused_k: Tensor | None = None
     choice: Choice | None = None
     streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
-    tables: dict[tuple[int, torch.Size], Tensor] = field(default_factory=dict)
+    tables: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = field(default_factory=dict)
     last_output: Tensor | None = None  # of the block before, while the forward runs
 
     def plan(self, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
@@ -194,10 +194,10 @@ class TowerPass:
         if self.owned is None:
             return pipeline.shard(x, self.stream())
         key = (x.data_ptr(), x.shape)
-        if key not in self.tables:  # every block gets the same
+        if key not in self.tables:  # every block gets the same; x is held, so that its memory is not another's
             own = x[: self.owned.sizes[self.group.rank]]
-            self.tables[key] = pipeline.reshard(own, self.owned, self.stream().shards, self.group)
-        return self.tables[key]
+            self.tables[key] = x, pipeline.reshard(own, self.owned, self.stream().shards, self.group)
+        return self.tables[key][1]
 
     def enter(self, hidden: Tensor) -> Tensor:
         """What the blocks run on, from the hidden states outside."""

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu perf all-plans engines faults compile-table clean
+.PHONY: demo test check gpu perf all-plans engines faults soak compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -36,6 +36,11 @@ engines: .venv/.ready
 # Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
 faults: .venv/.ready
 	$(BIN)/python tests/faults.py
+
+# 10,000 small steps of all kinds, and all parity with every fresh buffer filled with NaN.
+soak: .venv/.ready
+	$(BIN)/python -m pytest -m long tests/test_fuzz.py tests/test_poison.py
+	$(BIN)/python tests/fuzz.py 10000
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready

@@ -61,6 +61,22 @@ def saved_activations(model: nn.Module) -> Iterator[list[int]]:
     size.append(sum(count for place, count in storages.items() if place not in parameters))
 
 
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fill every fresh buffer with NaN, or the largest integer: who reads one before writing it is found out.
+
+    >>> with poisoned_memory():
+    ...     bool(torch.empty(3).isnan().all())
+    True
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fill_uninitialized_memory needs it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def _serve(rank: int, pipe: Connection) -> None:
     """A rank process: runs one job after another, each in a process group of its own."""
     torch.set_num_threads(1)

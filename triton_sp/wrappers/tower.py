@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -268,9 +268,10 @@ def real_tokens(mask: Tensor, hidden: Tensor, block: str) -> Tensor | None:
 class TowerStates(tuple[Tensor, ...]):
     """A tower's `hidden_states`. The ones from between blocks hold a rank's tokens and leave the blocks when read."""
 
-    _tower: TowerPass
+    _tower: TowerPass | None
 
-    def __new__(cls, states: tuple[Tensor, ...], tower: TowerPass) -> TowerStates:
+    # ZeRO 3 makes a new one of what it has read from this one: there all have left the blocks.
+    def __new__(cls, states: Iterable[Tensor], tower: TowerPass | None = None) -> TowerStates:
         self = super().__new__(cls, states)
         self._tower = tower
         return self
@@ -283,6 +284,8 @@ class TowerStates(tuple[Tensor, ...]):
         if isinstance(index, slice):
             return tuple(self[i] for i in range(*index.indices(len(self))))
         state = super().__getitem__(index)
+        if self._tower is None:
+            return state
         # Entry 0 went into the first block and entry n came out of the last: both are as outside of the blocks.
         between = 0 < index % len(self) < len(self._tower.stack.blocks)
         return self._tower.leave(state) if between and state is not None else state

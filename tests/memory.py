@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton_sp
-from triton_sp import models
+from triton_sp import families
 from triton_sp.testing import saved_activations
 
 TEXT = 60
@@ -89,5 +89,5 @@ def held(name: str, wrapped: bool) -> Held:
 
 def held_gathered(name: str) -> Held:
     """With a seam that is not known."""
-    with mock.patch.dict(models.SEAMS, clear=True):
+    with mock.patch.dict(families.SEAMS, clear=True):
         return held(name, True)

@@ -16,7 +16,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
-from triton_sp import SPConfig, errors, models
+from triton_sp import SPConfig, errors, families
 from triton_sp.errors import DisagreementError, GroupError, InputError, UnsupportedModelError
 from triton_sp.testing import RankError
 
@@ -196,7 +196,7 @@ def run_paligemma() -> None:
 
 
 def run_unknown(job: Callable[[], None]) -> None:
-    with mock.patch.dict(models.SPANS, clear=True):
+    with mock.patch.dict(families.SPANS, clear=True):
         job()
 
 

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from triton_sp import models
-from triton_sp.anatomy import Seam
+from triton_sp.anatomy import Seam, Stack
 from triton_sp.errors import SPError
+from triton_sp.families import device_of
 from triton_sp.ops import implementation
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
@@ -105,7 +106,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
         state = f"wrapped, {ranks} rank{'s' * (ranks > 1)} share each batch"
     else:
         state = "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else "")
-    title, attention = f"{type(model).__name__}: {state}", implementation(models.device_of(model))
+    title, attention = f"{type(model).__name__}: {state}", implementation(device_of(model))
     loss = "" if installation is None else loss_implementation(installation)
     try:
         anatomy = installation.anatomy if installation else models.find(model)
@@ -139,7 +140,7 @@ def _last_batch(part: str, installation: Installation) -> str:
     return f"plan {call.choice.plan}, {tokens} tokens, {'; '.join(call.attended)}; {call.choice.why}"
 
 
-def _heads(stack: models.Stack) -> tuple[int, int] | None:
+def _heads(stack: Stack) -> tuple[int, int] | None:
     """(query, key/value) heads as the configuration has them; what counts at run time are the shapes."""
     unit: Any = stack.attention[0] if stack.attention else None
     config = getattr(unit, "config", unit)
@@ -147,7 +148,7 @@ def _heads(stack: models.Stack) -> tuple[int, int] | None:
     return (heads, getattr(config, "num_key_value_heads", None) or heads) if isinstance(heads, int) else None
 
 
-def _row(stack: models.Stack, kind: str, ranks: int | None) -> Row:
+def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
     heads = _heads(stack)
     shown = "" if heads is None else str(heads[0]) if heads[0] == heads[1] else f"{heads[0]}/{heads[1]}"
     share = f"{heads[0] / ranks:.3g}" if heads and ranks else ""

@@ -1,119 +1,32 @@
-"""What a model is made of: vision towers, the decoder, and how each attends. The only file that knows a model's name.
+"""What a model is made of: vision towers, the decoder, and how each attends.
 
 Parts are found by structure: a stack of blocks is the longest list of equal blocks that hold attention; it is a vision
-tower if its model takes pixels and a decoder if its attention is causal. `FAMILIES` adds what structure cannot tell.
-A stack whose blocks hold anything that is not known to work token by token is refused by name.
+tower if its model takes pixels and a decoder if its attention is causal. families.py adds what structure cannot tell.
+A stack whose blocks hold anything that is not known to work token by token is refused by name, see refusals.py.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_sp.anatomy import (
     Anatomy,
     Features,
-    LogitTransform,
     Seam,
-    Spans,
     Stack,
     attention_like,
     is_hf,
     uses_door,
 )
 from triton_sp.errors import UnsupportedModelError
+from triton_sp.families import FAMILIES, SEAMS, Family, spans_of
+from triton_sp.refusals import refuse_blocks, refuse_decoder, refuse_stochastic_depth
 
-
-@dataclass(frozen=True)
-class Family:
-    """What can't be read off a part's structure, by the `model_type` of its configuration."""
-
-    taps: str | None = None  # modules that the tower runs on the hidden states between its blocks
-    embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
-    packs_plain_ids: bool = True  # (B, S) position_ids that restart mark packed documents
-    packs_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
-
-
-FAMILIES: dict[str, Family] = {
-    # vision towers
-    "clip_vision_model": Family(),
-    "dinov2": Family(),
-    "glm4v_vision": Family(embeddings="embeddings"),
-    "idefics2": Family(),  # the towers' own model_type in some versions of transformers
-    "idefics2_vision": Family(),
-    "idefics3_vision": Family(),
-    "internvl_vision": Family(),
-    "pixtral": Family(packs_images=True),
-    "qwen2_vl_vision": Family(),
-    "qwen2_vl": Family(),  # the tower's own model_type in transformers < 5.20
-    "qwen2_5_vl_vision": Family(),
-    "qwen2_5_vl": Family(),
-    "qwen3_vl_vision": Family(taps="deepstack_merger_list"),
-    "qwen3_vl": Family(taps="deepstack_merger_list"),
-    "qwen3_vl_moe_vision": Family(taps="deepstack_merger_list"),
-    "siglip_vision_model": Family(),
-    "smolvlm_vision": Family(),
-    "vit": Family(),
-    # decoders
-    "gemma": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
-    "glm4v_text": Family(packs_plain_ids=False),
-    "gpt_neox": Family(),
-    "llama": Family(),
-    "mistral": Family(),
-    "phi3": Family(),
-    "qwen2": Family(),
-    "qwen2_vl_text": Family(packs_plain_ids=False),
-    "qwen2_5_vl_text": Family(packs_plain_ids=False),
-    "qwen3_vl_text": Family(),
-    "qwen3_vl_moe_text": Family(),
-}
-
-_IMAGES = Features("get_image_features", "image_token_id", "images", beside=("image_sizes",))
-_SAMPLES = Features("get_image_features", "image_token_id", "images", beside=("pixel_attention_mask",), samples=True)
-_FRAMES = Features("get_video_features", "video_token_id", "frames")
-_GRIDS = (
-    Features("get_image_features", "image_token_id", "patches", beside=("image_grid_thw",)),
-    Features("get_video_features", "video_token_id", "patches", beside=("video_grid_thw",)),
-)
-_FRAME_GRIDS = (  # frames of videos stand where images do
-    _GRIDS[0],
-    Features("get_video_features", "image_token_id", "patches", beside=("video_grid_thw",)),
-)
-
-# By the `model_type` of a composite's configuration: how its features are made and where they go.
-SEAMS: dict[str, tuple[Features, ...]] = {
-    "gemma3": (_IMAGES,),
-    "glm4v": _FRAME_GRIDS,
-    "idefics2": (_SAMPLES,),
-    "idefics3": (_SAMPLES,),
-    "internvl": (_IMAGES,),
-    "llava": (_IMAGES,),
-    "llava_next": (_IMAGES,),
-    "llava_onevision": (_IMAGES, _FRAMES),
-    "mistral3": (_IMAGES,),
-    "paligemma": (_IMAGES,),
-    "qwen2_5_vl": _GRIDS,
-    "qwen2_vl": _GRIDS,
-    "qwen3_vl": _GRIDS,
-    "qwen3_vl_moe": _GRIDS,
-    "smolvlm": (_SAMPLES,),
-}
-
-# By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
-SPANS: dict[str, Spans] = {
-    "gemma3": Spans(token_type=1, single=False, cut=True, required=False),  # an image
-    "paligemma": Spans(token_type=0, single=True, cut=False, required=True),  # the prefix: image and prompt
-}
-
-DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
 # What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
 VISION_METADATA = {
     "get_vision_attention_seqlens",
@@ -121,23 +34,6 @@ VISION_METADATA = {
     "get_vision_position_ids",
     "get_vision_window_index",
 }
-_TOKEN_WISE = (
-    "Norm",
-    "Activation",
-    "Dropout",
-    "DropPath",
-    "LayerScale",
-    "Experts",
-    "Router",
-    "Identity",
-    "GELU",
-    "SiLU",
-)
-_BLOCK_PARAMETERS = {
-    "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
-    "position_ids", "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions",
-    "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "kwargs",
-}  # fmt: skip
 
 
 def find(model: nn.Module) -> Anatomy:
@@ -246,19 +142,19 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
         stack.embeddings = getattr(owner, embeddings) if embeddings else None
         if not attention:
             stack.attention = _opaque_units(blocks)
-        stack.refusal = _refuse_blocks(stack, names)
+        stack.refusal = refuse_blocks(stack, names)
         anatomy.towers.append(stack)
-    elif attention and (_spans(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
-        stack.spans = _spans(anatomy.entry, owner)
+    elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
+        stack.spans = spans_of(anatomy.entry, owner)
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
-        stack.refusal = _refuse_decoder(anatomy, stack, names)
+        stack.refusal = refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
     elif attention and _embeds_tokens(owner):
         stack.refusal = UnsupportedModelError(
             name,
             expected="a decoder with causal attention",
             found=f"{type(attention[0]).__name__} with is_causal=False: the model around it makes its masks",
-            remedy="use a causal model, or one whose masks triton_sp/models.py knows",
+            remedy="use a causal model, or one whose masks triton_sp/families.py knows",
         )
         anatomy.decoder = stack
     elif attention:
@@ -279,113 +175,8 @@ def _embeds_tokens(owner: nn.Module) -> bool:
     return isinstance(getattr(owner, "embed_tokens", None), nn.Embedding)
 
 
-def _spans(entry: nn.Module, decoder: nn.Module) -> Spans | None:
-    """The masks that the innermost model around a decoder makes for it, as transformers >= 5 composes them: before,
-    sliding windows met spans another way, which is refused then."""
-    around: list[Any] = [m for m in entry.modules() if is_hf(m) and m is not decoder and _contains(m, decoder)]
-    if not around or around[-1].config.model_type not in SPANS:
-        return None
-    from transformers import masking_utils
-
-    return SPANS[around[-1].config.model_type] if hasattr(masking_utils, "blockwise_overlay") else None
-
-
 def _contains(module: nn.Module, part: nn.Module) -> bool:
     return any(candidate is part for candidate in module.modules())
-
-
-def _refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
-    """The first reason why the blocks of a stack would not compute the same on a shard, or None."""
-    block = stack.blocks[0]
-    unknown = set(inspect.signature(type(block).forward).parameters) - _BLOCK_PARAMETERS - {"self", "x"}
-    if stack.door and unknown:
-        return UnsupportedModelError(
-            names[id(block)],
-            expected=f"a block that takes {sorted(_BLOCK_PARAMETERS - {'kwargs'})}",
-            found=f"parameters {sorted(unknown)}, which may or may not run along the tokens",
-            remedy="add the family to triton_sp/models.py once its blocks are known to be right on a shard",
-        )
-    if not stack.door:
-        return None  # proven by a trial on the first call instead, see wrappers/trial.py
-    modules = [module for block in stack.blocks for module in block.modules()]
-    return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
-
-
-def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelError | None:
-    name = names.get(id(module), type(module).__name__)
-    own = [name for name, _ in module.named_parameters(recurse=False)]
-    leaf = not any(True for _ in module.children())
-    if getattr(module, "drop_prob", 0):
-        return _refuse_stochastic_depth(name, module)
-    if uses_door(module) and own:
-        return UnsupportedModelError(
-            name,
-            expected="attention whose parameters all lie in layers that work token by token",
-            found=f"parameters {own} of its own",
-            remedy="use a model without them; attention sinks and learned biases are not handled yet",
-        )
-    if leaf and not _token_wise(module) and not uses_door(module):
-        return UnsupportedModelError(
-            name,
-            expected="blocks of attention and of layers that work token by token",
-            found=type(module).__name__,
-            remedy="add the layer to triton_sp/models.py if each of its outputs depends on one token alone",
-        )
-    return None
-
-
-def _refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        name,
-        expected="blocks without stochastic depth, which drops images and not tokens",
-        found=f"drop_prob={module.drop_prob}",
-        remedy="set the drop path rate of the configuration to 0",
-    )
-
-
-def _token_wise(module: nn.Module) -> bool:
-    if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
-        return True
-    source = type(module).__module__
-    if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
-        return not attention_like(module)
-    return any(word in type(module).__name__ for word in _TOKEN_WISE)
-
-
-def _refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
-    config: Any = stack.module.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - DECODER_LAYER_TYPES
-    if kinds:
-        return UnsupportedModelError(
-            stack.name,
-            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}",
-            found=f"{sorted(kinds)} in config.layer_types",
-            remedy="use a model without them; their masks are not handled yet",
-        )
-    parameters = inspect.signature(type(stack.module).forward).parameters
-    missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
-    rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
-    if missing or not rotary:
-        return UnsupportedModelError(
-            stack.name,
-            expected="a decoder whose positions enter by rotary embeddings of position_ids",
-            found=f"a {type(stack.module).__name__} without {sorted(missing) or 'a rotary embedding'}",
-            remedy="use a rotary model; ALiBi and learned positions count local tokens",
-        )
-    entry = anatomy.entry
-    head = getattr(entry, "get_output_embeddings", lambda: None)()
-    if entry is not stack.module and head is None and _has_own_head(entry):
-        return UnsupportedModelError(
-            type(entry).__name__,
-            expected="a model that ends in a language-modelling head, or the model without a head",
-            found="a head that picks or pools tokens of the whole sequence",
-            remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
-        )
-    return _refuse_blocks(stack, names)
-
-
-def _has_own_head(entry: nn.Module) -> bool:
-    return any(name in ("score", "classifier", "qa_outputs") for name, _ in entry.named_children())
 
 
 # --- models that are not from Hugging Face -------------------------------------------------------------------------
@@ -415,7 +206,7 @@ def opaque_stack(name: str, owner: nn.Module, blocks: list[nn.Module]) -> Stack:
     modules = [module for block in blocks for module in block.modules()]
     dropping = next((module for module in modules if getattr(module, "drop_prob", 0)), None)
     if dropping is not None:
-        stack.refusal = _refuse_stochastic_depth(name, dropping)
+        stack.refusal = refuse_stochastic_depth(name, dropping)
     batch_norm = next((module for module in modules if isinstance(module, _BatchNorm)), None)
     if batch_norm is not None:
         stack.refusal = UnsupportedModelError(
@@ -447,58 +238,3 @@ def _opaque_units(blocks: list[nn.Module]) -> list[nn.Module]:
         nested = {id(m) for module in inside for m in module.modules() if m is not module}
         units += [module for module in inside if id(module) not in nested] or [block]
     return units
-
-
-def expected_window(attention: nn.Module) -> int | None:
-    """The sliding window that a decoder's mask would apply in the layer of this attention module."""
-    config: Any = attention.config
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    index = getattr(attention, "layer_idx", None)
-    if kinds and index is not None:
-        return window if kinds[index] == "sliding_attention" else None
-    return window
-
-
-def packs_images(tower: Stack) -> bool:
-    """Whether a tower makes one sequence of images of different sizes without telling its blocks where each begins."""
-    return FAMILIES.get(tower.family, Family()).packs_images
-
-
-def packed_images(tower: Stack, arguments: dict[str, Any]) -> torch.Tensor:
-    """cu_seqlens of the patches of such images, from the arguments of the tower."""
-    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
-    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else torch.as_tensor(sizes).tolist()
-    module: Any = tower.module
-    lengths = [(height // module.patch_size) * (width // module.patch_size) for height, width in sizes]
-    return torch.tensor([0, *lengths], device=pixels.device).cumsum(0).to(torch.int32)
-
-
-def packs_plain_ids(decoder: Stack) -> bool:
-    """Whether (B, S) position_ids that restart mark packed documents, as the model's own mask would have it."""
-    return FAMILIES.get(decoder.family, Family()).packs_plain_ids
-
-
-def first_position(composite: nn.Module) -> int:
-    """The position of a sequence's first token, where a composite model numbers them itself."""
-    config: Any = composite.config
-    return 1 if config.model_type == "paligemma" else 0
-
-
-def causal_lm_loss(entry: nn.Module) -> bool:
-    """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
-    loss = getattr(entry, "loss_function", None)
-    return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
-
-
-def logit_transform(entry: nn.Module) -> LogitTransform:
-    """What the configuration says that the model does to its logits; wrappers/head.py holds the model to it."""
-    config: Any = entry.config
-    config = config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes."""
-    return next((p.device for p in module.parameters()), torch.device("cpu"))

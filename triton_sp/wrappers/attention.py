@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from triton_sp import pipeline
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.models import expected_window
+from triton_sp.families import expected_window
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 

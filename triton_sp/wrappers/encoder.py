@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp import comm, models, pipeline
+from triton_sp.anatomy import Anatomy
 from triton_sp.comm import Group
 from triton_sp.errors import DisagreementError, InputError
-from triton_sp.models import Anatomy
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Shards, shard_tokens
 from triton_sp.wrappers import model, vision

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from triton_sp.anatomy import LogitTransform
 from triton_sp.errors import UnsupportedModelError
+from triton_sp.families import device_of, logit_transform
 from triton_sp.loss import head_cross_entropy, liger_fits
-from triton_sp.models import device_of, logit_transform
 from triton_sp.wrappers.install import Installation
 
 PROBE = (-24.0, -3.0, -0.5, 0.0, 1.0, 8.0, 30.0, 200.0)  # exact in every dtype

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from triton_sp.anatomy import Anatomy
 from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import SPError
-from triton_sp.models import Anatomy
 from triton_sp.plan import Shards
 
 _MISSING = "<not set on the instance>"

@@ -19,8 +19,8 @@ from triton_sp.anatomy import Spans
 from triton_sp.cost import find_link
 from triton_sp.errors import InputError
 from triton_sp.failures import Watched, told
+from triton_sp.families import causal_lm_loss, device_of, logit_transform, packs_plain_ids
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
-from triton_sp.models import causal_lm_loss, device_of, logit_transform, packs_plain_ids
 from triton_sp.wrappers.features import check_rows, needed_rows
 from triton_sp.wrappers.head import HeadLoss
 from triton_sp.wrappers.install import Installation, Override

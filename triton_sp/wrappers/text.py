@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_sp.anatomy import Spans
+from triton_sp.anatomy import Spans, Stack
 from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.loss import IGNORE
-from triton_sp.models import Stack
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.attention import redirect

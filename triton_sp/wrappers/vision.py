@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp import pipeline
+from triton_sp.anatomy import Stack
 from triton_sp.errors import InputError, UnsupportedModelError
-from triton_sp.models import Stack, packed_images, packs_images
+from triton_sp.families import packed_images, packs_images
 from triton_sp.pipeline import Stream
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect

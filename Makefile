@@ -8,7 +8,7 @@ demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.ready
 	$(BIN)/ruff check .
@@ -51,11 +51,11 @@ compile-table: .venv/.ready
 	$(BIN)/python tests/compile_table.py
 
 # torch first and by exact version: where a local build of it exists (CPU machines) pip takes that one, and the
-# second install then leaves it alone.
+# second install then leaves it alone. --no-compile: 1 minute instead of 3, most of what is installed is never imported.
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv || (echo "this python has no venv module; on Debian/Ubuntu: apt-get install python3-venv" && exit 1)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[dev]'
 	touch $@
 
 clean:

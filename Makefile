@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check gpu perf all-plans engines faults soak compile-table clean
+.PHONY: demo test check gpu perf all-plans interpreter engines faults soak compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,11 @@ check: .venv/.ready
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:
 	$(PYTHON) -m perf.gpu $(if $(BUDGET),--budget $(BUDGET))
+
+# Long: the kernels in Triton's interpreter, in every dtype.
+interpreter: .venv/.ready
+	cd tests && TRITON_INTERPRET=1 ../$(BIN)/python -m pytest -m "long or not long" --noconftest \
+		attend_cases.py attend_properties.py pack_cases.py splice_cases.py
 
 # Long: every model with every plan.
 all-plans: .venv/.ready

@@ -23,8 +23,19 @@ def states(rows: int, counts: list[int], dim: int, dtype: torch.dtype) -> list[t
     return list(torch.randn(rows, sum(counts), dim, device=DEVICE).to(dtype).split(counts, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("dim", [64, 72, 80, 128, 256])
+# In the interpreter a case takes a second: some, `make interpreter` has the others.
+LONG = [] if DEVICE.type == "cuda" else [pytest.mark.long]
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [(72, torch.float32), (256, torch.float16)]
+    + [
+        pytest.param(dim, dtype, marks=LONG)
+        for dim, dtype in [(64, torch.float32), (80, torch.float32), (128, torch.float32), (256, torch.float32)]
+        + [(dim, torch.float16) for dim in (64, 72, 80, 128)]
+    ],
+)
 def test_legs_of_a_route(dim: int, dtype: torch.dtype) -> None:
     """Fractions of heads, key/value heads for two ranks: copies are bitwise, sums to rounding."""
     work, shards = Segments((0, 30, 75)).work(causal=True), shard_tokens(75, 3)
@@ -56,7 +67,13 @@ def test_legs_of_a_route(dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize(("rope", "norm"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize(("dim", "dtype"), [(72, torch.float32), (128, torch.float32), (64, torch.float16)])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (72, torch.float32),
+        *(pytest.param(dim, dtype, marks=LONG) for dim, dtype in [(128, torch.float32), (64, torch.float16)]),
+    ],
+)
 def test_norm_and_rotation(dim: int, dtype: torch.dtype, rope: bool, norm: bool, interleaved: bool) -> None:
     """Forward, and the gradients of q, k, v and of the norms' weights, against autograd of the formula."""
     work, shards, rows = Segments((0, 35)).work(), shard_tokens(35, 2), 18

@@ -23,8 +23,8 @@ def plans(case: zoo.Case, size: int) -> list[Plan]:
 
 
 def share_of_plans(case: zoo.Case, size: int) -> list[Plan]:
-    """All of them on 2 ranks, on 3 and on 4 a half each; `make all-plans` runs all on each."""
-    return plans(case, size) if size == 2 else plans(case, size)[size - 3 :: 2]
+    """All of them on 2 ranks, on 3 and on 4 a third each; `make all-plans` runs all on each."""
+    return plans(case, size) if size == 2 else plans(case, size)[size - 2 :: 3]
 
 
 SIZES = [(name, size) for name, case in zoo.CASES.items() for size in case.suite if size in case.ranks]

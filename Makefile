@@ -36,7 +36,7 @@ all-plans: .venv/.ready
 engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8' 'peft>=0.18'
 	$(BIN)/python -m pytest -m "long or not long" tests/test_engines.py tests/test_trainer.py tests/test_deepspeed.py \
-		tests/test_peft.py
+		tests/test_peft.py tests/test_torch_compile.py
 
 # Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
 faults: .venv/.ready

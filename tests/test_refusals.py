@@ -61,10 +61,26 @@ def other_settings() -> None:
     triton_sp.wrap(model, config=SPConfig(gradient="sum"))
 
 
+class AddsInPart:
+    """An mpu that tells the size of its sequence group, as DeepSpeed's own does."""
+
+    def get_sequence_parallel_group(self) -> Any:
+        return dist.group.WORLD
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return dist.get_world_size()
+
+
+def mpu_that_adds_in_part() -> None:
+    triton_sp.unwrap(triton_sp.wrap(tiny("Llama"), AddsInPart(), SPConfig(gradient="sum")))  # said which: accepted
+    triton_sp.wrap(tiny("Llama"), AddsInPart())
+
+
 ARGUMENTS: dict[str, tuple[Callable[[], Any], type[errors.SPError], str, str]] = {
     "model": (lambda: triton_sp.wrap("llama"), InputError, "model", "str"),
     "config": (lambda: triton_sp.wrap(tiny("Llama"), None, "mean"), InputError, "config", "str"),
     "gradient": (lambda: SPConfig(gradient="average"), errors.SPError, "SPConfig.gradient", "average"),
+    "mpu": (mpu_that_adds_in_part, InputError, "SPConfig.gradient", "'auto'"),
     "check": (lambda: SPConfig(check=True), errors.SPError, "SPConfig.check", "True"),
     "group": (lambda: triton_sp.wrap(tiny("Llama"), 2), GroupError, "group", "int"),
     "foreign_group": (foreign_group, GroupError, "group", "a group of other ranks"),

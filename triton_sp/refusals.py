@@ -25,7 +25,7 @@ _TOKEN_WISE = (
 )
 _BLOCK_PARAMETERS = {
     "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
-    "position_ids", "past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions",
+    "position_ids", "past_key_values", "past_key_value", "cache", "use_cache", "cache_position", "output_attentions",
     "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "kwargs",
 }  # fmt: skip
 

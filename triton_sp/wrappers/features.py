@@ -8,6 +8,7 @@ rank needs are a range of them, and an all-to-all brings it from those who have 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -112,8 +113,7 @@ def _positions(override: Override, arguments: dict[str, Any], call: TextCall) ->
     composite: Any = override.module
     if hasattr(composite, "compute_3d_position_ids"):
         method = composite.compute_3d_position_ids
-        names = method.__code__.co_varnames[1 : method.__code__.co_argcount]
-        positions = method(**{name: arguments.get(name) for name in names})
+        positions = method(**{name: arguments.get(name) for name in inspect.signature(method).parameters})
         if positions is not None:
             return positions
     first = first_position(composite)

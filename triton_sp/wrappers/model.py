@@ -31,6 +31,7 @@ from triton_sp.wrappers.text import TextCall, lay_out
 # Integer tensors up to so many elements are compared by value, others by shape. With check="first" grids of images
 # still are: towers make their plans of them.
 _CHECKED_VALUES, _ALWAYS_CHECKED = 1 << 22, 1 << 10
+_CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
@@ -159,7 +160,7 @@ def _decodes(override: Override, arguments: dict[str, Any]) -> bool:
     """Whether the call reads or writes a key/value cache, which holds whole sequences."""
     if override.module.training and torch.is_grad_enabled():
         return False  # a step of training: _check_batch refuses a cache there
-    return arguments.get("past_key_values") is not None or bool(arguments.get("use_cache"))
+    return bool(arguments.get("use_cache")) or any(arguments.get(name) is not None for name in _CACHES)
 
 
 def _refuse(arguments: dict[str, Any], *names: str) -> None:
@@ -188,7 +189,7 @@ def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, in
     _refuse(
         arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
     )
-    for name in ("use_cache", "past_key_values"):
+    for name in ("use_cache", *_CACHES):
         if arguments.get(name) not in (None, False):
             raise InputError(
                 name,

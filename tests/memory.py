@@ -16,12 +16,13 @@ import triton_sp
 from triton_sp import families
 from triton_sp.testing import saved_activations
 
-TEXT = 60
+REPEATED = 16  # a number that 4 ranks share evenly
 
 
 class Largest(TorchDispatchMode):
     """The most elements of a floating-point tensor that any operation returns, and its shape. Views of the batch and
-    tensors that are shaped like a weight (gradients) do not count."""
+    tensors that are shaped like a weight (gradients) do not count, nor do masks and scores (S, S), which only one
+    process has."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
         super().__init__()
@@ -34,7 +35,8 @@ class Largest(TorchDispatchMode):
         for x in tree_leaves(out):
             if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape) in self.weights:
                 continue
-            if x.numel() > self.elements and x.untyped_storage().data_ptr() not in self.inputs:
+            square = x.ndim > 1 and x.shape[-1] == x.shape[-2] > REPEATED
+            if x.numel() > self.elements and not square and x.untyped_storage().data_ptr() not in self.inputs:
                 self.elements, self.shape = x.numel(), tuple(x.shape)
         return out
 
@@ -49,30 +51,26 @@ class Held:
     saved: int  # bytes
 
 
+TOKENS = ("input_ids", "labels", "mm_token_type_ids")
+
+
 def long_batch(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One row: some text, and an image or images of some hundred features."""
-    generator = torch.Generator().manual_seed(0)
-    text = zoo.text_row(TEXT, generator)
-    if name.startswith("qwen"):
-        grid = torch.tensor([[1, 46, 50]])
-        patches = int(grid.prod())
-        spans = [patches // zoo.MERGE**2]
-        inputs = {
-            "pixel_values": zoo.pixels(patches, 3 * 2 * zoo.PATCH**2, dtype=dtype),
-            "image_grid_thw": grid,
-        }
-    else:  # images of one tile
-        features = zoo.GRID**2 if name == "llava" else zoo.GRID**2 // zoo.MERGE**2
-        spans = [features] * 48
-        side = zoo.GRID * zoo.PATCH
-        inputs = {"pixel_values": zoo.pixels(48, 3, side, side, dtype=dtype)}
-    row = list(text)
-    for span in spans:
-        row += [zoo.VISION_START, *[zoo.IMAGE] * span, zoo.VISION_END]
-    batch = zoo.collate([row], None) | inputs
-    if name.startswith("qwen"):
-        batch["mm_token_type_ids"] = (batch["input_ids"] == zoo.IMAGE).int()
-    return batch
+    """One row: the family's image of the parity suite and its text, `REPEATED` times; where images are of any size, all
+    of it is one image behind the text."""
+    case = zoo.CASES[name]
+    once = case.batches["plain"](dtype)
+
+    def repeated(dtype: torch.dtype) -> dict[str, Tensor]:
+        # Idefics' and SmolVLM's pictures are (B, most of a sample, ...).
+        along = {key: int(key in TOKENS or "pixel_attention_mask" in once) for key in once}
+        batch = {key: torch.cat([x] * REPEATED, along[key]) for key, x in once.items() if key != "token_type_ids"}
+        if "image_grid_thw" in batch:
+            batch["image_grid_thw"] = once["image_grid_thw"] * torch.tensor([1, REPEATED, 1])
+            order = (batch["input_ids"] == zoo.IMAGE).int().argsort(dim=1, stable=True)
+            batch |= {key: batch[key].gather(1, order) for key in TOKENS}
+        return batch
+
+    return zoo.marked(repeated, "paligemma" in name, dtype) if "token_type_ids" in once else repeated(dtype)
 
 
 def held(name: str, wrapped: bool) -> Held:

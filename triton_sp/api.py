@@ -69,6 +69,15 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
         if stack.refusal is not None:
             raise stack.refusal
     installation = Installation(resolved, config, anatomy)
+    # On one rank the model is right as it is, unless it is asked for another loss.
+    if resolved.size > 1 or config.chunked_loss or config.label_smoothing:
+        _install(installation)
+    mark(anatomy.entry, installation)
+    return model_
+
+
+def _install(installation: Installation) -> None:
+    anatomy = installation.anatomy
     for tower in anatomy.towers:
         vision.install(tower, installation)
     if anatomy.decoder is not None:
@@ -76,8 +85,6 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     if anatomy.seam is not None and anatomy.seam.features:
         features.install(anatomy.seam, installation)
     installation.override(anatomy.entry, model.run_model)
-    mark(anatomy.entry, installation)
-    return model_
 
 
 def _mean_if_known(group: Any) -> Literal["mean"]:

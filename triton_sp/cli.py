@@ -16,7 +16,7 @@ from triton_sp.calibrate import measure_link
 
 # What is done by the files of a checkout, which an installed package does not have.
 CHECKOUT = {
-    "sweep": "measure speed, bytes and memory: triton-sp sweep kernels|exchange|model|fuse|scale|single_rank [--quick]",
+    "sweep": "measure speed, bytes and memory: triton-sp sweep NAME [--quick]; triton-sp sweep --help lists them",
     "plot": "plots and tables of what sweeps have measured: triton-sp plot [--check]",
 }
 

@@ -8,38 +8,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
-def allowed_keys(rows: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Which key each row of one segment may see, or None where every row sees every key.
+def visible_keys(rows: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """The first key that each row of one segment sees, and the one past its last: (2, rows).
 
-    Returns a bool tensor (rows, keys). The last row is aligned with the last key (bottom-right), as in FlashAttention
-    >= 2.1. `window` counts the keys a row may see behind and including its own position; without `causal` it reaches
-    as far ahead as behind.
+    The last row is aligned with the last key (bottom-right), as in FlashAttention >= 2.1. `window` counts the keys a
+    row may see behind and including its own position; without `causal` it reaches as far ahead as behind.
 
-    >>> allowed_keys(2, 3, causal=True, window=2, device=torch.device("cpu")).int().tolist()
-    [[1, 1, 0], [0, 1, 1]]
+    >>> visible_keys(2, 3, causal=True, window=2, device=torch.device("cpu")).tolist()
+    [[0, 1], [2, 3]]
     """
-    if not causal and window is None:
-        return None
-    row = torch.arange(rows, device=device)[:, None] + (keys - rows)
-    key = torch.arange(keys, device=device)[None, :]
-    allowed = torch.ones(rows, keys, dtype=torch.bool, device=device)
+    own = torch.arange(rows, device=device) + (keys - rows)
+    first = torch.zeros_like(own) if window is None else own - window + 1
+    stop = torch.full_like(own, keys)
     if causal:
-        allowed &= key <= row
-    if window is not None:
-        allowed &= key > row - window
-        if not causal:
-            allowed &= key < row + window
-    return allowed
+        stop = own + 1
+    elif window is not None:
+        stop = own + window
+    return torch.stack([first, stop]).clamp(0, keys)
 
 
 def _attend_segment(
-    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, allowed: Tensor | None, *, softcap: float, scale: float
+    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, visible: Tensor, softcap: float, scale: float
 ) -> tuple[Tensor, Tensor]:
     """One segment by the textbook formula. Returns out (L, H, D) and log-sum-exp (L, H), both fp32 or wider."""
     wide = torch.promote_types(q_LHD.dtype, torch.float32)
@@ -49,12 +46,25 @@ def _attend_segment(
     scores = q @ k.transpose(1, 2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -math.inf)
+    (first, stop), key = visible[..., None], torch.arange(len(k_LKD), device=k_LKD.device)
+    scores = scores.masked_fill((key < first) | (key >= stop), -math.inf)
     lse = torch.logsumexp(scores, -1)
     # A row without any key has lse = -inf; its probabilities are 0 by definition, not exp(-inf + inf).
     weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     return (weights @ v).transpose(0, 1), lse.transpose(0, 1)
+
+
+def _attend_segment_by_rows(
+    q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, visible: Tensor, softcap: float, scale: float
+) -> Tensor:
+    """The same in O(L) memory, the backward's too: D rows at a time, so that their scores are as large as the keys, and
+    are formed again in the backward."""
+    attend, rows = partial(checkpoint, use_reentrant=False, preserve_rng_state=False), q_LHD.shape[2]
+    parts = [
+        attend(_attend_segment, q, k_LKD, v_LKD, seen, softcap, scale)[0]
+        for q, seen in zip(q_LHD.split(rows), visible.split(rows, 1), strict=True)
+    ]
+    return torch.cat(parts)
 
 
 def _attend_segment_sdpa(q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, *, causal: bool, scale: float) -> Tensor:
@@ -83,7 +93,8 @@ def varlen_attention(
     """Attention inside each segment; see `ops.varlen_attention` for the arguments and the meaning.
 
     `exact=True` is the oracle: the textbook formula in fp32 or wider, and the log-sum-exp (T, H) beside the output.
-    `exact=False` is the CPU path: the same result through SDPA where SDPA can express it, and no log-sum-exp.
+    `exact=False` is the CPU path: the same result in O(T) memory, through SDPA where SDPA can express it, and no
+    log-sum-exp.
     """
     outs: list[Tensor] = []
     lses: list[Tensor] = []
@@ -97,14 +108,15 @@ def varlen_attention(
             outs.append(_attend_segment_sdpa(q, k, v, causal=causal, scale=scale))
             continue
         if key_ranges is None:
-            allowed = allowed_keys(len(q), len(k), causal=causal, window=window, device=q.device)
+            visible = visible_keys(len(q), len(k), causal=causal, window=window, device=q.device)
         else:
-            first, stop = key_ranges[:, cu_seqlens_q[i] : cu_seqlens_q[i + 1], None] - cu_seqlens_k[i]
-            key = torch.arange(len(k), device=q.device)
-            allowed = (key >= first) & (key < stop)
-        out, lse = _attend_segment(q, k, v, allowed, softcap=softcap, scale=scale)
+            visible = key_ranges[:, cu_seqlens_q[i] : cu_seqlens_q[i + 1]] - cu_seqlens_k[i]
+        if exact:
+            out, lse = _attend_segment(q, k, v, visible, softcap, scale)
+            lses.append(lse)
+        else:
+            out = _attend_segment_by_rows(q, k, v, visible, softcap, scale)
         outs.append(out.to(q_THD.dtype))
-        lses.append(lse)
     slack = total - int(cu_seqlens_q[-1])
     if slack:
         outs.append(q_THD.new_zeros(slack, q_THD.shape[1], v_TKD.shape[2]))

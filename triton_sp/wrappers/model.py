@@ -35,10 +35,8 @@ _CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, 
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a wrapped model. On one rank, and with a key/value cache, it is the model's own."""
-    installation, config = override.installation, override.installation.config
-    if installation.group.size == 1 and not (config.chunked_loss or config.label_smoothing):
-        return override.original(*args, **kwargs)
+    """The forward of a wrapped model. With a key/value cache it is the model's own."""
+    installation = override.installation
     arguments = _bind(override, args, kwargs)
     with_decoder = installation.anatomy.decoder is not None
     if with_decoder and _decodes(override, arguments):

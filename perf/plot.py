@@ -120,6 +120,16 @@ def fuse_table(rows: pd.DataFrame) -> str:
     return markdown(["P", "kind", "way", "MB sent, forward", "backward", "largest tensor, MB", "peak, MB"], lines)
 
 
+def agree_table(rows: pd.DataFrame) -> str:
+    """What a check costs: of each, the rank that waits longest."""
+    lines = []
+    for (ranks, tokens, check), part in rows.groupby(["ranks", "tokens", "provider"], sort=False):
+        most = part.loc[part["median_ms"].idxmax()]
+        time = f"{most['median_ms']:.2f} ({most['p20_ms']:.2f}-{most['p80_ms']:.2f})"
+        lines.append([f"`{check}`", str(ranks), f"{tokens:,}", f"{most['sent_bytes']:,.0f}", time])
+    return markdown(["setting", "P", "tokens of the batch", "bytes a rank sends", "ms (p20-p80)"], lines)
+
+
 def scale_table(rows: pd.DataFrame) -> str:
     """Bytes and times by formula."""
     lines = []
@@ -168,6 +178,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "overhead": (overhead_table, _cpu("model")),
     "exchange": (exchange_table, _cpu("exchange")),
     "fuse": (fuse_table, _cpu("fuse")),
+    "agree": (agree_table, _cpu("agree")),
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
 }

@@ -21,6 +21,7 @@ SWEEPS = {
     "exchange": "an attention layer on 1, 2 and 4 ranks, beside DeepSpeed's",
     "model": "whole models on 1, 2 and 4 ranks, beside DeepSpeed AutoSP and ALST",
     "fuse": "the seam between tower and language model, routed and by gather-then-slice",
+    "agree": "what the comparison of the ranks' inputs costs",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
     "single_rank": "one rank of 8 of an 8B model on 1M visual tokens: its memory, its time",
 }

@@ -30,12 +30,14 @@ def deepspeed() -> Iterator[Any]:
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(DS_ACCELERATOR="cpu", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, DEEPSPEED_LOG_LEVEL="error")
     import deepspeed
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
     from deepspeed.utils import groups
 
     try:
         yield deepspeed
     finally:
         groups.mpu = groups._WORLD_GROUP = deepspeed.comm.comm.cdb = None
+        parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
 def start(deepspeed: Any, model: torch.nn.Module, stage: int, mpu: Any) -> Any:
@@ -50,7 +52,21 @@ def whole_weights(deepspeed: Any, engine: Any) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in parameters.items()}
 
 
-def train(name: str, with_mpu: bool) -> dict[int, float]:
+def divide(deepspeed: Any, whose: str) -> tuple[Any, Any]:
+    """Two ranks a group: what `wrap` is given, and what DeepSpeed is."""
+    if whose == "deepspeed":
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+        deepspeed.comm.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+        if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+            parallel_state_sp.initialize_sequence_parallel(2)
+        return parallel_state_sp, parallel_state_sp
+    group = dist.new_subgroups(2)[0]
+    mpu = triton_sp.mpu(group) if whose == "triton_sp" else None
+    return mpu or group, mpu
+
+
+def train(name: str, whose_mpu: str) -> dict[int, float]:
     """By ZeRO stage the worst relative difference of a weight's change, against one process."""
     case, size = zoo.CASES[name], dist.get_world_size()
     model, errors = case.build(torch.float32), {}
@@ -61,9 +77,10 @@ def train(name: str, with_mpu: bool) -> dict[int, float]:
     with deepspeed() as library:
         for stage in (0, 1, 2, 3):
             copied = copy.deepcopy(model)
-            group = dist.new_subgroups(2)[0]
-            mpu = triton_sp.mpu(group) if with_mpu else None
-            triton_sp.wrap(copied, mpu or group)
+            group, mpu = divide(library, whose_mpu)
+            # With its own mpu stages 0 to 2 add over the group, and 3 averages.
+            adds = whose_mpu == "deepspeed" and stage < 3
+            triton_sp.wrap(copied, group, triton_sp.SPConfig(gradient="sum" if adds else "mean"))
             engine = start(library, copied, stage, mpu)
             for _ in range(test_engines.STEPS):
                 engine.backward(engine(**inputs[dist.get_rank() // 2]).loss)

@@ -10,9 +10,11 @@ import deepspeed_jobs
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 
-@pytest.mark.parametrize(("size", "with_mpu"), [(2, True), (4, True), (4, False)])
-def test_weights_after_training(ranks, size: int, with_mpu: bool) -> None:
-    for errors in ranks.run(deepspeed_jobs.train, "qwen2_5_vl", with_mpu, ranks=size, timeout=1000):
+@pytest.mark.parametrize(
+    ("size", "whose_mpu"), [(2, "triton_sp"), (4, "triton_sp"), (4, "none"), (2, "deepspeed"), (4, "deepspeed")]
+)
+def test_weights_after_training(ranks, size: int, whose_mpu: str) -> None:
+    for errors in ranks.run(deepspeed_jobs.train, "qwen2_5_vl", whose_mpu, ranks=size, timeout=1000):
         assert set(errors) == {0, 1, 2, 3} and max(errors.values()) < 2e-4, errors
 
 

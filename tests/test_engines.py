@@ -83,7 +83,7 @@ def run(name: str, engine: str) -> float:
     return worst
 
 
+@pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("engine", ["loop", "ddp", "fsdp_before", "fsdp_after"])
-def test_weights_after_training(ranks, engine: str) -> None:
-    size = 2 if engine == "loop" else 4
+def test_weights_after_training(ranks, engine: str, size: int) -> None:
     assert max(ranks.run(run, "qwen2_5_vl", engine, ranks=size)) < 2e-4

@@ -29,7 +29,10 @@ ALIKE = {
     "idefics2": 1.8,
     "smolvlm": 3.01,
 }
-CASES = [*LARGEST, *(pytest.param(name, marks=pytest.mark.long) for name in ALIKE)]
+CASES = [
+    *(name for name in LARGEST if name not in zoo.GATHERED),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ALIKE),
+]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -29,10 +29,8 @@ def test_autocast(ranks, name: str) -> None:
 LAYERS = r".*(q_proj|k_proj|v_proj|fc1|fc2|linear_1|linear_2|gate_proj|down_proj|qkv|merger\.mlp\.0)"
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("order", ["wrap_first", "peft_first"])
 @pytest.mark.parametrize("checkpointing", ["none", "reentrant", "non_reentrant"])
 def test_lora(ranks, name: str, order: str, checkpointing: str) -> None:
-    pytest.importorskip("peft", reason="make engines installs it")
     assert max(ranks.run(peft_jobs.lora, name, order, checkpointing, LAYERS, ranks=2)) < 1e-6

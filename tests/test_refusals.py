@@ -192,7 +192,7 @@ def test_models(ranks, name: str) -> None:
 
 def gemma3() -> nn.Module:
     vision = zoo.vision_config("SiglipVision", 4, vision_use_head=False)
-    text = hf.Gemma3TextConfig(**zoo.text_config("Gemma").to_diff_dict() | {"layer_types": None, "head_dim": 8})
+    text = zoo.text_config("Gemma3Text")
     return composite("Gemma3", vision, text, mm_tokens_per_image=4, image_token_index=zoo.IMAGE)
 
 

@@ -9,7 +9,7 @@ from triton_sp.errors import InputError
 from triton_sp.testing import RankError
 
 
-@pytest.mark.parametrize(("groups", "samples"), [(1, 5), pytest.param(2, 7, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("groups", "samples"), [(1, 5), (2, 7)])
 def test_trainer(ranks, groups: int, samples: int) -> None:
     """Weights, the logged loss, and the loss of an evaluation; with samples that do not fill the last step."""
     for error in ranks.run(trainer.train, groups, samples, ranks=2 * groups):

@@ -8,6 +8,7 @@ Sizes are chosen to be awkward. Patch counts, and the number of real tokens of a
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -189,6 +190,7 @@ LAYOUTS: dict[str, list[list[int | str]]] = {
     "right_pad": [[12], [6, "image", 2, "image", 3], [2, "image", 1, "image", 1, "image", 5]],
     "position_ids": [[4, "image", 3], [2, "image", 8, "image", 1, "image", 2, "image", 4]],
     "no_images": [[11], [26]],
+    "video": [[4, "video", 3], [5]],
     "image_and_video": [[4, "video", 3, "image", 6], [2, "image", 5, "image", 7, "image", 1, "image", 2]],
 }
 
@@ -235,7 +237,7 @@ def vlm_case(
     name: str, model: str, parts: tuple[Any, Any, dict[str, Visuals]], unused=(), attention="sdpa", **options: Any
 ) -> Case:
     vision, text, families = parts
-    names = [batch for batch in LAYOUTS if "video" in families or batch != "image_and_video"]
+    names = [batch for batch in LAYOUTS if "video" not in batch or (batch != "video" and "video" in families)]
     batches = {batch: partial(vlm_batch, batch, families, name.startswith(("qwen", "glm"))) for batch in names}
     config = getattr(hf, f"{model}Config")(vision_config=vision, text_config=text, image_token_id=IMAGE, **options)
     return Case(name, "vlm", partial(build, f"{model}ForConditionalGeneration", config, attention), batches, unused)
@@ -305,6 +307,7 @@ def onevision_visuals() -> dict[str, Visuals]:
 # --- the cases ---------------------------------------------------------------------------------------------------
 
 WIDTH = HEADS * 8  # of Qwen's towers and of the text models
+ROPE = "rope_parameters" if hasattr(hf.Qwen2VLTextConfig(), "rope_parameters") else "rope_scaling"  # before 5
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 FACTORS = {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "factor": 4.0}
 LONGROPE = FACTORS | {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16}
@@ -317,9 +320,9 @@ def qwen_cases() -> list[Case]:
     # Windows of 2x2 merged tokens, ragged at the edges; the middle block sees whole images.
     qwen2_5 = wide | {"window_size": 2 * MERGE * PATCH, "fullatt_block_indexes": [1]}
     qwen3 = wide | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    text2 = text_config("Qwen2VLText", rope_parameters=MROPE)
-    text2_5 = text_config("Qwen2_5_VLText", kv_heads=1, rope_parameters=MROPE)
-    interleaved = {"rope_parameters": MROPE | {"mrope_interleaved": True}}
+    text2 = text_config("Qwen2VLText", **{ROPE: MROPE})
+    text2_5 = text_config("Qwen2_5_VLText", kv_heads=1, **{ROPE: MROPE})
+    interleaved = {ROPE: MROPE | {"mrope_interleaved": True}}
     text3 = text_config("Qwen3VLText", layers=3, **interleaved)
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
     text3_moe = text_config("Qwen3VLMoeText", kv_heads=4, **interleaved, **experts)
@@ -460,20 +463,36 @@ def pixtral_visuals() -> dict[str, Visuals]:
     return {"image": Visuals([[height * width // MERGE**2] for height, width in grids], inputs)}
 
 
+def frames_as_images(recipe: Callable[[torch.dtype], Batch], dtype: torch.dtype) -> Batch:
+    """GLM-4V's placeholders are the same in images and in frames of videos, of which a batch has one or the other."""
+    batch = recipe(dtype)
+    return batch | {"input_ids": batch["input_ids"].where(batch["input_ids"] != VIDEO, IMAGE)}
+
+
 def packed_cases() -> list[Case]:
     pixtral = vision_config("PixtralVision", grid=14)
     mistral = text_config("Mistral", sliding_window=None)
     case = vlm_case("mistral3", "Mistral3", (pixtral, mistral, pixtral_visuals()), spatial_merge_size=MERGE)
     glm = {"num_heads": HEADS, "patch_size": PATCH, "spatial_merge_size": MERGE, "hidden_size": WIDTH, "depth": 2}
     glm |= {"intermediate_size": 80, "out_hidden_size": WIDTH, "image_size": 8 * PATCH}
-    text = text_config("Glm4vText", kv_heads=2, rope_parameters=MROPE)
+    text = text_config("Glm4vText", kv_heads=2, **{ROPE: MROPE})
     ids = {"video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END}
-    images = {"image": qwen_visuals()["image"]}
+    visuals = qwen_visuals(frame_spans=True)
+    glm4v = vlm_case("glm4v", "Glm4v", (glm, text.to_dict(), {"image": visuals["image"]}), **ids)
+    video = partial(frames_as_images, partial(vlm_batch, "video", visuals, True))
     return [
         replace(case, suite=(3, 4)),
         # Its position embeddings are interpolated in float32.
-        replace(vlm_case("glm4v", "Glm4v", (glm, text.to_dict(), images), **ids), suite=(2,), dtype=torch.float32),
+        replace(glm4v, batches={**glm4v.batches, "video": video}, suite=(2,), dtype=torch.float32),
     ]
+
+
+# Whose features every rank gets whole: LLaVA-OneVision's, where the composite and not the method ends videos (5.17).
+GATHERED = (
+    set()
+    if "image_newline" in inspect.unwrap(hf.LlavaOnevisionModel.get_video_features).__code__.co_names
+    else {"llava_onevision"}
+)
 
 
 def vision_cases() -> list[Case]:

@@ -38,6 +38,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl_vision": Family(taps="deepstack_merger_list"),
     "qwen3_vl": Family(taps="deepstack_merger_list"),
     "qwen3_vl_moe_vision": Family(taps="deepstack_merger_list"),
+    "qwen3_vl_moe": Family(taps="deepstack_merger_list"),
     "siglip_vision_model": Family(),
     "smolvlm_vision": Family(),
     "vit": Family(),

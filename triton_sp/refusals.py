@@ -82,6 +82,8 @@ def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
 def _token_wise(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
         return True
+    if "position_ids" in inspect.signature(type(module).forward).parameters:
+        return True  # rotary embeddings: they turn each token by its own position
     source = type(module).__module__
     if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
         return not attention_like(module)

@@ -192,8 +192,10 @@ def _route(patches: Patches, needed: Shards, tower: TowerPass, out: Any) -> Any:
 def _from_images(features: Features, override: Override, arguments: dict[str, Any], needed: Shards) -> Any:
     """Ranks share out the images; one without any runs the first, to no effect, so that it takes part in everything."""
     group = override.installation.group
-    owns = _take_images(features, next(iter(override.__signature__.parameters)), arguments, group)
-    with active(_share_images(stand_in=not owns)):
+    name = next(iter(override.__signature__.parameters))
+    whole = arguments[name].shape
+    owns = _take_images(features, name, arguments, group)
+    with active(_share_images(whole, stand_in=not owns)):
         out = override.original(**arguments)
     return _with_rows(out, lambda rows: _deliver(rows if owns else rows[:0], features, needed, group))
 
@@ -226,11 +228,11 @@ def _from_frames(features: Features, override: Override, arguments: dict[str, An
     the last frame of each video."""
     group = override.installation.group
     name = next(iter(override.__signature__.parameters))
-    videos, frames = arguments[name].shape[:2]
+    videos, frames = (whole := arguments[name].shape)[:2]
     own = shard_tokens(videos * frames, group.size).range(group.rank)
     taken = own or range(1)
     arguments[name] = arguments[name].flatten(0, 1)[taken.start : taken.stop][None]
-    with active(_share_images(stand_in=not own)):
+    with active(_share_images(whole, stand_in=not own)):
         out = override.original(**arguments)
 
     def deliver(rows: Tensor) -> Tensor:
@@ -242,9 +244,11 @@ def _from_frames(features: Features, override: Override, arguments: dict[str, An
     return _with_rows(out, deliver)
 
 
-def _share_images(stand_in: bool) -> FeatureCall:
+def _share_images(pixels: torch.Size, stand_in: bool) -> FeatureCall:
+    """Of pixels of the whole batch, (..., channels, height, width)."""
+
     def prepare(tower: TowerPass, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tower.outside, tower.stand_in = "images", stand_in
+        tower.outside, tower.stand_in, tower.pixels = "images", stand_in, pixels
         return args, kwargs
 
     return FeatureCall(prepare, lambda tower, out: out)

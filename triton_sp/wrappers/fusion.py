@@ -222,18 +222,12 @@ class FusionAdapter(nn.Module):
     ) -> tuple[Layout, Tensor, Tensor]:
         """The layout of the batch, and of each token of the visual stream its owner and the row that has it there."""
         places = self.placeholders(ids)
-        rank = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
-        row = torch.arange(len(rank)) - torch.tensor(Shards(tuple(held)).starts)[rank]
-        if by_sample:
-            used = places.any(1).nonzero()
-            row = (used * torch.tensor(held)[rank] + row).flatten()
-            rank = rank.expand(len(used), -1).flatten()
+        used = places.any(1)
         widths = torch.ones_like(ids)
         widths[places] = self._widths(places, sum(held), by_sample, lengths)
-        found = int(widths[places].sum())
         samples = widths.where(places, 0).sum(1)
-        uneven = by_sample and bool((samples[places.any(1)] != sum(held)).any())
-        if uneven or found != len(rank):
+        uneven = by_sample and bool((samples[used] != sum(held)).any())
+        if uneven or int(samples.sum()) != sum(held) * (int(used.sum()) if by_sample else 1):
             raise InputError(
                 "visual_features",
                 expected=f"{samples.tolist()} features of the samples, as many as their placeholders stand for",
@@ -242,6 +236,11 @@ class FusionAdapter(nn.Module):
                 "one stream (v, C)",
                 rank=self.group.rank,
             )
+        rank = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
+        row = torch.arange(len(rank)) - torch.tensor(Shards(tuple(held)).starts)[rank]
+        if by_sample:
+            row = (used.nonzero() * torch.tensor(held)[rank] + row).flatten()
+            rank = rank.expand(int(used.sum()), -1).flatten()
         totals = widths.sum(1)
         source = torch.full((len(ids), int(totals.max()) if len(ids) else 0), -1)
         for line, width, total in zip(source, widths, totals.tolist(), strict=True):

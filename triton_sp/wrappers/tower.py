@@ -25,13 +25,14 @@ from triton_sp import comm, pipeline
 from triton_sp.anatomy import Stack
 from triton_sp.comm import ALONE, Group
 from triton_sp.cost import Choice
-from triton_sp.errors import UnsupportedModelError
+from triton_sp.errors import DisagreementError, UnsupportedModelError
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import SPConfig
 from triton_sp.wrappers.planning import plan_tower
 
 Outside = Literal["whole", "images", "patches"]
+_EXTRA = 64  # tokens of an image beside its patches: CLS, registers
 
 
 @dataclass
@@ -101,6 +102,7 @@ class TowerPass:
 
     Attributes:
         stand_in: this rank has no image of its own, and runs what is outside of the blocks on another's, to no effect.
+        pixels: the shape of those of the whole batch where ranks have images of their own: it bounds what they tell.
         layout: how hidden states look outside of the blocks.
         owned: tokens of each rank outside of the blocks, where these are its images'.
         frames: where patches are cut outside, the frames that this rank has patches of, see `Patches.frames`.
@@ -114,6 +116,7 @@ class TowerPass:
     config: SPConfig
     outside: Outside = "whole"
     stand_in: bool = False
+    pixels: torch.Size = torch.Size()
     tally: Counter[str] = field(default_factory=Counter)
     layout: Layout | None = None
     owned: Shards | None = None
@@ -155,15 +158,29 @@ class TowerPass:
         lengths = [] if self.stand_in else [stop - start for start, stop in pairwise(own.starts)]
         used = lengths if self.seqused_k is None else self.seqused_k.tolist()[: len(lengths)]
         most = max(count for (count,) in comm.integers_of_all([len(lengths)], self.group))
+        self._expect(most <= self.pixels[:-3].numel(), "images", most)
         filled = [(*pair, 1) for pair in zip(lengths, used, strict=True)] + [(0, 0, 0)] * (most - len(lengths))
         told = comm.integers_of_all([number for entry in filled for number in entry], self.group)
         ranks = [[tuple(row[i : i + 2]) for i in range(0, len(row), 3) if row[i + 2]] for row in told]
         self.owned = Shards(tuple(sum(length for length, _ in rank) for rank in ranks))
         images = [image for rank in ranks for image in rank]
+        longest = max(max(image) for image in images)
+        self._expect(longest <= self.pixels[-2:].numel() + _EXTRA, "tokens of an image", longest)
         assert self.layout is not None
         real = torch.tensor([real for _, real in images], dtype=torch.int32, device=self.layout.device)
         self.seqused_k = real if any(length != real for length, real in images) else None
         return Segments((0, *accumulate(length for length, _ in images)))
+
+    def _expect(self, plausible: bool, what: str, found: int) -> None:
+        """What other ranks tell of their images, before memory is taken for it."""
+        if not plausible:
+            raise DisagreementError(
+                "pixel_values",
+                expected=f"ranks that have parts of one batch, pixels of shape {tuple(self.pixels)}",
+                found=f"{found} {what} on a rank",
+                remedy="pass every rank of the group the same batch",
+                rank=self.group.rank,
+            )
 
     def cut_patches(self, choice: Choice, streams: list[tuple[Tensor, Segments]]) -> None:
         """Settle the cut before the patches are embedded, and the segments that blocks will ask for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import parity
 import pytest
@@ -14,7 +15,8 @@ import zoo
 from torch import nn
 
 import triton_sp
-from triton_sp.errors import InputError
+from triton_sp import comm
+from triton_sp.errors import DisagreementError, InputError
 from triton_sp.testing import RankError, relative_error
 
 Batch = dict[str, Any]
@@ -117,3 +119,26 @@ def test_placeholders_that_do_not_match(ranks, name: str) -> None:
     for error in caught.value.errors.values():
         assert isinstance(error, InputError) and error.field == "image_token"
         assert "placeholders" in error.expected
+
+
+def tell(number: int) -> None:
+    """The last rank says that it has so many images."""
+    ask, asked = comm.integers_of_all, 0
+
+    def lie(values: list[int], group: comm.Group) -> list[list[int]]:
+        nonlocal asked
+        asked += 1
+        return ask([number] if asked == 1 and group.rank == group.size - 1 else values, group)
+
+    model, batch = build("llava", "plain")
+    triton_sp.wrap(model)
+    with mock.patch.object(comm, "integers_of_all", lie):
+        model(**batch)
+
+
+def test_images_that_there_cannot_be(ranks) -> None:
+    """No memory is taken for what another rank only says that it has."""
+    with pytest.raises(RankError) as caught:
+        ranks.run(tell, 10**12, ranks=2)
+    for error in caught.value.errors.values():
+        assert isinstance(error, DisagreementError) and "1000000000000 images" in error.found

@@ -248,7 +248,7 @@ def _share_images(pixels: torch.Size, stand_in: bool) -> FeatureCall:
     """Of pixels of the whole batch, (..., channels, height, width)."""
 
     def prepare(tower: TowerPass, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tower.outside, tower.stand_in, tower.pixels = "images", stand_in, pixels
+        tower.outside, tower.stand_in, tower.pixels = "images", stand_in, tuple(pixels)
         return args, kwargs
 
     return FeatureCall(prepare, lambda tower, out: out)

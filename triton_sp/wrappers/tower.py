@@ -10,6 +10,7 @@ Outside, where the tower embeds patches and the model projects its result, one o
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ class TowerPass:
     config: SPConfig
     outside: Outside = "whole"
     stand_in: bool = False
-    pixels: torch.Size = torch.Size()
+    pixels: tuple[int, ...] = ()
     tally: Counter[str] = field(default_factory=Counter)
     layout: Layout | None = None
     owned: Shards | None = None
@@ -158,14 +159,14 @@ class TowerPass:
         lengths = [] if self.stand_in else [stop - start for start, stop in pairwise(own.starts)]
         used = lengths if self.seqused_k is None else self.seqused_k.tolist()[: len(lengths)]
         most = max(count for (count,) in comm.integers_of_all([len(lengths)], self.group))
-        self._expect(most <= self.pixels[:-3].numel(), "images", most)
+        self._expect(most <= math.prod(self.pixels[:-3]), "images", most)
         filled = [(*pair, 1) for pair in zip(lengths, used, strict=True)] + [(0, 0, 0)] * (most - len(lengths))
         told = comm.integers_of_all([number for entry in filled for number in entry], self.group)
         ranks = [[tuple(row[i : i + 2]) for i in range(0, len(row), 3) if row[i + 2]] for row in told]
         self.owned = Shards(tuple(sum(length for length, _ in rank) for rank in ranks))
         images = [image for rank in ranks for image in rank]
         longest = max(max(image) for image in images)
-        self._expect(longest <= self.pixels[-2:].numel() + _EXTRA, "tokens of an image", longest)
+        self._expect(longest <= math.prod(self.pixels[-2:]) + _EXTRA, "tokens of an image", longest)
         assert self.layout is not None
         real = torch.tensor([real for _, real in images], dtype=torch.int32, device=self.layout.device)
         self.seqused_k = real if any(length != real for length, real in images) else None
@@ -176,7 +177,7 @@ class TowerPass:
         if not plausible:
             raise DisagreementError(
                 "pixel_values",
-                expected=f"ranks that have parts of one batch, pixels of shape {tuple(self.pixels)}",
+                expected=f"ranks that have parts of one batch, pixels of shape {self.pixels}",
                 found=f"{found} {what} on a rank",
                 remedy="pass every rank of the group the same batch",
                 rank=self.group.rank,

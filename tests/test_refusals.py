@@ -52,6 +52,11 @@ def foreign_group() -> None:
     triton_sp.wrap(tiny("Llama"), group if dist.get_rank() else dist.new_group([1]))
 
 
+def sync_over_axes() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
+    triton_sp.sync_gradients(triton_sp.wrap(tiny("Llama"), mesh), mesh)
+
+
 def wrong_mesh() -> None:
     triton_sp.wrap(tiny("Llama"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")))
 
@@ -85,6 +90,7 @@ ARGUMENTS: dict[str, tuple[Callable[[], Any], type[errors.SPError], str, str]] =
     "group": (lambda: triton_sp.wrap(tiny("Llama"), 2), GroupError, "group", "int"),
     "foreign_group": (foreign_group, GroupError, "group", "a group of other ranks"),
     "wrong_mesh": (wrong_mesh, GroupError, "group", "'dp', 'tp'"),
+    "sync_over_axes": (sync_over_axes, GroupError, "group", "'dp', 'sp'"),
     "other_settings": (other_settings, InputError, "model", "sum"),
     "nothing_to_shard": (lambda: triton_sp.wrap(nn.Linear(2, 2)), UnsupportedModelError, "Linear", "none"),
     "not_wrapped": (lambda: triton_sp.sync_gradients(tiny("Llama")), GroupError, "model", "without a group"),

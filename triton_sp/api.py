@@ -110,18 +110,23 @@ def unwrap(model_: Model) -> Model:
     return model_
 
 
-def sync_gradients(model_: nn.Module) -> None:
-    """After backward, in a plain training loop: make every .grad the single-process gradient, on every rank.
+def sync_gradients(model_: nn.Module, group: Any = None) -> None:
+    """After backward, in a plain training loop: make every .grad that of one process on all batches, on every rank.
 
-    Engines that average or add gradients over the group themselves (DDP, FSDP, DeepSpeed) must not be helped.
-    A parameter that got none on any rank keeps none.
+    With one batch in all groups together, as with one group, that is the gradient of its loss; with a batch in each
+    group, the gradient of the mean of the groups' losses, as DDP has it. Engines that combine gradients themselves
+    (DDP, FSDP, DeepSpeed) must not be helped. A parameter that got none on any rank keeps none.
+
+    Args:
+        group: the ranks that train this model, those of all its groups: a ProcessGroup, a DeviceMesh with one axis, or
+            None for all ranks. To be called on all of them.
 
     Raises:
-        GroupError: the model is not wrapped.
+        GroupError: the model is not wrapped, or no usable group.
     """
     installation = installation_of(model_)
     if installation is None:
         raise GroupError("model", expected="a wrapped model", found="one without a group", remedy="call wrap first")
-    group = installation.group
-    scale = 1.0 / group.size if installation.config.gradient == "mean" else 1.0
-    comm.all_reduce_gradients([p for p in model_.parameters() if p.requires_grad], group, scale)
+    everyone = comm.resolve_everyone(group)
+    added = 1 if installation.config.gradient == "mean" else installation.group.size
+    comm.all_reduce_gradients([p for p in model_.parameters() if p.requires_grad], everyone, added / everyone.size)

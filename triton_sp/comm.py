@@ -104,6 +104,22 @@ def _process_group(group: Any) -> Any:
     )
 
 
+def resolve_everyone(group: Any = None) -> Group:
+    """All ranks that train a model, of all its groups: like `resolve_group`, but a mesh must have one axis.
+
+    Raises:
+        GroupError: as there.
+    """
+    if isinstance(group, dist.DeviceMesh) and group.ndim > 1:
+        raise GroupError(
+            "group",
+            expected="all ranks that train the model, as one group",
+            found=f"a DeviceMesh of the axes {group.mesh_dim_names}",
+            remedy="leave it out, for all ranks, or pass the mesh flattened",
+        )
+    return resolve_group(group)
+
+
 def new_group(divisions: list[list[int]]) -> Group:
     """Make a process group of each list of world ranks, which together are all; return this rank's."""
     return resolve_group(dist.new_subgroups_by_enumeration(divisions)[0])

@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
-from triton_sp import SPConfig
+from triton_sp import SPConfig, comm
 from triton_sp.testing import relative_error
 
 FROZEN = json.loads((Path(__file__).parent / "data" / "state_dict_keys.json").read_text())
@@ -40,14 +40,14 @@ def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
     return triton_sp.wrap(model, group, SPConfig(plan="heads", **options))
 
 
-def train(model: nn.Module, batch: zoo.Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and all gradients of one step."""
+def train(model: nn.Module, batch: zoo.Batch, group: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and all gradients of one step, on all ranks or those of a group."""
     model.zero_grad()
     out = model(**batch)
     loss = zoo.loss_of(out)
     loss.backward()
     if "_triton_sp" in model.__dict__:
-        triton_sp.sync_gradients(model)
+        triton_sp.sync_gradients(model, group)
     return loss.detach(), parity.gradients(model)
 
 
@@ -355,7 +355,8 @@ def data_and_sequence_parallel(how: str) -> None:
         group = Mpu(groups[pair]) if how == "mpu" else groups[pair]
     model, batch = build("llava"), batch_of("llava", ["plain", "right_pad"][pair])
     expected = train(copy.deepcopy(model), batch)
-    assert_same_step(train(wrap(model, group), batch), expected, 1e-5)
+    own = comm.resolve_group(group).process_group
+    assert_same_step(train(wrap(model, group), batch, own), expected, 1e-5)
 
 
 @pytest.mark.parametrize("how", ["mesh", "axis", "mpu", "group"])

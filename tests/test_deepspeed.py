@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+
+from triton_sp.testing import RankPool
 
 pytest.importorskip("deepspeed", reason="make engines installs it")
 import deepspeed_jobs
+
+
+@pytest.fixture
+def ranks() -> Iterator[RankPool]:
+    """New processes for each test: DeepSpeed numbers modules through a process's life, and ranks must agree on it."""
+    pool = RankPool()
+    yield pool
+    pool.close()
+
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

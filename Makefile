@@ -44,9 +44,9 @@ engines: .venv/.ready
 faults: .venv/.ready
 	$(BIN)/python tests/faults.py
 
-# 10,000 small steps of all kinds, and all parity with every fresh buffer filled with NaN.
+# 10,000 small steps of all kinds, all parity with every fresh buffer filled with NaN, and memory of every family.
 soak: .venv/.ready
-	$(BIN)/python -m pytest -m long tests/test_fuzz.py tests/test_poison.py
+	$(BIN)/python -m pytest -n 2 -m long tests/test_poison.py tests/test_memory.py
 	$(BIN)/python tests/fuzz.py 10000
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'

@@ -1,6 +1,6 @@
 """Many small steps of all kinds, one after another: `python tests/fuzz.py 10000` (make soak).
 
-Each has 0 to 8 images and 1 to some hundred tokens in 1 to 3 rows, padded or not, with labels or without. Ranks compare
+Each has 0 to 8 images and 1 to 1000 tokens in 1 to 3 rows, padded or not, with labels or without. Ranks compare
 their losses, and now and then one step with the model in one process. Memory must not grow.
 """
 

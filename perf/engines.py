@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import triton_sp
-from triton_sp import comm
+from triton_sp import comm, groups
 from triton_sp.plan import shard_tokens
 
 ONE, OURS, AUTOSP, ALST = "one process", "triton_sp", "DeepSpeed AutoSP", "DeepSpeed ALST"
@@ -139,7 +139,7 @@ def projection(hidden_TC: Tensor, first: int = 0, total: int | None = None) -> T
 
 
 def add_gradients(model: nn.Module) -> None:
-    comm.all_reduce_gradients(list(model.parameters()), comm.resolve_group(), 1.0)
+    comm.all_reduce_gradients(list(model.parameters()), groups.resolve_group(), 1.0)
 
 
 def one_process(name: str, size: Size) -> Runner:
@@ -169,7 +169,9 @@ def autosp(name: str, size: Size) -> Runner:
     model, batch = BUILDERS[name](size)
     auto_wrap_model_for_sp(model, dist.group.WORLD)
     if name == "LLaVA VLM":
-        mean = functools.partial(comm.all_reduce_gradients, group=comm.resolve_group(), scale=1 / dist.get_world_size())
+        mean = functools.partial(
+            comm.all_reduce_gradients, group=groups.resolve_group(), scale=1 / dist.get_world_size()
+        )
         return Runner(model, plain(model, batch), lambda model: mean(list(model.parameters())))
     share = shard_tokens(size.patches, dist.get_world_size()).range(dist.get_rank())
     # Each rank is to feed its blocks its part of the patches.

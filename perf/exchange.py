@@ -25,7 +25,7 @@ from perf.counting import counted, listed
 from perf.engines import ALST, OURS, start_deepspeed
 from perf.model import CORRECT, RANKS, attempt
 from perf.rows import Row
-from triton_sp import comm, pipeline, reference
+from triton_sp import groups, pipeline, reference
 from triton_sp.pipeline import Stream
 from triton_sp.plan import shard_tokens
 from triton_sp.testing import RankPool, relative_error
@@ -45,7 +45,7 @@ def cases(settings: Settings) -> list[AttentionCase]:
 
 
 def ours(case: AttentionCase) -> Layer:
-    group = comm.resolve_group()
+    group = groups.resolve_group()
     table = torch.tensor(case.segments.starts, dtype=torch.int32)
     stream = Stream(group, shard_tokens(case.tokens, group.size), table, known=case.segments)
     return lambda q, k, v: pipeline.attention(q, k, v, stream, causal=case.causal)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.contest import Settings
 from perf.rows import Row
-from triton_sp import FusionAdapter, comm
+from triton_sp import FusionAdapter, comm, groups
 from triton_sp.plan import Shards, moves, shard_tokens
 from triton_sp.testing import RankPool, relative_error
 
@@ -91,7 +91,7 @@ def parts() -> Parts:
     return Parts(nn.Linear(WIDTH, WIDTH, bias=False), nn.Embedding(VOCABULARY, WIDTH))
 
 
-def fused(way: str, model: Parts, visual: Tensor, ids: Tensor, group: comm.Group) -> Tensor:
+def fused(way: str, model: Parts, visual: Tensor, ids: Tensor, group: groups.Group) -> Tensor:
     """(1, T, C), this rank's columns."""
     if way == "routed":
         return FusionAdapter(model.projection, None, image_token_id=PLACEHOLDER)(visual, model.embedding, ids)
@@ -104,7 +104,7 @@ def fused(way: str, model: Parts, visual: Tensor, ids: Tensor, group: comm.Group
 
 def run(way: str) -> dict[str, Any]:
     """This rank's row."""
-    group, model, single = comm.resolve_group(), parts(), parts()
+    group, model, single = groups.resolve_group(), parts(), parts()
     ids, features = batch()
     visual, own = (shard_tokens(total, group.size).range(group.rank) for total in (VISUAL, TOKENS))
     local = features[visual.start : visual.stop].clone()

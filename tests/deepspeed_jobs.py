@@ -22,6 +22,10 @@ CONFIG = {
     "gradient_clipping": 0.0,
     "zero_force_ds_cpu_optimizer": False,  # it would be compiled here
 }
+# The same where a Trainer says how large batches are.
+AUTO = CONFIG | dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"), "auto"
+)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from triton_sp import ops, pipeline
-from triton_sp.comm import resolve_group
+from triton_sp.groups import resolve_group
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Shards, shard_tokens
 

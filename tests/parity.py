@@ -48,6 +48,7 @@ class Parity:
     gradient: float
     worst: str  # the parameter with that gradient error
     losses: tuple[float, ...]  # of all ranks
+    on_some: tuple[str, ...]  # parameters that have a gradient on some ranks and none on others
 
     def assert_within(self, tolerance: float) -> None:
         assert len(set(self.losses)) == 1, self
@@ -55,6 +56,7 @@ class Parity:
         assert self.model_loss <= 1e-6, self
         assert self.logits <= tolerance, self
         assert self.gradient <= tolerance, self
+        assert not self.on_some, self
 
 
 def loss_of(out: Any, labels: Tensor | None) -> Tensor:
@@ -70,6 +72,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         for name, p in model.named_parameters()
         if p.requires_grad
     }
+
+
+def on_some_ranks(model: nn.Module) -> tuple[str, ...]:
+    """The parameters that have a gradient on some ranks only: ZeRO 1 and 2 take it that there are none."""
+    present = torch.tensor([p.grad is not None for p in model.parameters()], dtype=torch.int32)
+    total = present.clone()
+    dist.all_reduce(total)
+    some = (total > 0) & (total < dist.get_world_size())
+    return tuple(name for (name, _), uneven in zip(model.named_parameters(), some.tolist(), strict=True) if uneven)
 
 
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
@@ -115,6 +126,7 @@ def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Modul
     out = model(**batch)
     loss = loss_of(out, None)
     loss.backward()
+    on_some = on_some_ranks(model)
     triton_sp.sync_gradients(model)
 
     expected_loss, model_loss, main, grads = torch.load(reference)
@@ -129,6 +141,7 @@ def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Modul
         gradient,
         worst,
         tuple(float(x) for x in losses),
+        on_some,
     )
 
 

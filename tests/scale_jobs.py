@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from perf.scale import Attention
 from triton_sp import comm, pipeline
-from triton_sp.comm import resolve_group
+from triton_sp.groups import resolve_group
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards, shard_tokens
 

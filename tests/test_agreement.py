@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch.distributed as dist
 
-from triton_sp import comm
+from triton_sp import comm, groups
 from triton_sp.agreement import agree
 from triton_sp.errors import DisagreementError
 from triton_sp.testing import RankError
@@ -13,7 +13,7 @@ from triton_sp.testing import RankError
 
 def job(fields: int, differs: bool) -> None:
     tail = dist.get_rank() if differs else "same"
-    agree(comm.resolve_group(), lambda: "\n".join(f"field{i}=value" for i in range(fields)) + f"\nlast={tail}")
+    agree(groups.resolve_group(), lambda: "\n".join(f"field{i}=value" for i in range(fields)) + f"\nlast={tail}")
 
 
 def test_equal_descriptions_agree(ranks) -> None:
@@ -29,7 +29,7 @@ def test_a_difference_is_noticed_beyond_the_message_too(ranks, fields: int) -> N
 
 def repeat(kinds: list[str], contents: list[str], other: str) -> list[int]:
     """Several calls with check="first": bytes that each sends. The last rank has other contents in the last call."""
-    group, known, sent = comm.resolve_group(), set(), []
+    group, known, sent = groups.resolve_group(), set(), []
     for number, (kind, content) in enumerate(zip(kinds, contents, strict=True)):
         last = number == len(kinds) - 1 and dist.get_rank() == dist.get_world_size() - 1
         mine = other if last else content
@@ -55,8 +55,8 @@ def of_different_kind() -> None:
     """A rank knows the kind, another does not: neither leaves the other waiting."""
     kind = "old" if dist.get_rank() else "new"
     known: set[int] = set()
-    agree(comm.resolve_group(), lambda: "kind=old", lambda: "old", known)
-    agree(comm.resolve_group(), lambda: f"kind={kind}", lambda: kind, known)
+    agree(groups.resolve_group(), lambda: "kind=old", lambda: "old", known)
+    agree(groups.resolve_group(), lambda: f"kind={kind}", lambda: kind, known)
 
 
 def test_a_kind_that_only_one_rank_knows(ranks) -> None:

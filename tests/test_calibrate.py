@@ -7,12 +7,12 @@ import sys
 
 import torch
 
-from triton_sp import comm, cost
+from triton_sp import cost, groups
 from triton_sp.calibrate import measure_link
 
 
 def measured() -> cost.Link:
-    return measure_link(comm.resolve_group(), torch.device("cpu"), large=1 << 12)
+    return measure_link(groups.resolve_group(), torch.device("cpu"), large=1 << 12)
 
 
 def test_ranks_agree(ranks) -> None:

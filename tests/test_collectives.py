@@ -11,7 +11,7 @@ import torch.distributed as dist
 import zoo
 
 import triton_sp
-from triton_sp import comm, pipeline, plan
+from triton_sp import comm, groups, pipeline, plan
 from triton_sp.comm import Ledger
 from triton_sp.loss import shift
 
@@ -123,7 +123,7 @@ def test_bytes(ranks, name: str, kv_heads: int, size: int) -> None:
 
 def reshard(source: plan.Shards, target: plan.Shards) -> tuple[torch.Tensor, torch.Tensor, int]:
     """A stream 0, 1, 2 ... under another cut, and what comes back to its owners from gradients row * 10."""
-    group = comm.resolve_group()
+    group = groups.resolve_group()
     own, goal = source.range(group.rank), target.range(group.rank)
     x = torch.arange(own.start, own.stop, dtype=torch.float64)[:, None].expand(-1, 3).clone().requires_grad_()
     with comm.record() as ledger:

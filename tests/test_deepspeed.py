@@ -10,6 +10,7 @@ from triton_sp.testing import RankPool
 
 pytest.importorskip("deepspeed", reason="make engines installs it")
 import deepspeed_jobs
+import trainer
 
 
 @pytest.fixture
@@ -29,6 +30,14 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 def test_weights_after_training(ranks, size: int, whose_mpu: str) -> None:
     for errors in ranks.run(deepspeed_jobs.train, "qwen2_5_vl", whose_mpu, ranks=size, timeout=1000):
         assert set(errors) == {0, 1, 2, 3} and max(errors.values()) < 2e-4, errors
+
+
+@pytest.mark.parametrize(("groups", "stage"), [(1, 2), (2, 2), (1, 3)])
+def test_trainer(ranks, groups: int, stage: int) -> None:
+    """The Hugging Face Trainer with DeepSpeed in it: as in test_trainer.py."""
+    for error in ranks.run(trainer.train, groups, 8, stage, ranks=2 * groups, timeout=1000):
+        assert error["steps"] == 0
+        assert error["weights"] < 1e-4 and error["loss"] < 1e-4 and error["eval"] < 1e-4, error
 
 
 @pytest.mark.parametrize("stage", [1, 3])

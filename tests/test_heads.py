@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_sp import packing
-from triton_sp.comm import ALONE
+from triton_sp.groups import ALONE
 from triton_sp.heads import Route, Share, route, share_heads, share_whole_heads
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards, Work, shard_tokens

@@ -15,7 +15,7 @@ import zoo
 from torch import nn
 
 import triton_sp
-from triton_sp import comm
+from triton_sp import comm, groups
 from triton_sp.errors import DisagreementError, InputError
 from triton_sp.testing import RankError, relative_error
 
@@ -125,7 +125,7 @@ def tell(number: int) -> None:
     """The last rank says that it has so many images."""
     ask, asked = comm.integers_of_all, 0
 
-    def lie(values: list[int], group: comm.Group) -> list[list[int]]:
+    def lie(values: list[int], group: groups.Group) -> list[list[int]]:
         nonlocal asked
         asked += 1
         return ask([number] if asked == 1 and group.rank == group.size - 1 else values, group)

@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
-from triton_sp import SPConfig, comm
+from triton_sp import SPConfig, groups
 from triton_sp.testing import relative_error
 
 FROZEN = json.loads((Path(__file__).parent / "data" / "state_dict_keys.json").read_text())
@@ -351,11 +351,11 @@ def data_and_sequence_parallel(how: str) -> None:
     elif how == "axis":
         group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "context"))["context"]
     else:
-        groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        group = Mpu(groups[pair]) if how == "mpu" else groups[pair]
+        own = [dist.new_group([0, 1]), dist.new_group([2, 3])][pair]
+        group = Mpu(own) if how == "mpu" else own
     model, batch = build("llava"), batch_of("llava", ["plain", "right_pad"][pair])
     expected = train(copy.deepcopy(model), batch)
-    own = comm.resolve_group(group).process_group
+    own = groups.resolve_group(group).process_group
     assert_same_step(train(wrap(model, group), batch, own), expected, 1e-5)
 
 

@@ -6,8 +6,8 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,11 +97,13 @@ def by_hand(model: nn.Module, data: list[Any], size: int, groups: int) -> float:
     return first
 
 
-def weights_error(model: nn.Module, reference: nn.Module, before: dict[str, torch.Tensor]) -> float:
+def weights_error(
+    weights: Mapping[str, torch.Tensor], reference: nn.Module, before: Mapping[str, torch.Tensor]
+) -> float:
     """The worst relative difference of a weight's change."""
-    worst, found = 0.0, {key.removeprefix("module."): value for key, value in model.state_dict().items()}
-    for key, value in reference.state_dict().items():
-        change = value - before[key]
+    worst, found = 0.0, {key.removeprefix("module."): value for key, value in weights.items()}
+    for key, value in reference.named_parameters():
+        change = value.detach() - before[key]
         full = found[key].full_tensor() if isinstance(found[key], DTensor) else found[key]
         worst = max(worst, relative_error(full - before[key], change) if float(change.norm()) > 1e-5 else 0.0)
     return worst
@@ -119,17 +121,29 @@ def evaluate_by_hand(model: nn.Module, data: list[Any], groups: int) -> float:
     return sum(losses[: len(data)]) / len(data)
 
 
-def train(groups: int, count: int) -> dict[str, float]:
-    """How far a Trainer on groups of ranks is from one process: weights, first loss, loss of an evaluation."""
+def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
+    """How far a Trainer on groups of ranks is from one process: weights, first loss, loss of an evaluation.
+
+    Args:
+        zero: the stage of DeepSpeed's ZeRO, in the place of DDP.
+    """
     from transformers import Trainer, TrainingArguments  # here: seconds on every rank, which accelerate does not need
 
     case = zoo.CASES["llava"]
     model, data, held_out = case.build(torch.float32), samples(count), samples(5, seed=1)
+    if zero == 3 or (zero and groups > 1):  # see docs/engines.md: a picture in each step, on each rank
+        data = [row for row in samples(3 * count) if "pixel_values" in row][:count]
     before, reference = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
     first = by_hand(reference, data, 1, groups)
 
     mesh = init_device_mesh("cpu", (groups, dist.get_world_size() // groups), mesh_dim_names=("dp", "sp"))
-    with as_torchrun(), tempfile.TemporaryDirectory() as folder:
+    engine: dict[str, Any] = {"ddp_find_unused_parameters": True}
+    with as_torchrun(), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if zero is not None:
+            import deepspeed_jobs
+
+            library = stack.enter_context(deepspeed_jobs.deepspeed())
+            engine = {"deepspeed": deepspeed_jobs.AUTO | {"zero_optimization": {"stage": zero}}}
         arguments = TrainingArguments(
             folder,
             use_cpu=True,
@@ -148,8 +162,8 @@ def train(groups: int, count: int) -> dict[str, float]:
             report_to=[],
             disable_tqdm=True,
             remove_unused_columns=False,
-            ddp_find_unused_parameters=True,
             train_sampling_strategy="sequential",
+            **engine,
         )
         triton_sp.wrap(model, mesh)
         trainer = Trainer(model, arguments, collate, train_dataset=data, eval_dataset=held_out)
@@ -158,9 +172,10 @@ def train(groups: int, count: int) -> dict[str, float]:
         evaluated = trainer.evaluate()["eval_loss"]
         steps = trainer.state.global_step
         logged = trainer.state.log_history[0]["loss"]
+        weights = model.state_dict() if zero is None else deepspeed_jobs.whole_weights(library, trainer.deepspeed)
     expected = evaluate_by_hand(reference, held_out, groups)
     return {
-        "weights": weights_error(model, reference, before),
+        "weights": weights_error(weights, reference, before),
         "loss": abs(logged / first - 1),
         "eval": abs(evaluated / expected - 1),
         "steps": steps - EPOCHS * math.ceil(count / groups / ACCUMULATION),
@@ -195,7 +210,7 @@ def accelerate() -> float:
                     optimizer.step()
                     optimizer.zero_grad()
         assert seen == EPOCHS * len(data), "each sample counts once in metrics"
-    return weights_error(prepared, reference, before)
+    return weights_error(prepared.state_dict(), reference, before)
 
 
 def accelerate_dividing(axis: str) -> None:

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader
 
-from triton_sp import comm
+from triton_sp import comm, groups
 from triton_sp.batches import SharedBatches
-from triton_sp.comm import Group
 from triton_sp.errors import InputError
+from triton_sp.groups import Group
 from triton_sp.wrappers.install import installation_of
 
 _T = TypeVar("_T")
@@ -40,7 +40,7 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
             can't be sent or is too large, on every rank.
         DisagreementError: reading failed on another rank.
     """
-    resolved = comm.resolve_group(group)
+    resolved = groups.resolve_group(group)
     if isinstance(source, DataLoader):
         return source if resolved.size == 1 else SharedBatches(source, resolved, limit)  # type: ignore[return-value]
     if hasattr(source, "prepare_data_loader"):
@@ -121,7 +121,7 @@ def _prepare_data_loader(
         data_loader,
         accelerator.device,
         num_processes=len(leaders),
-        process_index=leaders.index(comm.world_rank(0, group)),
+        process_index=leaders.index(groups.world_rank(0, group)),
         put_on_device=accelerator.device_placement if device_placement is None else device_placement,
         rng_types=accelerator.rng_types.copy(),
         dispatch_batches=False,

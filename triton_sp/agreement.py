@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Callable
 
 from triton_sp import comm
-from triton_sp.comm import Group
 from triton_sp.errors import DisagreementError, SPError
+from triton_sp.groups import Group
 
 
 def agree(

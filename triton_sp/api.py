@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from triton_sp import comm, models
+from triton_sp import comm, groups, models
 from triton_sp.errors import GroupError, InputError
 from triton_sp.wrappers import features, model, text, vision
 from triton_sp.wrappers.install import Installation, SPConfig, installation_of, mark
@@ -51,7 +51,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
         raise InputError("model", expected="an nn.Module", found=type(model_).__name__, remedy="pass the model itself")
     if not isinstance(config, SPConfig):
         raise InputError("config", expected="an SPConfig", found=type(config).__name__, remedy="SPConfig(...)")
-    resolved = comm.resolve_group(group)
+    resolved = groups.resolve_group(group)
     if config.gradient == "auto":
         config = replace(config, gradient=_mean_if_known(group))
     present = installation_of(model_)
@@ -69,8 +69,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
         if stack.refusal is not None:
             raise stack.refusal
     installation = Installation(resolved, config, anatomy)
-    # On one rank the model is right as it is, unless it is asked for another loss.
-    if resolved.size > 1 or config.chunked_loss or config.label_smoothing:
+    if not installation.idle:
         _install(installation)
     mark(anatomy.entry, installation)
     return model_
@@ -88,7 +87,7 @@ def _install(installation: Installation) -> None:
 
 
 def _mean_if_known(group: Any) -> Literal["mean"]:
-    if comm.adds_in_part(group):
+    if groups.adds_in_part(group):
         raise InputError(
             "SPConfig.gradient",
             expected="'sum' (ZeRO 0, 1 and 2 add over the ranks of this mpu) or 'mean' (ZeRO 3 averages)",
@@ -127,6 +126,6 @@ def sync_gradients(model_: nn.Module, group: Any = None) -> None:
     installation = installation_of(model_)
     if installation is None:
         raise GroupError("model", expected="a wrapped model", found="one without a group", remedy="call wrap first")
-    everyone = comm.resolve_everyone(group)
+    everyone = groups.resolve_everyone(group)
     added = 1 if installation.config.gradient == "mean" else installation.group.size
     comm.all_reduce_gradients([p for p in model_.parameters() if p.requires_grad], everyone, added / everyone.size)

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from triton_sp import comm
-from triton_sp.comm import Group
 from triton_sp.errors import DisagreementError, InputError
+from triton_sp.groups import Group
 
 _BATCH, _END, _FAILED = range(3)  # what a rank whose turn it is has to give
 _NONE = object()  # in place of a batch

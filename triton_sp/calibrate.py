@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from triton_sp import comm
-from triton_sp.comm import Group
 from triton_sp.cost import Link
+from triton_sp.groups import Group
 
 ROUNDS = 20  # the median of which is taken
 # Of what large matrix products reach, what training a transformer reaches; an estimate.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from triton_sp import comm, cost
+from triton_sp import cost, groups
 from triton_sp.calibrate import measure_link
 
 # What is done by the files of a checkout, which an installed package does not have.
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _calibrate()
     else:
         ranks = parsed.ranks or max(torch.cuda.device_count(), 0) or 2
-        comm.start_ranks(ranks, "triton_sp.cli", "calibrate")
+        groups.start_ranks(ranks, "triton_sp.cli", "calibrate")
 
 
 def _from_checkout(module: str, arguments: list[str]) -> int:
@@ -64,7 +64,7 @@ def _from_checkout(module: str, arguments: list[str]) -> int:
 def _calibrate() -> None:
     """On every rank: measure together; the first of each machine stores the result."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    group = comm.join_world(device)
+    group = groups.join_world(device)
     link = measure_link(group, device)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         file = cost.store_link(link, device.type, group.size)
@@ -72,7 +72,7 @@ def _calibrate() -> None:
             f"{group.size} ranks on {device.type}: latency {link.latency * 1e6:.0f} us, "
             f"bandwidth {link.bandwidth / 1e9:.2f} GB/s, compute {link.compute / 1e12:.3g} TFLOP/s -> {file}"
         )
-    comm.leave_world()
+    groups.leave_world()
 
 
 if __name__ == "__main__":

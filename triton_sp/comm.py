@@ -1,4 +1,5 @@
-"""The only module that talks to torch.distributed: groups, the exchange, the gather, short messages.
+"""What travels between ranks: the exchange, the gather, gradients, short messages. With groups.py the only module that
+talks to torch.distributed.
 
 Whatever crosses ranks has a backward that is its exact adjoint. Both movements are one primitive, the all-to-all with
 uneven parts, because that is the one collective which gloo and NCCL both run with parts of any size, 0 included.
@@ -12,146 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.distributed_c10d import _get_process_group_store, _resolve_process_group
+from torch.distributed.distributed_c10d import _get_process_group_store
 
-from triton_sp.errors import GroupError
 from triton_sp.failures import Notes
+from triton_sp.groups import Group, resolve_group, world_rank
 from triton_sp.plan import Shards
 
 _BUCKET_BYTES = 64 << 20  # of gradients in one collective
 _NOTICE_BYTES = 1024  # what a rank tells the others before a forward: a kind, a digest or the text of an error
-
-
-@dataclass(frozen=True)
-class Group:
-    """A process group by name. Unlike the group itself it can be copied and pickled with the model that holds it."""
-
-    name: str
-    rank: int
-    size: int
-
-    @property
-    def process_group(self) -> dist.ProcessGroup:
-        try:
-            return _resolve_process_group(self.name)  # type: ignore[arg-type]
-        except RuntimeError as error:
-            raise GroupError(
-                "group",
-                expected=f"the process group {self.name!r} that the model was wrapped with",
-                found="no such group in this process",
-                remedy="call triton_sp.unwrap(model) and wrap it with a group of this process",
-            ) from error
-
-
-ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes whole; nothing is sent in it
-
-
-def resolve_group(group: Any = None) -> Group:
-    """Accept whatever names the ranks that share a batch.
-
-    Args:
-        group: a ProcessGroup; a DeviceMesh with one axis or an axis named "sp"; an object with DeepSpeed's
-            `get_sequence_parallel_group()`; None for all ranks.
-
-    Raises:
-        GroupError: torch.distributed is not initialised, the type is none of these, or this rank is not a member.
-    """
-    if not dist.is_available() or not dist.is_initialized():
-        raise GroupError(
-            "group",
-            expected="an initialised torch.distributed",
-            found="none in this process",
-            remedy="start with torchrun and call torch.distributed.init_process_group() before wrap",
-        )
-    process_group = _process_group(group)
-    if process_group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(process_group) < 0:
-        raise GroupError(
-            "group",
-            expected="a group that this rank is a member of",
-            found="a group of other ranks",
-            remedy="pass each rank the group that it belongs to",
-            rank=dist.get_rank(),
-        )
-    return Group(process_group.group_name, dist.get_rank(process_group), dist.get_world_size(process_group))
-
-
-def _process_group(group: Any) -> Any:
-    if group is None:
-        return dist.group.WORLD
-    if isinstance(group, dist.ProcessGroup) or group is dist.GroupMember.NON_GROUP_MEMBER:
-        return group
-    if isinstance(group, dist.DeviceMesh):
-        if group.ndim == 1:
-            return group.get_group()
-        if "sp" in (group.mesh_dim_names or ()):
-            return group["sp"].get_group()
-        raise GroupError(
-            "group",
-            expected='a DeviceMesh with one axis, or with an axis named "sp"',
-            found=f"axes {group.mesh_dim_names}",
-            remedy='pass mesh["name of the sequence axis"]',
-        )
-    if hasattr(group, "get_sequence_parallel_group"):
-        return group.get_sequence_parallel_group()
-    raise GroupError(
-        "group",
-        expected="a ProcessGroup, a DeviceMesh, an object with get_sequence_parallel_group(), or None",
-        found=type(group).__name__,
-        remedy="pass torch.distributed.new_group(ranks), or None for all ranks",
-    )
-
-
-def resolve_everyone(group: Any = None) -> Group:
-    """All ranks that train a model, of all its groups: like `resolve_group`, but a mesh must have one axis.
-
-    Raises:
-        GroupError: as there.
-    """
-    if isinstance(group, dist.DeviceMesh) and group.ndim > 1:
-        raise GroupError(
-            "group",
-            expected="all ranks that train the model, as one group",
-            found=f"a DeviceMesh of the axes {group.mesh_dim_names}",
-            remedy="leave it out, for all ranks, or pass the mesh flattened",
-        )
-    return resolve_group(group)
-
-
-def new_group(divisions: list[list[int]]) -> Group:
-    """Make a process group of each list of world ranks, which together are all; return this rank's."""
-    return resolve_group(dist.new_subgroups_by_enumeration(divisions)[0])
-
-
-def world_rank(rank: int, group: Group) -> int:
-    """The rank among all of one of a group."""
-    return dist.get_global_rank(group.process_group, rank)
-
-
-def adds_in_part(group: Any) -> bool:
-    """Whether it is an mpu with which some stages of ZeRO add gradients over the group's ranks and some average."""
-    return hasattr(group, "get_sequence_parallel_world_size")
-
-
-def start_ranks(ranks: int, module: str, *arguments: str) -> None:
-    """Run a module in so many processes on this machine, as torchrun does."""
-    from torch.distributed.run import main as torchrun
-
-    torchrun(["--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments])
-
-
-def join_world(device: torch.device) -> Group:
-    """Start torch.distributed from torchrun's environment, for programs of our own, and return the group of all."""
-    if device.type != "cpu":
-        torch.accelerator.set_device_index(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else None)
-    return resolve_group()
-
-
-def leave_world() -> None:
-    dist.destroy_process_group()
 
 
 # --- what was sent -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_sp import comm
 from triton_sp.anatomy import LogitTransform
-from triton_sp.comm import Group
+from triton_sp.groups import Group
 
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 26  # logits that are in fp32 at a time: 256 MiB
@@ -67,8 +67,8 @@ def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient:
         A scalar. The mean (or sum) over ranks of the gradients that flow from it is the single-process gradient.
     """
     divisor = torch.as_tensor(count, device=share.device, dtype=share.dtype).clamp(min=1)
-    total = comm.total_of_shares(share / divisor, group)
-    return comm.scale_gradient(total, group.size if gradient == "mean" else 1.0)
+    share = comm.scale_gradient(share / divisor, group.size if gradient == "mean" else 1.0)
+    return comm.total_of_shares(share, group)  # not a view: trainers multiply the loss in place
 
 
 # --- a rank's share ------------------------------------------------------------------------------------------------

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from triton_sp import comm
-from triton_sp.comm import Group
+from triton_sp import comm, groups
+from triton_sp.groups import Group
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def mpu(group: Any = None) -> SequenceParallelUnit:
     1
     >>> dist.destroy_process_group()
     """
-    sequence, everyone = comm.resolve_group(group), comm.resolve_group()
+    sequence, everyone = groups.resolve_group(group), groups.resolve_group()
     leaders = comm.leaders(sequence)
-    alone = comm.new_group([[rank] for rank in range(everyone.size)])
-    return SequenceParallelUnit(sequence, everyone, alone, len(leaders), leaders.index(comm.world_rank(0, sequence)))
+    alone = groups.new_group([[rank] for rank in range(everyone.size)])
+    return SequenceParallelUnit(sequence, everyone, alone, len(leaders), leaders.index(groups.world_rank(0, sequence)))

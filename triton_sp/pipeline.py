@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from triton_sp import comm, ops, packing
-from triton_sp.comm import Group
 from triton_sp.cost import PlanName
+from triton_sp.groups import Group
 from triton_sp.heads import Route, describe_share, route, share_heads, share_whole_heads
 from triton_sp.plan import Segments, Shards, moves
 

@@ -121,8 +121,9 @@ def varlen_attention(
     if slack:
         outs.append(q_THD.new_zeros(slack, q_THD.shape[1], v_TKD.shape[2]))
         lses.append(torch.full((slack, q_THD.shape[1]), -math.inf, device=q_THD.device))
-    # Not a bare zeros(): every rank's output must hang on the graph, also the one without a single segment.
-    out = torch.cat(outs) if outs else q_THD[..., : v_TKD.shape[2]] * 0
+    # Not a bare zeros(): on a rank without a single segment q, k and v must hang on the graph too. Engines wait for the
+    # gradients of what they came from, and ZeRO 1 and 2 take it that all ranks have the same ones.
+    out = torch.cat(outs) if outs else (q_THD[..., : v_TKD.shape[2]] + k_TKD.sum() + v_TKD.sum()) * 0
     if not exact:
         return out, None
     return out, torch.cat(lses) if lses else q_THD.new_zeros(0, q_THD.shape[1], dtype=torch.float32)

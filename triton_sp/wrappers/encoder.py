@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp import comm, models, pipeline
+from triton_sp import comm, groups, models, pipeline
 from triton_sp.anatomy import Anatomy
-from triton_sp.comm import Group
 from triton_sp.errors import DisagreementError, InputError
+from triton_sp.groups import Group
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Shards, shard_tokens
 from triton_sp.wrappers import model, vision
@@ -55,9 +55,10 @@ class ShardedEncoder(nn.Module):
         stack = models.opaque_stack("blocks", self, list(self.blocks))
         if stack.refusal is not None:
             raise stack.refusal
-        installation = Installation(comm.resolve_group(group), config or SPConfig(), Anatomy(self, [stack], None, []))
-        vision.install(stack, installation)
-        installation.override(self, model.run_model)
+        installation = Installation(groups.resolve_group(group), config or SPConfig(), Anatomy(self, [stack], None, []))
+        if not installation.idle:
+            vision.install(stack, installation)
+            installation.override(self, model.run_model)
         mark(self, installation)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,7 +103,7 @@ class ShardedAttention(nn.Module):
     def __init__(self, attention: nn.Module, group: Any = None) -> None:
         super().__init__()
         self.attn = attention
-        self.group = comm.resolve_group(group)
+        self.group = groups.resolve_group(group)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """This rank's tokens (B, T, C) to this rank's tokens; the rest is handed to the attention module as it is."""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from triton_sp import comm, pipeline
 from triton_sp.anatomy import Features, Seam
-from triton_sp.comm import Group
 from triton_sp.errors import InputError
 from triton_sp.families import first_position
+from triton_sp.groups import Group
 from triton_sp.plan import Shards, shard_tokens
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.patches import Patches, cut_patches, merged_rows

@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from triton_sp import comm
+from triton_sp import comm, groups
 from triton_sp.agreement import agree
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
@@ -104,7 +104,7 @@ class FusionAdapter(nn.Module):
     def __init__(self, projection: nn.Module, process_group: Any = None, image_token_id: int = -200) -> None:
         super().__init__()
         self.projection = projection
-        self.group = comm.resolve_group(process_group)
+        self.group = groups.resolve_group(process_group)
         self.image_token_id = image_token_id
 
     def placeholders(self, input_ids: Tensor) -> Tensor:

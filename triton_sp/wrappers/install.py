@@ -14,9 +14,9 @@ from typing import Any, Literal
 from torch import nn
 
 from triton_sp.anatomy import Anatomy
-from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import SPError
+from triton_sp.groups import Group
 from triton_sp.plan import Shards
 
 _MISSING = "<not set on the instance>"
@@ -108,6 +108,11 @@ class Installation:
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     checked_head: bool = False  # what the model does to logits was seen once, see wrappers/head.py
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model is right as it is: on one rank, unless it is asked for another loss."""
+        return self.group.size == 1 and not (self.config.chunked_loss or self.config.label_smoothing)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of one instance, and remember how to take it back."""

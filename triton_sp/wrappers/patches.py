@@ -17,8 +17,8 @@ from torch import Tensor
 
 from triton_sp import pipeline
 from triton_sp.anatomy import Stack
-from triton_sp.comm import Group
 from triton_sp.cost import Choice
+from triton_sp.groups import Group
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import SPConfig
 from triton_sp.wrappers.planning import plan_tower

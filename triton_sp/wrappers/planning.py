@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from triton_sp.anatomy import Stack
-from triton_sp.comm import Group
 from triton_sp.cost import Choice, Layers, choose, find_link
+from triton_sp.groups import Group
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import Installation, SPConfig
 

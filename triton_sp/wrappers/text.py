@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_sp.anatomy import Spans, Stack
-from triton_sp.comm import Group
 from triton_sp.cost import Choice
 from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.groups import Group
 from triton_sp.loss import IGNORE
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from triton_sp import comm, pipeline
 from triton_sp.anatomy import Stack
-from triton_sp.comm import ALONE, Group
 from triton_sp.cost import Choice
 from triton_sp.errors import DisagreementError, UnsupportedModelError
+from triton_sp.groups import ALONE, Group
 from triton_sp.pipeline import Stream
 from triton_sp.plan import Segments, Shards
 from triton_sp.wrappers.install import SPConfig

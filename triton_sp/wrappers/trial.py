@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp import comm
-from triton_sp.comm import Group
 from triton_sp.errors import UnsupportedModelError
+from triton_sp.groups import Group
 from triton_sp.plan import Shards
 
 HEADS, WHOLE = "heads exchanged", "gather-compute-slice"

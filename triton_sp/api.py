@@ -112,9 +112,9 @@ def unwrap(model_: Model) -> Model:
 def sync_gradients(model_: nn.Module, group: Any = None) -> None:
     """After backward, in a plain training loop: make every .grad that of one process on all batches, on every rank.
 
-    With one batch in all groups together, as with one group, that is the gradient of its loss; with a batch in each
-    group, the gradient of the mean of the groups' losses, as DDP has it. Engines that combine gradients themselves
-    (DDP, FSDP, DeepSpeed) must not be helped. A parameter that got none on any rank keeps none.
+    With one group that is the gradient of its batch's loss; with several, each with a batch of its own, that of the
+    mean of their losses, as DDP has it. Engines that combine gradients themselves (DDP, FSDP, DeepSpeed) must not be
+    helped. A parameter that got none on any rank keeps none.
 
     Args:
         group: the ranks that train this model, those of all its groups: a ProcessGroup, a DeviceMesh with one axis, or

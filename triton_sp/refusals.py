@@ -82,8 +82,9 @@ def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
 def _token_wise(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
         return True
-    if "position_ids" in inspect.signature(type(module).forward).parameters:
-        return True  # rotary embeddings: they turn each token by its own position
+    if "position_ids" in inspect.signature(type(module).forward).parameters and not attention_like(module):
+        # Rotary embeddings turn each token by its own position, but for those that look at the longest one.
+        return getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
     source = type(module).__module__
     if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
         return not attention_like(module)

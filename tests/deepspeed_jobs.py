@@ -12,9 +12,9 @@ import test_engines
 import torch
 import torch.distributed as dist
 import zoo
+from parity import weights_error
 
 import triton_sp
-from triton_sp.testing import relative_error
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
@@ -74,7 +74,7 @@ def train(name: str, whose_mpu: str) -> dict[int, float]:
     """By ZeRO stage the worst relative difference of a weight's change, against one process."""
     case, size = zoo.CASES[name], dist.get_world_size()
     model, errors = case.build(torch.float32), {}
-    before, reference = copy.deepcopy(dict(model.named_parameters())), copy.deepcopy(model)
+    before, reference = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
     inputs = [{k: v.float() if v.is_floating_point() else v for k, v in b.items()} for b in test_engines.batches(case)]
     inputs = inputs[: size // 2]
     test_engines.train(reference, inputs)
@@ -89,12 +89,7 @@ def train(name: str, whose_mpu: str) -> dict[int, float]:
             for _ in range(test_engines.STEPS):
                 engine.backward(engine(**inputs[dist.get_rank() // 2]).loss)
                 engine.step()
-            found = whole_weights(library, engine)
-            errors[stage] = 0.0
-            for key, value in reference.named_parameters():
-                change = value.detach() - before[key].detach()
-                if float(change.norm()) > 1e-5:
-                    errors[stage] = max(errors[stage], relative_error(found[key] - before[key].detach(), change))
+            errors[stage] = weights_error(whole_weights(library, engine), reference, before)
     return errors
 
 

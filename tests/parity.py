@@ -7,7 +7,7 @@ which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import transformers
 import zoo
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import triton_sp
 from triton_sp.testing import relative_error
@@ -143,6 +144,16 @@ def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Modul
         tuple(float(x) for x in losses),
         on_some,
     )
+
+
+def weights_error(weights: Mapping[str, Tensor], reference: nn.Module, before: Mapping[str, Tensor]) -> float:
+    """The worst relative difference of a weight's change in training, from the state_dict `before` on."""
+    worst, found = 0.0, {key.removeprefix("module."): value for key, value in weights.items()}
+    for key, value in reference.state_dict().items():
+        change = value - before[key]
+        full = found[key].full_tensor() if isinstance(found[key], DTensor) else found[key]
+        worst = max(worst, relative_error(full - before[key], change) if float(change.norm()) > 1e-5 else 0.0)
+    return worst
 
 
 def output_error(out: Any, expected: Tensor, batch: dict[str, Tensor], gathered: bool) -> float:

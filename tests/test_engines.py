@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import zoo
+from parity import weights_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_sp
-from triton_sp.testing import relative_error
 
 STEPS, RATE = 3, 0.1
 
@@ -75,12 +74,7 @@ def run(name: str, engine: str) -> float:
             triton_sp.wrap(model, mesh)
         train(model, mine)
 
-    expected, worst = reference.state_dict(), 0.0
-    for key, value in model.state_dict().items():
-        full = value.full_tensor() if isinstance(value, DTensor) else value
-        change = expected[key] - before[key]
-        worst = max(worst, relative_error(full - before[key], change) if float(change.norm()) > 1e-5 else 0.0)
-    return worst
+    return weights_error(model.state_dict(), reference, before)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -21,6 +21,7 @@ LARGEST = {
     "idefics3": 3.01,
     "mistral3": 0.8,
 }
+# Families that are put together like one of these: left to `make soak`.
 ALIKE = {
     "qwen2_vl": 1.02,
     "qwen3_vl_moe": 1.02,

@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +18,12 @@ import zoo
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ParallelismConfig
+from parity import weights_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import triton_sp
-from triton_sp.testing import relative_error
 
 RATE, EPOCHS, ACCUMULATION = 0.1, 2, 2
 
@@ -95,18 +94,6 @@ def by_hand(model: nn.Module, data: list[Any], size: int, groups: int) -> float:
             optimizer.step()
             optimizer.zero_grad()
     return first
-
-
-def weights_error(
-    weights: Mapping[str, torch.Tensor], reference: nn.Module, before: Mapping[str, torch.Tensor]
-) -> float:
-    """The worst relative difference of a weight's change."""
-    worst, found = 0.0, {key.removeprefix("module."): value for key, value in weights.items()}
-    for key, value in reference.named_parameters():
-        change = value.detach() - before[key]
-        full = found[key].full_tensor() if isinstance(found[key], DTensor) else found[key]
-        worst = max(worst, relative_error(full - before[key], change) if float(change.norm()) > 1e-5 else 0.0)
-    return worst
 
 
 @torch.no_grad()

@@ -26,28 +26,27 @@ gpu:
 
 # Long: the kernels in Triton's interpreter, in every dtype.
 interpreter: .venv/.ready
-	cd tests && TRITON_INTERPRET=1 ../$(BIN)/python -m pytest -m "long or not long" --noconftest \
+	cd tests/kernels && TRITON_INTERPRET=1 ../../$(BIN)/python -m pytest -m "long or not long" --noconftest \
 		attend_cases.py attend_properties.py pack_cases.py splice_cases.py
 
 # Long: every model with every plan.
 all-plans: .venv/.ready
-	$(BIN)/python tests/all_plans.py
+	cd tests && ../$(BIN)/python -m kit.all_plans
 
 # Long: DeepSpeed, with every ZeRO stage, and more of the suite's engines and PEFT. DeepSpeed is built against the torch
 # that is there; what it compiles for CPUs, it compiles at the first use, which takes minutes.
 engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8'
-	$(BIN)/python -m pytest -m "long or not long" tests/test_engines.py tests/test_trainer.py tests/test_deepspeed.py \
-		tests/test_peft.py tests/test_torch_compile.py
+	$(BIN)/python -m pytest -m "long or not long" tests/engines tests/wrappers/test_torch_compile.py
 
 # Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
 faults: .venv/.ready
-	$(BIN)/python tests/faults.py
+	cd tests && ../$(BIN)/python -m kit.faults
 
 # 10,000 small steps of all kinds, all parity with every fresh buffer filled with NaN, and memory of every family.
 soak: .venv/.ready
-	$(BIN)/python -m pytest -n 2 -m long tests/test_poison.py tests/test_memory.py
-	$(BIN)/python tests/fuzz.py 10000
+	$(BIN)/python -m pytest -n 2 -m long tests/promises/test_poison.py tests/promises/test_memory.py
+	cd tests && ../$(BIN)/python -m kit.fuzz 10000
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready
@@ -55,7 +54,7 @@ perf: .venv/.ready
 	$(BIN)/python -m perf.plot
 
 compile-table: .venv/.ready
-	$(BIN)/python tests/compile_table.py
+	$(BIN)/python tests/kernels/compile_table.py
 
 # torch first and by exact version: where a local build of it exists (CPU machines) pip takes that one, and the
 # second install then leaves it alone. --no-compile: 1 minute instead of 3, most of what is installed is never imported.

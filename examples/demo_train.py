@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import triton_sp
-from triton_sp import comm
+from triton_sp.ranks import collectives
 from triton_sp.testing import saved_activations
 
 STEPS, LEARNING_RATE = 5, 3e-4
@@ -60,7 +60,7 @@ def train(model: nn.Module, job: Job, device: torch.device, wrapped: bool, bar: 
     run = Run([], {}, [], 0, 0, 0)
     for step in range(STEPS):
         optimizer.zero_grad()
-        with comm.record() as ledger:
+        with collectives.record() as ledger:
             probes = tokens_through(model, job.vision_probe), tokens_through(model, job.text_probe)
             with probes[0] as vision, probes[1] as text, saved_activations(model) as saved:
                 loss = model(**batch).loss

@@ -21,9 +21,9 @@ from perf.clock import WARM_UP, statistics
 from perf.contest import Settings
 from perf.engines import Size, build_llm
 from perf.rows import Row
-from triton_sp import comm
+from triton_sp.ranks import collectives
 from triton_sp.testing import RankPool
-from triton_sp.wrappers import model as wrapped_model
+from triton_sp.wrappers import entry as wrapped_model
 
 CHECKS = ("off", "first", "always")
 RANKS = (2, 4)
@@ -49,7 +49,7 @@ def measure(tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
                 agree(*args)
                 times[check].append(1e3 * (time.perf_counter() - begin))
 
-            with mock.patch.object(wrapped_model, "_agree", timed), comm.record() as ledger, torch.no_grad():
+            with mock.patch.object(wrapped_model, "_agree", timed), collectives.record() as ledger, torch.no_grad():
                 model(**batch)
             sent[check] = sum(size for name, size in ledger.entries if name == "agree")
     return {check: {"sent_bytes": sent[check], **statistics(taken[WARM_UP:])} for check, taken in times.items()}

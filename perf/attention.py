@@ -64,9 +64,9 @@ def _ours(case: AttentionCase, table: Tensor) -> Attend:
 def _gluon_absent(device: torch.device) -> str:
     if device.type != "cuda":
         return "needs an sm_90 GPU"
-    from triton_sp.kernels import gluon_gate
+    from triton_sp.kernels.hopper import gate
 
-    found = gluon_gate.known(torch.cuda.current_device())
+    found = gate.known(torch.cuda.current_device())
     return "" if found.passed else found.reason
 
 

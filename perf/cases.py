@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from triton_sp.plan import Segments
+from triton_sp.plan.segments import Segments
 
 K = 1024
 SIZES = (16 * K, 64 * K, 4 * K, 1 * K, 256 * K)  # tokens, the most telling first

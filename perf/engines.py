@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import triton_sp
-from triton_sp import comm, groups
-from triton_sp.plan import shard_tokens
+from triton_sp.plan.shards import shard_tokens
+from triton_sp.ranks import collectives, groups
 
 ONE, OURS, AUTOSP, ALST = "one process", "triton_sp", "DeepSpeed AutoSP", "DeepSpeed ALST"
 LAYERS, WIDTH, HEADS, KV_HEADS, VOCAB, IMAGE = 2, 256, 8, 4, 512, 1
@@ -139,7 +139,7 @@ def projection(hidden_TC: Tensor, first: int = 0, total: int | None = None) -> T
 
 
 def add_gradients(model: nn.Module) -> None:
-    comm.all_reduce_gradients(list(model.parameters()), groups.resolve_group(), 1.0)
+    collectives.all_reduce_gradients(list(model.parameters()), groups.resolve_group(), 1.0)
 
 
 def one_process(name: str, size: Size) -> Runner:
@@ -170,7 +170,7 @@ def autosp(name: str, size: Size) -> Runner:
     auto_wrap_model_for_sp(model, dist.group.WORLD)
     if name == "LLaVA VLM":
         mean = functools.partial(
-            comm.all_reduce_gradients, group=groups.resolve_group(), scale=1 / dist.get_world_size()
+            collectives.all_reduce_gradients, group=groups.resolve_group(), scale=1 / dist.get_world_size()
         )
         return Runner(model, plain(model, batch), lambda model: mean(list(model.parameters())))
     share = shard_tokens(size.patches, dist.get_world_size()).range(dist.get_rank())

@@ -25,9 +25,11 @@ from perf.counting import counted, listed
 from perf.engines import ALST, OURS, start_deepspeed
 from perf.model import CORRECT, RANKS, attempt
 from perf.rows import Row
-from triton_sp import groups, pipeline, reference
-from triton_sp.pipeline import Stream
-from triton_sp.plan import shard_tokens
+from triton_sp import stages
+from triton_sp.ops import reference
+from triton_sp.plan.shards import shard_tokens
+from triton_sp.plan.stream import Stream
+from triton_sp.ranks import groups
 from triton_sp.testing import RankPool, relative_error
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]  # (T, H, D), (T, K, D), (T, K, D) -> (T, H, D) of this rank's tokens
@@ -47,8 +49,8 @@ def cases(settings: Settings) -> list[AttentionCase]:
 def ours(case: AttentionCase) -> Layer:
     group = groups.resolve_group()
     table = torch.tensor(case.segments.starts, dtype=torch.int32)
-    stream = Stream(group, shard_tokens(case.tokens, group.size), table, known=case.segments)
-    return lambda q, k, v: pipeline.attention(q, k, v, stream, causal=case.causal)
+    stream = Stream(group, shard_tokens(case.tokens, group.size), table, host_segments=case.segments)
+    return lambda q, k, v: stages.attention(q, k, v, stream, causal=case.causal)
 
 
 def alst(case: AttentionCase) -> Layer:

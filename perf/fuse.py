@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from perf.contest import Settings
 from perf.rows import Row
-from triton_sp import FusionAdapter, comm, groups
-from triton_sp.plan import Shards, moves, shard_tokens
+from triton_sp import FusionAdapter
+from triton_sp.plan.shards import Shards, moves, shard_tokens
+from triton_sp.ranks import collectives, groups
 from triton_sp.testing import RankPool, relative_error
 
 TOKENS, START, VISUAL, WIDTH, PLACEHOLDER, VOCABULARY = 6000, 600, 4500, 256, 7, 64
@@ -96,7 +97,7 @@ def fused(way: str, model: Parts, visual: Tensor, ids: Tensor, group: groups.Gro
     if way == "routed":
         return FusionAdapter(model.projection, None, image_token_id=PLACEHOLDER)(visual, model.embedding, ids)
     shards, own = shard_tokens(VISUAL, group.size), shard_tokens(TOKENS, group.size).range(group.rank)
-    whole = comm.gather(model.projection(visual), shards, group)
+    whole = collectives.gather(model.projection(visual), shards.sizes, group)
     text = model.embedding(ids)
     mask = (ids == PLACEHOLDER)[..., None].expand_as(text)
     return text.masked_scatter(mask, whole)[:, own.start : own.stop].contiguous()
@@ -112,11 +113,11 @@ def run(way: str) -> dict[str, Any]:
     expected = text.masked_scatter((ids == PLACEHOLDER)[..., None].expand_as(text), single.projection(features))
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     (expected * weights).sum().backward()
-    with comm.record() as forward, Live() as live:
+    with collectives.record() as forward, Live() as live:
         out = fused(way, model, local, ids, group)
-    with comm.record() as backward:
+    with collectives.record() as backward:
         (out * weights[:, own.start : own.stop]).sum().backward()
-    total = comm.all_reduce(model.gradients, group)
+    total = collectives.all_reduce(model.gradients, group)
     sent = [
         sum(size for name, size in ledger.entries if name in ("exchange", "gather")) for ledger in (forward, backward)
     ]

@@ -29,7 +29,7 @@ from perf.rows import Report, Row
 PYTHON = sys.executable
 PYTEST = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # In the kernels' own suite nothing of the models is needed.
-CASES = [*PYTEST, "-c", os.devnull, "--rootdir=.", "--noconftest", "tests/attend_cases.py"]
+CASES = [*PYTEST, "-c", os.devnull, "--rootdir=.", "--noconftest", "tests/kernels/attend_cases.py"]
 ON_GLUON = "gluon or head_dims or test_masks or nan or strides or whole or graph"
 SANITIZED = "test_strides or test_keys_left_out or test_empty_and_whole"
 LARGE = "test_more_than_two_to_the_31_elements"
@@ -55,15 +55,19 @@ def _sweep(name: str, device: str, seconds: float) -> list[str]:
 def steps() -> list[Step]:
     """On a GPU, the most telling first."""
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []  # compiling is what takes time
-    cases = [*CASES, *parallel, *(["tests/attend_properties.py"] if importlib.util.find_spec("hypothesis") else [])]
+    cases = [
+        *CASES,
+        *parallel,
+        *(["tests/kernels/attend_properties.py"] if importlib.util.find_spec("hypothesis") else []),
+    ]
     found = [
         Step("tests of the kernels", [*cases, "-k", f"not {LARGE}", "--durations=5"], 150, test=True),
         Step("kernels", _sweep("kernels", "cuda", 115), 125),
-        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/test_gpu.py"], 90, test=True),
+        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/promises/test_gpu.py"], 90, test=True),
         Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 45, gluon=True),
         Step("tests on gluon", [*CASES, "-k", ON_GLUON], 40, test=True, gluon=True),
         Step("large tensors", [*CASES, "-k", LARGE], 25, test=True),
-        Step("tests of the splice", [*CASES[:-1], "tests/splice_cases.py"], 30, test=True),
+        Step("tests of the splice", [*CASES[:-1], "tests/kernels/splice_cases.py"], 30, test=True),
         Step("narrow products", [PYTHON, "-m", "perf.narrow_products"], 20),
         Step("single rank", _sweep("single_rank", "cuda", 50), 60),
     ]
@@ -80,7 +84,7 @@ def rehearsal() -> list[Step]:
     return [
         Step("tests of the kernels", [*CASES, "-k", "test_lse"], 120, test=True, environment=interpreter),
         Step("kernels", _sweep("kernels", "cpu", 10), 90),
-        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/test_gpu.py"], 60, test=True),
+        Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/promises/test_gpu.py"], 60, test=True),
         Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 60, gluon=True),
         Step("single rank", _sweep("single_rank", "cpu", 30), 120),
     ]
@@ -135,10 +139,10 @@ def _note(report: Report, step: Step, status: str, seconds: float, settings: Set
     row = Row("step", "make gpu", step.name, "", status=status, clock="wall", median_ms=1e3 * seconds)
     row.device = settings.device.type
     if step.gluon and settings.device.type == "cuda":
-        from triton_sp.kernels import gluon_gate
+        from triton_sp.kernels.hopper import gate
 
-        gluon_gate.known.cache_clear()  # the step, a process of its own, may just have recorded another verdict
-        row.note = gluon_gate.known(torch.cuda.current_device()).reason
+        gate.known.cache_clear()  # the step, a process of its own, may just have recorded another verdict
+        row.note = gate.known(torch.cuda.current_device()).reason
     report.add([row])
     print(f"--- {step.name}: {status}, {seconds:.0f} s", flush=True)
 

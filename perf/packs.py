@@ -13,9 +13,9 @@ from perf.cases import AttentionCase
 from perf.clock import Clock
 from perf.contest import Entry, Rates, Settings, compete, failure
 from perf.rows import Report, Row
-from triton_sp import packing, reference
-from triton_sp.heads import route, share_heads
-from triton_sp.plan import shard_tokens
+from triton_sp.ops import pack, reference
+from triton_sp.plan.heads import assign_heads, route
+from triton_sp.plan.shards import shard_tokens
 
 RANKS = 8
 TOKENS = 1 << 17  # of the whole stream: 16k on each rank
@@ -30,7 +30,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         case, settings = self.case, self.settings
-        shares = share_heads(case.heads, case.kv_heads, RANKS, case.segments.work(case.causal))
+        shares = assign_heads(case.heads, case.kv_heads, RANKS, case.segments.work(case.causal))
         self.route = route(shard_tokens(case.tokens, RANKS), shares, 0)
         self.rows = len(shard_tokens(case.tokens, RANKS).range(0))
         heads = (case.heads, case.kv_heads, case.kv_heads)
@@ -40,8 +40,8 @@ class Layer:
         self.arrived = torch.randn(self.back, case.dim, **new)
         self.turn = (torch.randn(self.rows, case.dim, **new), torch.randn(self.rows, case.dim, **new))
         self.norm = (torch.randn(case.dim, **new), torch.randn(case.dim, **new))
-        self.inputs = packing.box_table(self.route.inputs.boxes, settings.device)
-        self.results = packing.box_table(self.route.results.boxes, settings.device)
+        self.inputs = pack.box_table(self.route.inputs.boxes, settings.device)
+        self.results = pack.box_table(self.route.results.boxes, settings.device)
         self.whole = case.heads % RANKS == case.kv_heads % RANKS == 0
 
     def by_copies(self) -> Tensor:
@@ -66,14 +66,14 @@ class Layer:
         """stage -> (vectors read and written, provider -> what it runs)."""
         rotated = {"tables": self.turn, "weights": self.norm}
         found: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {
-            "pack": (2 * self.size, {"triton_sp": lambda: packing.pack(self.states, self.inputs, self.size)}),
+            "pack": (2 * self.size, {"triton_sp": lambda: pack.pack(self.states, self.inputs, self.size)}),
             "pack with norm and rotation": (
                 2 * self.size + 2 * self.rows,
-                {"triton_sp": lambda: packing.pack_rotated(*self.states, self.inputs, self.size, **rotated)},
+                {"triton_sp": lambda: pack.pack_rotated(*self.states, self.inputs, self.size, **rotated)},
             ),
             "unpack": (
                 2 * self.back,
-                {"triton_sp": lambda: packing.unpack(self.arrived, self.results, [(self.rows, self.case.heads)])[0]},
+                {"triton_sp": lambda: pack.unpack(self.arrived, self.results, [(self.rows, self.case.heads)])[0]},
             ),
         }
         if self.whole:

@@ -32,7 +32,7 @@ import triton_sp
 from perf.contest import Settings, failure
 from perf.hollow import Hollow
 from perf.rows import Report, Row
-from triton_sp import ops
+from triton_sp.ops import dispatch
 
 RANKS = 8
 MILLION = 1 << 20
@@ -162,7 +162,7 @@ class Account:
 def account(shape: Shape, run: Run, ranks: int = RANKS) -> Account:
     """What the last of so many ranks allocates in a step with the GPU's kernels, counted without computing it."""
     cpu = torch.device("cpu")
-    with Hollow() as hollow, mock.patch.object(ops, "_portable", lambda device: "triton"):
+    with Hollow() as hollow, mock.patch.object(dispatch, "portable", lambda device: "triton"):
         model = build(shape, run, cpu)
         parameters = hollow.now
         batch = video(shape, run.frames, cpu)

@@ -23,8 +23,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """The file with the single-process run of (case, batch)."""
-    import parity
-    import zoo
+    from kit import parity, zoo
 
     folder = tmp_path_factory.mktemp("references")
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from triton_sp import loss
-from triton_sp.anatomy import LogitTransform
+from triton_sp.loss import LogitTransform
 from triton_sp.testing import relative_error
 
 CPU, PLAIN = torch.device("cpu"), LogitTransform()

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import parity
-import plain_vits
 import pytest
 import torch
 import transformers as hf
-import zoo
+from kit import parity, plain_vits, zoo
 from torch import nn
 
 import triton_sp
 from triton_sp.explain import Explanation
 from triton_sp.testing import relative_error
-from triton_sp.wrappers.trial import HEADS, WHOLE
+from triton_sp.wrappers.trial import GATHERED, HEADS
 
 TABLES = {
     # case: (part, kind, layers, heads, a third of them)
     "qwen2_5_vl": [
         ("model.visual.blocks", "vision tower (qwen2_5_vl_vision)", 3, "12", "4"),
-        ("model", "seam (qwen2_5_vl)", None, "", ""),
+        ("model", "fusion (qwen2_5_vl)", None, "", ""),
         ("model.language_model.layers", "decoder (qwen2_5_vl_text)", 2, "12/1", "4"),
     ],
     "llava": [
         ("model.vision_tower.encoder.layers", "vision tower (clip_vision_model)", 3, "12", "4"),
-        ("model", "seam (llava)", None, "", ""),
+        ("model", "fusion (llava)", None, "", ""),
         ("model.language_model.layers", "decoder (llama)", 2, "12", "4"),
     ],
     "vit": [("layers", "vision tower (vit)", 2, "12", "4")],
@@ -58,8 +56,10 @@ def test_before_wrap(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if case.kind == "vlm"])
 def test_every_seam_is_known(name: str) -> None:
     """So that parity is parity of what is routed; one that is not known is told, see test_memory.py."""
-    seams = [row for row in triton_sp.explain(build(name), ranks=2).rows if row.kind.startswith("seam")]
-    assert [row.decision for row in seams] == ["features gathered" if name in zoo.GATHERED else "features routed"]
+    seams = [row for row in triton_sp.explain(build(name), ranks=2).rows if row.kind.startswith("fusion")]
+    assert [row.decision for row in seams] == [
+        "features gathered" if name in zoo.FEATURES_GATHERED else "features routed"
+    ]
 
 
 def explained_when_wrapped(name: str) -> Explanation:
@@ -93,12 +93,12 @@ def methods(name: str) -> tuple[Explanation, Explanation]:
     return before, triton_sp.explain(model)
 
 
-@pytest.mark.parametrize(("name", "method"), [("sdpa", HEADS), ("matmul", WHOLE)])
+@pytest.mark.parametrize(("name", "method"), [("sdpa", HEADS), ("matmul", GATHERED)])
 def test_plain_modules(ranks, name: str, method: str) -> None:
     for before, after in ranks.run(methods, name, ranks=2):
         assert before.rows[0].why == "how is tried out on the first call"
         assert (after.rows[0].part, after.rows[0].kind, after.rows[0].why) == ("blocks", "blocks (ViT)", method)
-        assert ("scaled_dot_product_attention instead" in str(after)) == (method == WHOLE)
+        assert ("scaled_dot_product_attention instead" in str(after)) == (method == GATHERED)
 
 
 # --- a part left whole ---------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def explained_after_a_batch(name: str, plan: str) -> list[tuple[str, str]]:
 
 def test_the_plan_of_the_last_batch(ranks) -> None:
     """Qwen2.5-VL cut where windows end: windowed layers exchange nothing, the full one heads."""
-    (_, tower), (_, seam), (_, decoder) = ranks.run(explained_after_a_batch, "qwen2_5_vl", "segments", ranks=2)[1]
+    (_, tower), (_, fusion), (_, decoder) = ranks.run(explained_after_a_batch, "qwen2_5_vl", "segments", ranks=2)[1]
     assert tower.startswith("plan segments, ") and "no exchange; heads 6-11; as SPConfig.plan says" in tower
-    assert seam == "rows of get_image_features 19 + 16"
+    assert fusion == "rows of get_image_features 19 + 16"
     assert "heads 6-11" in decoder
     whole = ranks.run(explained_after_a_batch, "llama", "heads", ranks=2)[0]
     assert whole == [("model.layers", "plan heads, 19 + 18 tokens, heads 0-5; as SPConfig.plan says")]

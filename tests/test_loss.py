@@ -14,12 +14,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import parity
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-import zoo
+from kit import parity, zoo
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,8 +26,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 import triton_sp
 from triton_sp import SPConfig, loss
-from triton_sp.anatomy import LogitTransform
 from triton_sp.errors import SPError
+from triton_sp.loss import LogitTransform
 from triton_sp.testing import RankError, relative_error
 
 

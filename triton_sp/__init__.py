@@ -7,14 +7,14 @@
 
 from triton_sp import errors
 from triton_sp._version import __version__
-from triton_sp.accelerators import share_batches
 from triton_sp.api import sync_gradients, unwrap, wrap
+from triton_sp.config import SPConfig
+from triton_sp.engines.loaders import share_batches
+from triton_sp.engines.mpu import mpu
 from triton_sp.explain import explain
-from triton_sp.mpu import mpu
-from triton_sp.ops import varlen_attention
-from triton_sp.wrappers.encoder import UlyssesSPViTAttention
-from triton_sp.wrappers.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
-from triton_sp.wrappers.install import SPConfig
+from triton_sp.modules.encoder import UlyssesSPViTAttention
+from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
+from triton_sp.ops.varlen import varlen_attention
 
 __all__ = [
     "FusionAdapter",

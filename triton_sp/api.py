@@ -7,10 +7,12 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from triton_sp import comm, groups, models
+from triton_sp.anatomy.find import find_parts
+from triton_sp.config import SPConfig
 from triton_sp.errors import GroupError, InputError
-from triton_sp.wrappers import features, model, text, vision
-from triton_sp.wrappers.install import Installation, SPConfig, installation_of, mark
+from triton_sp.ranks import collectives, groups
+from triton_sp.wrappers import composite, decoder, entry, vision
+from triton_sp.wrappers.install import Installation, attach, installation_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,14 +66,14 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
             found=f"{config} on group {resolved.name!r}",
             remedy="call triton_sp.unwrap(model) first",
         )
-    anatomy = models.find(model_)
+    anatomy = find_parts(model_)
     for stack in anatomy.stacks:
         if stack.refusal is not None:
             raise stack.refusal
     installation = Installation(resolved, config, anatomy)
     if not installation.idle:
         _install(installation)
-    mark(anatomy.entry, installation)
+    attach(anatomy.entry, installation)
     return model_
 
 
@@ -80,10 +82,10 @@ def _install(installation: Installation) -> None:
     for tower in anatomy.towers:
         vision.install(tower, installation)
     if anatomy.decoder is not None:
-        text.install(anatomy.decoder, installation)
-    if anatomy.seam is not None and anatomy.seam.features:
-        features.install(anatomy.seam, installation)
-    installation.override(anatomy.entry, model.run_model)
+        decoder.install(anatomy.decoder, installation)
+    if anatomy.fusion is not None and anatomy.fusion.features:
+        composite.install(anatomy.fusion, installation)
+    installation.override(anatomy.entry, entry.run_model)
 
 
 def _mean_if_known(group: Any) -> Literal["mean"]:
@@ -128,4 +130,6 @@ def sync_gradients(model_: nn.Module, group: Any = None) -> None:
         raise GroupError("model", expected="a wrapped model", found="one without a group", remedy="call wrap first")
     everyone = groups.resolve_everyone(group)
     added = 1 if installation.config.gradient == "mean" else installation.group.size
-    comm.all_reduce_gradients([p for p in model_.parameters() if p.requires_grad], everyone, added / everyone.size)
+    collectives.all_reduce_gradients(
+        [p for p in model_.parameters() if p.requires_grad], everyone, added / everyone.size
+    )

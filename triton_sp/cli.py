@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from triton_sp import cost, groups
-from triton_sp.calibrate import measure_link
+from triton_sp.plan import cost
+from triton_sp.plan.calibrate import measure_link
+from triton_sp.ranks import groups
 
 # What is done by the files of a checkout, which an installed package does not have.
 CHECKOUT = {

@@ -7,27 +7,26 @@ from typing import Any
 
 from torch import nn
 
-from triton_sp import models
-from triton_sp.anatomy import Seam, Stack
+from triton_sp.anatomy.find import find_parts
+from triton_sp.anatomy.parts import Fusion, Stack, device_of
 from triton_sp.errors import SPError
-from triton_sp.families import device_of
-from triton_sp.ops import implementation
+from triton_sp.ops.dispatch import implementation
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
-from triton_sp.wrappers.trial import WHOLE
+from triton_sp.wrappers.trial import GATHERED
 
-ROUTED, GATHERED = "features routed", "features gathered"
+FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
 LEGEND = {
     "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v out by one "
     "all-to-all and gets its tokens' results by another; none where segments (images, windows, documents) lie whole on "
     "ranks. A vision tower alone ends in one gather.",
-    ROUTED: "each rank embeds its part of the text, makes features of its part of the pixels, and is sent the rows "
-    "that its placeholders need: nothing is as long as the batch.",
-    GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
-    WHOLE: "this attention multiplies its matrices itself, so each rank gathers its input, computes it all and keeps "
-    "its tokens. Calling torch.nn.functional.scaled_dot_product_attention instead divides the work.",
+    FEATURES_ROUTED: "each rank embeds its part of the text, makes features of its part of the pixels, and is sent the "
+    "rows that its placeholders need: nothing is as long as the batch.",
+    FEATURES_GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
+    GATHERED: "this attention multiplies its matrices itself, so each rank gathers its input, computes it all and "
+    "keeps its tokens. Calling torch.nn.functional.scaled_dot_product_attention instead divides the work.",
     "left whole": "every rank computes all of it, as without triton_sp.",
     "refused": "wrap raises this error, rather than compute something else.",
 }
@@ -42,7 +41,7 @@ class Row:
         kind: what it was taken for, and its family.
         heads: query heads, "/" key/value heads where these are fewer.
         heads_per_rank: mean number of query heads that a rank attends with.
-        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; of the seam between vision and text
+        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; of the fusion between vision and text
             "features routed" or "features gathered".
         last_batch: once the wrapped model has run: the plan of its last batch, tokens of each rank, how layers attended
             on this one (with windows and whole images in turn, two ways), and why this plan.
@@ -109,29 +108,31 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     title, attention = f"{type(model).__name__}: {state}", implementation(device_of(model))
     loss = "" if installation is None else loss_implementation(installation)
     try:
-        anatomy = installation.anatomy if installation else models.find(model)
+        anatomy = installation.anatomy if installation else find_parts(model)
     except SPError as error:
         return Explanation(title, (Row("", "", None, "", "", "refused", str(error)),), attention)
-    rows = [_row(stack, "vision tower" if stack.door else "blocks", ranks) for stack in anatomy.towers]
-    if anatomy.seam and ranks != 1:
-        rows.append(_seam_row(anatomy.seam))
+    rows = [_row(stack, "vision tower" if stack.by_interface else "blocks", ranks) for stack in anatomy.towers]
+    if anatomy.fusion and ranks != 1:
+        rows.append(_fusion_row(anatomy.fusion))
     if anatomy.decoder:
         rows.append(_row(anatomy.decoder, "decoder", ranks))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
-    rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.whole]
+    rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
     return Explanation(title, tuple(rows), attention, loss)
 
 
-def _seam_row(seam: Seam) -> Row:
-    config: Any = seam.module.config
-    decision = ROUTED if seam.features else GATHERED
-    return Row(seam.name or type(seam.module).__name__, f"seam ({config.model_type})", None, "", "", decision, seam.why)
+def _fusion_row(fusion: Fusion) -> Row:
+    config: Any = fusion.module.config
+    decision = FEATURES_ROUTED if fusion.features else FEATURES_GATHERED
+    return Row(
+        fusion.name or type(fusion.module).__name__, f"fusion ({config.model_type})", None, "", "", decision, fusion.why
+    )
 
 
 def _last_batch(part: str, installation: Installation) -> str:
-    call, seam = installation.last_calls.get(part), installation.anatomy.seam
-    if seam is not None and part == (seam.name or type(seam.module).__name__):
+    call, fusion = installation.last_calls.get(part), installation.anatomy.fusion
+    if fusion is not None and part == (fusion.name or type(fusion.module).__name__):
         rows = (f"{name} {' + '.join(map(str, shards.sizes))}" for name, shards in installation.last_rows.items())
         return "rows of " + ", ".join(rows) if installation.last_rows else ""
     if call is None:
@@ -156,7 +157,7 @@ def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
         "sharded",
         "known family" if stack.known else "its attention can be exchanged, the rest is token-wise",
     )
-    if not stack.door:
+    if not stack.by_interface:
         methods = {method_of(block) for block in stack.blocks}
         why = ", ".join(sorted(method or "how is tried out on the first call" for method in methods))
     if ranks == 1:

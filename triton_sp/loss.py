@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from triton_sp import comm
-from triton_sp.anatomy import LogitTransform
-from triton_sp.groups import Group
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
 
 IGNORE = -100
 CHUNK_ELEMENTS = 1 << 26  # logits that are in fp32 at a time: 256 MiB
 LIGER_DEVICES = ("cuda", "xpu")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to the logits that its head gives: a scale, then a soft limit.
+
+    >>> LogitTransform(scale=2.0, softcap=3.0)(torch.tensor([0.0, 100.0])).tolist()
+    [0.0, 3.0]
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -67,8 +84,8 @@ def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient:
         A scalar. The mean (or sum) over ranks of the gradients that flow from it is the single-process gradient.
     """
     divisor = torch.as_tensor(count, device=share.device, dtype=share.dtype).clamp(min=1)
-    share = comm.scale_gradient(share / divisor, group.size if gradient == "mean" else 1.0)
-    return comm.total_of_shares(share, group)  # not a view: trainers multiply the loss in place
+    share = collectives.scale_gradient(share / divisor, group.size if gradient == "mean" else 1.0)
+    return collectives.total_of_shares(share, group)  # not a view: trainers multiply the loss in place
 
 
 # --- a rank's share ------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ def forward(
     q, k, v = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
     out = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out_THD is None else out_THD
     lse_HT = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-    choice = launch.choose("forward", dim, q.dtype)
+    choice = launch.find_launch("forward", dim, q.dtype)
     unit, strides = launch.strides(q, k, v, out)
     segments = cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(scale, softcap)

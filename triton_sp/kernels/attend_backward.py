@@ -231,7 +231,7 @@ def backward(
     common = (rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer, scale)
     key_ranges = None if key_ranges is None else key_ranges.contiguous()
     row_ranges = None if key_ranges is None else invert(key_ranges, k.shape[0])
-    choice, dkv = launch.choose("dq", dim, q.dtype), launch.choose("dkv", dim, q.dtype)
+    choice, dkv = launch.find_launch("dq", dim, q.dtype), launch.find_launch("dkv", dim, q.dtype)
     # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
     lse2, delta = (torch.empty(heads * rows + dkv.rows, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):

@@ -31,7 +31,7 @@ RUNTIME = [
 SPLITS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 88: (64, 32), 96: (64, 32), 128: (128, 0), 256: (128, 128)}
 
 
-class Choice(NamedTuple):
+class Launch(NamedTuple):
     """Rows and keys of a tile, the parts of D, whether masks are branched around, and the options of the launch."""
 
     rows: int
@@ -110,7 +110,7 @@ def tuned() -> dict[str, list[Any]]:
         return json.load(file)
 
 
-def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
+def find_launch(kernel: str, dim: int, dtype: torch.dtype) -> Launch:
     """The tile, split and options for a kernel ("forward", "dq" or "dkv"), a head dim and a dtype."""
     where = target()
     if dim not in SPLITS:
@@ -135,7 +135,7 @@ def choose(kernel: str, dim: int, dtype: torch.dtype) -> Choice:
     if NO_32_WIDE and where == "cuda:90":
         rows, keys = max(rows, 64), max(keys, 64)
     # The interpreter takes the branch too: it is what must be proven, the other path masks every block.
-    return Choice(rows, keys, split(dim), where in ("cuda:90", "interpreter"), options)
+    return Launch(rows, keys, split(dim), where in ("cuda:90", "interpreter"), options)
 
 
 def split(dim: int) -> tuple[int, int]:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_sp import pipeline
+from triton_sp import stages
+from triton_sp.anatomy.families import expected_window
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.families import expected_window
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 
@@ -94,9 +94,7 @@ def attention_forward(
     scope.tally["attention"] += 1
     tokens = len(scope.stream.shards.range(scope.stream.group.rank))
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
-    out = pipeline.attention(
-        q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, scale=scaling
-    )
+    out = stages.attention(q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, scale=scaling)
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 

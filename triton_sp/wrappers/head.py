@@ -16,13 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy import LogitTransform
+from triton_sp.anatomy.parts import device_of
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.families import device_of, logit_transform
-from triton_sp.loss import head_cross_entropy, liger_fits
+from triton_sp.loss import LogitTransform, head_cross_entropy, liger_fits
 from triton_sp.wrappers.install import Installation
 
 PROBE = (-24.0, -3.0, -0.5, 0.0, 1.0, 8.0, 30.0, 200.0)  # exact in every dtype
+
+
+def causal_lm_loss(entry: nn.Module) -> bool:
+    """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
+    loss = getattr(entry, "loss_function", None)
+    return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
+
+
+def logit_transform(entry: nn.Module) -> LogitTransform:
+    """What the configuration says that the model does to its logits; wrappers/head.py holds the model to it."""
+    config: Any = entry.config
+    config = config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
 
 
 def loss_implementation(installation: Installation) -> str:
@@ -56,16 +69,16 @@ class HeadLoss:
     @contextmanager
     def active(self) -> Iterator[None]:
         """While the model runs, its head computes the loss."""
-        below = self.head.__dict__.get("forward")
+        shadowed = self.head.__dict__.get("forward")
         original: Callable[..., Any] = self.head.forward
         self.head.forward = lambda hidden: self._run(original, hidden)
         try:
             yield
         finally:
-            if below is None:
+            if shadowed is None:
                 del self.head.forward
             else:
-                self.head.forward = below
+                self.head.forward = shadowed
 
     def _run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
         states = hidden.flatten(0, -2)

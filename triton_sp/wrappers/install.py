@@ -9,90 +9,26 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from triton_sp.anatomy import Anatomy
-from triton_sp.cost import Choice
+from triton_sp.anatomy.parts import Anatomy
+from triton_sp.config import SPConfig
 from triton_sp.errors import SPError
-from triton_sp.groups import Group
-from triton_sp.plan import Shards
+from triton_sp.plan.cost import PlanChoice
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks.groups import Group
 
 _MISSING = "<not set on the instance>"
 _MARK = "_triton_sp"
 
 
 @dataclass(frozen=True)
-class SPConfig:
-    """How a model is wrapped.
-
-    Attributes:
-        gradient: what will combine the ranks' gradients. "mean" for engines that average over ranks (DDP, FSDP, ZeRO
-            and `sync_gradients`), "sum" for those that add. "auto" is "mean", but with DeepSpeed's own mpu the choice
-            is yours, see mpu.py.
-        gather_logits: whether `out.logits` (without a head: `out.last_hidden_state`) holds all tokens, (B, S, V) with
-            0 at padding, instead of this rank's, (1, T, V).
-        chunked_loss: whether a training step with labels leaves `out.logits` None and forms its loss from a chunk of
-            logits at a time: (tokens, vocabulary) never exists. Liger-Kernel's kernel does it where it is installed
-            and the head is a plain linear layer on a GPU; `explain` says.
-        label_smoothing: of the loss, as transformers' LabelSmoother has it. (That one needs all logits on every rank:
-            `gather_logits`.)
-        check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them.
-            "first" does so for the first batch of each kind (shapes, settings, plan), and only compares the kind of
-            later ones: other ids, labels or pixels of the same shape go unnoticed. "off" trusts the caller.
-        plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
-            vision towers, "replicate" ask for one; where it is not possible "auto" decides.
-        chunks: in how many parts heads are exchanged, if they divide: one travels while another is attended to, and
-            buffers are the smaller. Worth it where the exchange is long; short ones only multiply.
-        link: what the cost model reckons with: "nvlink", "pcie", "gloo", or "auto" for what `triton-sp calibrate` has
-            measured on this machine, else "gloo" on CPUs and "nvlink" on GPUs.
-
-    >>> SPConfig(gradient="sum").gather_logits
-    False
-    """
-
-    gradient: Literal["auto", "mean", "sum"] = "auto"
-    gather_logits: bool = False
-    chunked_loss: bool = False
-    label_smoothing: float = 0.0
-    check: Literal["always", "first", "off"] = "always"
-    plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
-    link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
-    chunks: int = 1
-
-    def __post_init__(self) -> None:
-        for name, allowed in (
-            ("gradient", ("auto", "mean", "sum")),
-            ("check", ("always", "first", "off")),
-            ("plan", ("auto", "heads", "segments", "replicate")),
-            ("link", ("auto", "nvlink", "pcie", "gloo")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise SPError(
-                    f"SPConfig.{name}",
-                    expected=f"one of {allowed}",
-                    found=repr(getattr(self, name)),
-                    remedy="correct the argument",
-                )
-        if not 0 <= self.label_smoothing <= 1:
-            raise SPError(
-                "SPConfig.label_smoothing",
-                expected="0 to 1",
-                found=repr(self.label_smoothing),
-                remedy="correct the argument",
-            )
-        if not isinstance(self.chunks, int) or self.chunks < 1:
-            raise SPError(
-                "SPConfig.chunks", expected="1 or more", found=repr(self.chunks), remedy="correct the argument"
-            )
-
-
-@dataclass(frozen=True)
 class LastCall:
     """What a stack did with the batch before: the plan, and how its kinds of layers attended on this rank."""
 
-    choice: Choice
+    choice: PlanChoice
     attended: tuple[str, ...]
 
 
@@ -107,7 +43,7 @@ class Installation:
     agreed: set[int] = field(default_factory=set)  # digests of the kinds of batches that ranks have agreed on
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
-    checked_head: bool = False  # what the model does to logits was seen once, see wrappers/head.py
+    head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
 
     @property
     def idle(self) -> bool:
@@ -146,15 +82,15 @@ class Override:
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], installation: Installation, method: str) -> None:
         self.module, self.run, self.installation, self.method = module, run, installation, method
-        self.below = module.__dict__.get(method)
+        self.shadowed = module.__dict__.get(method)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The method that was there before."""
-        if self.below is not None:
-            return self.below(*args, **kwargs)
+        if self.shadowed is not None:
+            return self.shadowed(*args, **kwargs)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
     @property
@@ -172,7 +108,7 @@ class Override:
         return dict(arguments)
 
 
-def mark(model: nn.Module, installation: Installation) -> None:
+def attach(model: nn.Module, installation: Installation) -> None:
     installation.set(model, _MARK, installation)
 
 

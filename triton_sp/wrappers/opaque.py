@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from triton_sp import pipeline
+from triton_sp import stages
 from triton_sp.errors import InputError, UnsupportedModelError
-from triton_sp.pipeline import Stream
+from triton_sp.plan.stream import Stream
 from triton_sp.wrappers.install import Override
-from triton_sp.wrappers.scope import active, current, outside
-from triton_sp.wrappers.trial import HEADS, hidden_of, random_states, settle, shards_inside
+from triton_sp.wrappers.scope import active, current, refuse_lost_scope
+from triton_sp.wrappers.trial import HEADS, find_method, hidden_of, random_states, shards_inside
 
 if TYPE_CHECKING:
     from triton_sp.wrappers.tower import Layout, TowerPass
@@ -34,11 +34,11 @@ METHOD = "_triton_sp_method"
 
 
 @dataclass(frozen=True, eq=False)
-class UnitScope:
+class OpaqueScope:
     """While a module with opaque attention runs on this rank's tokens.
 
     Attributes:
-        method: HEADS or WHOLE.
+        method: HEADS or GATHERED.
         stream: all tokens.
         shape: this rank's hidden states without their channels.
         whole: hidden states of all tokens from this rank's.
@@ -62,7 +62,7 @@ class UnitScope:
 class _ShardSDPA(TorchFunctionMode):
     """Replaces calls of scaled_dot_product_attention on the rank's tokens."""
 
-    def __init__(self, scope: UnitScope) -> None:
+    def __init__(self, scope: OpaqueScope) -> None:
         super().__init__()
         self.attend = partial(_sharded_sdpa, scope)
 
@@ -81,7 +81,7 @@ class _ShardSDPA(TorchFunctionMode):
 
 
 def _sharded_sdpa(
-    scope: UnitScope,
+    scope: OpaqueScope,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -116,7 +116,7 @@ def _sharded_sdpa(
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
     # Rows that share their tokens' positions are as independent as heads are, so they are treated as more heads.
     q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (query, key, value))
-    out = pipeline.attention(q, k, v, scope.stream, causal=is_causal, scale=scale)
+    out = stages.attention(q, k, v, scope.stream, causal=is_causal, scale=scale)
     return out.transpose(0, 1).unflatten(0, query.shape[:2])
 
 
@@ -134,11 +134,11 @@ def no_fast_path() -> Iterator[None]:
 # --- either method -------------------------------------------------------------------------------------------------
 
 
-def run_unit(override: Override, *args: Any, **kwargs: Any) -> Any:
+def run_attention_module(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention module inside a block that runs on this rank's tokens."""
-    scope = current(UnitScope)
+    scope = current(OpaqueScope)
     if scope is None:
-        outside(override.module)
+        refuse_lost_scope(override.module)
         return override.original(*args, **kwargs)
     if isinstance(override.module, nn.MultiheadAttention):
         args, kwargs = (), override.bind(args, kwargs)
@@ -148,7 +148,7 @@ def run_unit(override: Override, *args: Any, **kwargs: Any) -> Any:
     return run_in(scope, override.original, *args, **kwargs)
 
 
-def run_in(scope: UnitScope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def run_in(scope: OpaqueScope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function in which all tokens meet, with this rank's tokens, for this rank's tokens."""
     if scope.method == HEADS:
         with active(scope), no_fast_path(), _ShardSDPA(scope):
@@ -169,7 +169,7 @@ def run_in(scope: UnitScope, function: Callable[..., Any], *args: Any, **kwargs:
     return scope.part(out)
 
 
-def same_tokens(out: Any, scope: UnitScope, module: nn.Module) -> Any:
+def same_tokens(out: Any, scope: OpaqueScope, module: nn.Module) -> Any:
     """`out`, if it holds one row for each of the rank's tokens."""
     if hidden_of(out).shape[:-1] != scope.shape:
         raise InputError(
@@ -194,21 +194,21 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
     block, layout = override.module, tower.layout
     assert layout is not None
 
-    def scope_of(stream: Stream, method: str, dry: bool) -> UnitScope:
+    def scope_of(stream: Stream, method: str, dry: bool) -> OpaqueScope:
         def whole(local: Tensor) -> Tensor:
             if dry:
                 return local.new_zeros(*layout.shape[:-1], local.shape[-1])
-            return layout.restore(pipeline.gather(local.flatten(0, -2), stream))
+            return layout.restore(stages.gather(local.flatten(0, -2), stream))
 
         def part(x: Tensor) -> Tensor:
-            return layout.local(pipeline.shard(layout.flat(x), stream))
+            return layout.local(stages.shard(layout.flat(x), stream))
 
         shape = layout.local(torch.empty(len(stream.shards.range(stream.group.rank)), 0, device="meta")).shape[:-1]
-        return UnitScope(method, stream, shape, whole, part, dry=dry)
+        return OpaqueScope(method, stream, shape, whole, part, dry=dry)
 
-    def run(scope: UnitScope | None, states: Tensor) -> Any:
+    def run(scope: OpaqueScope | None, states: Tensor) -> Any:
         if scope is not None and scope.method == HEADS:
-            return run_in(scope, override.original, states, **localise(arguments, scope.stream, layout))
+            return run_in(scope, override.original, states, **localise_arguments(arguments, scope.stream, layout))
         if scope is not None and block in tower.stack.attention:
             return run_in(scope, override.original, states, **arguments)
         with active(scope), no_fast_path():
@@ -219,7 +219,7 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
     if method is None:
         cut = Stream(stream.group, shards_inside(layout.tokens, layout.length, stream.group.size), stream.cu_seqlens)
         probe = random_states(layout.shape, hidden)
-        method = settle(block, run, partial(scope_of, cut), probe, stream.group)
+        method = find_method(block, run, partial(scope_of, cut), probe, stream.group)
         override.installation.set(block, METHOD, method)
     scope = scope_of(stream, method, False)
     out = same_tokens(run(scope, hidden), scope, block)
@@ -227,7 +227,7 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
     return out
 
 
-def localise(arguments: dict[str, Any], stream: Stream, layout: Layout) -> dict[str, Any]:
+def localise_arguments(arguments: dict[str, Any], stream: Stream, layout: Layout) -> dict[str, Any]:
     """Arguments with this rank's rows of every tensor that runs along the tokens of the batch or of each image.
 
     Only shapes are looked at. Where these mislead, the trial shows it.

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sp import pipeline
-from triton_sp.anatomy import Stack
-from triton_sp.cost import Choice
-from triton_sp.groups import Group
-from triton_sp.plan import Segments, Shards
-from triton_sp.wrappers.install import SPConfig
+from triton_sp import stages
+from triton_sp.anatomy.parts import Stack
+from triton_sp.config import SPConfig
+from triton_sp.plan.cost import PlanChoice
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.planning import plan_tower
 
 
@@ -37,7 +38,7 @@ class Patches:
     """
 
     group: Group
-    choice: Choice
+    choice: PlanChoice
     metadata: dict[str, Any]
     streams: list[tuple[Tensor, Segments]]
     order: Tensor | None
@@ -72,7 +73,7 @@ class Patches:
             if self.order is None:
                 return rows[wanted.start : wanted.stop]
             return rows[torch.argsort(self.order)[wanted.start : wanted.stop].to(rows.device)]
-        return pipeline.reshard(rows, self.choice.shards.merged(self.unit), needed, self.group, self.order)
+        return stages.reshard(rows, self.choice.shards.merged(self.unit), needed, self.group, self.order)
 
 
 def _pick(x: Tensor, own: range, order: Tensor | None, unit: int) -> Tensor:

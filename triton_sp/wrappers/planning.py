@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sp.anatomy import Stack
-from triton_sp.cost import Choice, Layers, choose, find_link
-from triton_sp.groups import Group
-from triton_sp.plan import Segments, Shards
-from triton_sp.wrappers.install import Installation, SPConfig
+from triton_sp.anatomy.parts import Stack
+from triton_sp.config import SPConfig
+from triton_sp.plan.cost import Layers, PlanChoice, choose_plan, find_link
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.install import Installation
 
 
 def plan_tower(
     stack: Stack, config: SPConfig, group: Group, segments: Segments, hidden: Tensor, owned: Shards | None = None
-) -> Choice:
+) -> PlanChoice:
     """The plan of a vision tower whose first block attends in `segments`. The same on every rank.
 
     Args:
@@ -27,12 +29,12 @@ def plan_tower(
     layers = layers_of(stack, hidden.shape[-1], hidden.dtype, causal=False)
     link = find_link(config.link, hidden.device.type, group.size)
     # A plain module is tried out on shards at its first call, so it must have some.
-    replicable = stack.door and owned is None
-    choice = choose(segments, group.size, stack.unit, layers, link, config.plan, replicable, owned)
+    replicable = stack.by_interface and owned is None
+    choice = choose_plan(segments, group.size, stack.unit, layers, link, config.plan, replicable, owned)
     return replace(choice, chunks=config.chunks)
 
 
-def plan_decoder(installation: Installation, device: torch.device, segments: Segments) -> Choice:
+def plan_decoder(installation: Installation, device: torch.device, segments: Segments) -> PlanChoice:
     """The plan of the decoder, which is never replicated: each token's loss is one rank's."""
     stack, group, config = installation.anatomy.decoder, installation.group, installation.config
     assert stack is not None
@@ -40,7 +42,7 @@ def plan_decoder(installation: Installation, device: torch.device, segments: Seg
     dtype = next(stack.module.parameters()).dtype
     layers = layers_of(stack, model_config.hidden_size, dtype, causal=True)
     link = find_link(config.link, device.type, group.size)
-    choice = choose(segments, group.size, 1, layers, link, config.plan, replicable=False)
+    choice = choose_plan(segments, group.size, 1, layers, link, config.plan, replicable=False)
     return replace(choice, chunks=config.chunks)
 
 

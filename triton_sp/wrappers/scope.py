@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.pipeline import Stream
+from triton_sp.plan.stream import Stream
 
 KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention finds its scope
 
@@ -125,7 +125,7 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def outside(module: nn.Module) -> None:
+def refuse_lost_scope(module: nn.Module) -> None:
     """To be called where a part runs without a scope: fine for a direct call, wrong in a recomputation."""
     if recomputing():
         raise UnsupportedModelError(

@@ -22,14 +22,16 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from triton_sp import comm, pipeline
-from triton_sp.anatomy import Stack
-from triton_sp.cost import Choice
+from triton_sp import stages
+from triton_sp.anatomy.parts import Stack
+from triton_sp.config import SPConfig
 from triton_sp.errors import DisagreementError, UnsupportedModelError
-from triton_sp.groups import ALONE, Group
-from triton_sp.pipeline import Stream
-from triton_sp.plan import Segments, Shards
-from triton_sp.wrappers.install import SPConfig
+from triton_sp.plan.cost import PlanChoice
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.plan.stream import Stream
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import ALONE, Group
 from triton_sp.wrappers.planning import plan_tower
 
 Outside = Literal["whole", "images", "patches"]
@@ -108,7 +110,7 @@ class TowerPass:
         owned: tokens of each rank outside of the blocks, where these are its images'.
         frames: where patches are cut outside, the frames that this rank has patches of, see `Patches.frames`.
         mask: the one that the first block got; all others must get the same.
-        packed: cu_seqlens of a tower that packs images and tells its blocks by a mask, or not at all.
+        joined: cu_seqlens of a tower that packs images and tells its blocks by a mask, or not at all.
         seqused_k: how many tokens of each image are real, where images are padded.
     """
 
@@ -123,9 +125,9 @@ class TowerPass:
     owned: Shards | None = None
     frames: tuple[Tensor, Tensor] | None = None
     mask: Tensor | None = None
-    packed: Tensor | None = None
+    joined: Tensor | None = None
     seqused_k: Tensor | None = None
-    choice: Choice | None = None
+    choice: PlanChoice | None = None
     streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
     tables: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = field(default_factory=dict)
     last_output: Tensor | None = None  # of the block before, while the forward runs
@@ -136,11 +138,11 @@ class TowerPass:
             return
         self.mask = mask
         block = type(self.stack.blocks[0]).__name__
-        real = None if mask is None or self.packed is not None else real_tokens(mask, hidden, block)
+        real = None if mask is None or self.joined is not None else real_tokens(mask, hidden, block)
         layout = self.layout = Layout(hidden.shape, hidden.device, self.stack.tokens_first, real)
         self.streams.clear()
         self.seqused_k = None if real is None else real.sum(1, dtype=torch.int32)
-        cu_seqlens = self.packed if cu_seqlens is None else cu_seqlens
+        cu_seqlens = self.joined if cu_seqlens is None else cu_seqlens
         # The one host read of a call; layers whose segments are others need another, if shards end with segments.
         known = layout.images() if cu_seqlens is None else Segments(tuple(cu_seqlens.tolist()))
         if self.outside == "images":
@@ -158,10 +160,10 @@ class TowerPass:
         """The segments of all ranks' images, of which this rank knows its own; `owned` and `seqused_k` too."""
         lengths = [] if self.stand_in else [stop - start for start, stop in pairwise(own.starts)]
         used = lengths if self.seqused_k is None else self.seqused_k.tolist()[: len(lengths)]
-        most = max(count for (count,) in comm.integers_of_all([len(lengths)], self.group))
+        most = max(count for (count,) in collectives.integers_of_all([len(lengths)], self.group))
         self._expect(most <= math.prod(self.pixels[:-3]), "images", most)
         filled = [(*pair, 1) for pair in zip(lengths, used, strict=True)] + [(0, 0, 0)] * (most - len(lengths))
-        told = comm.integers_of_all([number for entry in filled for number in entry], self.group)
+        told = collectives.integers_of_all([number for entry in filled for number in entry], self.group)
         ranks = [[tuple(row[i : i + 2]) for i in range(0, len(row), 3) if row[i + 2]] for row in told]
         self.owned = Shards(tuple(sum(length for length, _ in rank) for rank in ranks))
         images = [image for rank in ranks for image in rank]
@@ -183,7 +185,7 @@ class TowerPass:
                 rank=self.group.rank,
             )
 
-    def cut_patches(self, choice: Choice, streams: list[tuple[Tensor, Segments]]) -> None:
+    def cut_patches(self, choice: PlanChoice, streams: list[tuple[Tensor, Segments]]) -> None:
         """Settle the cut before the patches are embedded, and the segments that blocks will ask for."""
         self.choice = choice
         for cu_seqlens, known in streams:
@@ -210,11 +212,11 @@ class TowerPass:
         if self.outside == "patches":
             return x
         if self.owned is None:
-            return pipeline.shard(x, self.stream())
+            return stages.shard(x, self.stream())
         key = (x.data_ptr(), x.shape)
         if key not in self.tables:  # every block gets the same; x is held, so that its memory is not another's
             own = x[: self.owned.sizes[self.group.rank]]
-            self.tables[key] = x, pipeline.reshard(own, self.owned, self.stream().shards, self.group)
+            self.tables[key] = x, stages.reshard(own, self.owned, self.stream().shards, self.group)
         return self.tables[key][1]
 
     def enter(self, hidden: Tensor) -> Tensor:
@@ -224,9 +226,9 @@ class TowerPass:
         assert self.layout is not None
         rows, stream = self.layout.flat(hidden), self.stream()
         if self.owned is None:
-            return self.layout.local(pipeline.shard(rows, stream))
+            return self.layout.local(stages.shard(rows, stream))
         own = rows[: self.owned.sizes[self.group.rank]]
-        return self.layout.local(pipeline.reshard(own, self.owned, stream.shards, self.group))
+        return self.layout.local(stages.reshard(own, self.owned, stream.shards, self.group))
 
     def leave(self, local: Tensor) -> Tensor:
         """The hidden states outside, shaped as they were there, from what a block returned."""
@@ -235,8 +237,8 @@ class TowerPass:
         assert self.layout is not None
         rows, stream = local.flatten(0, -2), self.stream()
         if self.owned is None:
-            return self.layout.restore(pipeline.gather(rows, stream))
-        rows = pipeline.reshard(rows, stream.shards, self.owned, self.group)
+            return self.layout.restore(stages.gather(rows, stream))
+        rows = stages.reshard(rows, stream.shards, self.owned, self.group)
         if self.stand_in:  # joined to nothing, so that this rank takes part in the exchange of the backward
             rows = torch.cat([rows, rows.new_zeros(self.layout.tokens, rows.shape[-1])])
         return self.layout.restore(rows)
@@ -250,7 +252,7 @@ def without_dense_mask(tower: TowerPass) -> Iterator[None]:
     """
     module: Any = tower.stack.module
     config = module.config
-    if tower.packed is not None:
+    if tower.joined is not None:
         module.config = copy.copy(config)
         module.config._attn_implementation_internal = "flash_attention_2"
     try:

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp import comm
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.groups import Group
-from triton_sp.plan import Shards
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
 
-HEADS, WHOLE = "heads exchanged", "gather-compute-slice"
+HEADS, GATHERED = "heads exchanged", "gather-compute-slice"
 
 # run(scope, hidden states): on a shard, or with None the module's own forward on all tokens.
 Run = Callable[[Any, Tensor], Any]
 
 
-def settle(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any], probe: Tensor, group: Group) -> str:
+def find_method(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any], probe: Tensor, group: Group) -> str:
     """The method by which a module computes on shards what it computes on all tokens.
 
     Decided by trial, on random hidden states and random weights: weights that start at zero, and images that are all
@@ -39,16 +39,16 @@ def settle(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any], prob
     """
 
     def everywhere(fine: bool) -> bool:
-        return not comm.all_reduce(torch.tensor([0.0 if fine else 1.0], device=probe.device), group).item()
+        return not collectives.all_reduce(torch.tensor([0.0 if fine else 1.0], device=probe.device), group).item()
 
     found = "another result on shards than on all tokens"
     with _trial_of(module, run) as call:
         expected = hidden_of(call(None, probe))
-        for method in (HEADS, WHOLE):
+        for method in (HEADS, GATHERED):
             dry = scopes(method, True)
             try:
                 call(dry, dry.part(probe))
-                runs = method == WHOLE or dry.tally["sdpa"] > 0
+                runs = method == GATHERED or dry.tally["sdpa"] > 0
             except Exception as error:  # a module of anybody's: whatever it raises, this method is not for it
                 runs, found = False, f"{type(error).__name__} on a shard: {error}"
             if not everywhere(runs):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp import pipeline
-from triton_sp.anatomy import Stack
+from triton_sp import stages
+from triton_sp.anatomy.families import cu_seqlens_of_joined_images, joins_images
+from triton_sp.anatomy.parts import Stack
 from triton_sp.errors import InputError, UnsupportedModelError
-from triton_sp.families import packed_images, packs_images
-from triton_sp.pipeline import Stream
+from triton_sp.plan.stream import Stream
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
@@ -29,24 +29,24 @@ from triton_sp.wrappers.scope import (
     bound_checkpoints,
     check_tally,
     current,
-    outside,
     recomputing,
+    refuse_lost_scope,
 )
 from triton_sp.wrappers.tower import TowerPass, TowerStates, without_dense_mask
 
 
 def install(stack: Stack, installation: Installation) -> None:
-    """Override a tower's forward, its blocks, its taps and its attention."""
-    if stack.door:
+    """Override a tower's forward, its blocks, its side_modules and its attention."""
+    if stack.by_interface:
         redirect(stack.attention, installation)
     else:
         for unit in stack.attention:
             if unit not in stack.blocks:
-                installation.override(unit, opaque.run_unit)
+                installation.override(unit, opaque.run_attention_module)
     for block in stack.blocks:
         installation.override(block, _run_block)
-    for tap in stack.taps:
-        installation.override(tap, _run_tap)
+    for tap in stack.side_modules:
+        installation.override(tap, _run_side_module)
     if stack.embeddings is not None:
         installation.override(stack.embeddings, _run_embeddings)
     installation.override(stack.module, _run_tower)
@@ -55,7 +55,7 @@ def install(stack: Stack, installation: Installation) -> None:
 def _stack_of(override: Override) -> Stack:
     module = override.module
     towers = override.installation.anatomy.towers
-    return next(t for t in towers if t.module is module or any(m is module for m in (*t.blocks, *t.taps)))
+    return next(t for t in towers if t.module is module or any(m is module for m in (*t.blocks, *t.side_modules)))
 
 
 def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes: Tensor, *places: Tensor) -> Tensor:
@@ -71,20 +71,23 @@ def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes:
 
 def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     if current(Call) is None:
-        outside(override.module)
+        refuse_lost_scope(override.module)
         return override.original(*args, **kwargs)
     stack = _stack_of(override)
     features = current(FeatureCall)
     tower = TowerPass(override.installation.group, stack, override.installation.config)
     if features is not None:
         args, kwargs = features.prepare(tower, args, kwargs)
-    if packs_images(stack):
-        tower.packed = packed_images(stack, override.bind(args, kwargs))
-    guards = (bound_checkpoints(stack.module), without_dense_mask(tower) if stack.door else opaque.no_fast_path())
+    if joins_images(stack):
+        tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
+    guards = (
+        bound_checkpoints(stack.module),
+        without_dense_mask(tower) if stack.by_interface else opaque.no_fast_path(),
+    )
     with active(tower), guards[0], guards[1]:
         out = override.original(*args, **kwargs)
     tower.last_output = None
-    layers = len(stack.attention if stack.door else stack.blocks)
+    layers = len(stack.attention if stack.by_interface else stack.blocks)
     check_tally(tower.tally, layers, stack.name)
     if tower.choice is not None:
         attended = tuple(filter(None, dict.fromkeys(stream.describe() for stream in tower.streams.values())))
@@ -98,7 +101,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
 def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     tower = current(TowerPass)
     if tower is None:
-        outside(override.module)
+        refuse_lost_scope(override.module)
         return override.original(*args, **kwargs)
     blocks = tower.stack.blocks
     first, last = override.module is blocks[0], override.module is blocks[-1]
@@ -108,15 +111,17 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     if first:
         _check_unit(tower, hidden)
     if first and not recomputing():
-        tower.plan(hidden, arguments.get("cu_seqlens"), arguments.get("attention_mask") if tower.stack.door else None)
+        tower.plan(
+            hidden, arguments.get("cu_seqlens"), arguments.get("attention_mask") if tower.stack.by_interface else None
+        )
     else:
         _check_chain(tower, override.module, hidden)
 
     stream = tower.stream(arguments.get("cu_seqlens"))
     if first:
         hidden = tower.enter(hidden)
-    if tower.stack.door:
-        _localise(arguments, stream, tower, override.module)
+    if tower.stack.by_interface:
+        _localise_block_arguments(arguments, stream, tower, override.module)
         with active(AttentionScope(stream, tower.tally)):
             out = override.original(hidden, **arguments)
     else:
@@ -152,7 +157,7 @@ def _check_chain(tower: TowerPass, block: nn.Module, hidden: Tensor) -> None:
         )
 
 
-def _localise(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block: nn.Module) -> None:
+def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block: nn.Module) -> None:
     """Replace what describes the whole stream by what describes this rank's tokens."""
     tokens = len(stream.shards.range(stream.group.rank))
     for name in ("position_embeddings", "rotary_pos_emb"):
@@ -183,11 +188,11 @@ def _localise(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block
         )
 
 
-def _run_tap(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _run_side_module(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A module between blocks: run on the rank's tokens, `unit` of which become one row; its rows are gathered."""
     tower = current(TowerPass)
     if tower is None or tower.outside == "patches":
         return override.original(hidden, *args, **kwargs)
     if hidden.shape[0] == tower.stream().shards.total:  # after the last block the hidden states are whole
         return override.original(hidden, *args, **kwargs)
-    return pipeline.gather(override.original(hidden, *args, **kwargs), tower.stream(), tower.stack.unit)
+    return stages.gather(override.original(hidden, *args, **kwargs), tower.stream(), tower.stack.unit)

@@ -1,0 +1,419 @@
+"""The attend kernels against an oracle of their own, on the device at hand: Triton's interpreter or a GPU.
+
+Not collected by itself: tests/test_attend.py runs it in a process with TRITON_INTERPRET=1, `make gpu` on a GPU. The
+oracle is dense, knows no segments but through a mask, and shares no code with the library.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from triton_sp.errors import InputError, UnsupportedKernelError
+from triton_sp.ops import dispatch, varlen
+from triton_sp.ops.varlen import varlen_attention
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # the interpreter is wrong in bf16
+MAIN = DTYPES[-1] if ON_GPU else torch.float32
+STRETCH = 12 if ON_GPU else 1  # tiles are 32 x 16 in the interpreter, up to 128 x 128 on a GPU
+DIMS = [64, 72, 80, 88, 96, 128, 256]
+
+
+@dataclass
+class Case:
+    """One call. Lengths are stretched to the tiles of the device."""
+
+    q: list[int] = field(default_factory=lambda: [40, 0, 9])
+    k: list[int] | None = None
+    used: list[int] | None = None
+    slack: int = 3
+    heads: int = 2
+    k_heads: int = 1
+    dim: int = 64
+    dtype: torch.dtype = MAIN
+    causal: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    sees: Callable[[int, int, int], tuple[int, int]] | None = None  # row of a segment, its rows and keys -> first, stop
+
+    def __post_init__(self):
+        self.q = [n * STRETCH for n in self.q]
+        self.k = self.q if self.k is None else [n * STRETCH for n in self.k]
+        self.used = None if self.used is None else [n * STRETCH for n in self.used]
+        self.window = None if self.window is None else self.window * STRETCH
+
+    def tensors(self, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        rows, keys = sum(self.q) + self.slack, sum(self.k) + self.slack
+        shapes = [(rows, self.heads), (keys, self.k_heads), (keys, self.k_heads), (rows, self.heads)]
+        return [torch.randn(*s, self.dim, generator=generator).to(DEVICE, self.dtype) for s in shapes]
+
+    def tables(self):
+        def table(lengths):
+            return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE, torch.int32)
+
+        used = None if self.used is None else torch.tensor(self.used, dtype=torch.int32, device=DEVICE)
+        return table(self.q), table(self.k), used
+
+    def key_ranges(self):
+        """Of all rows, those of the slack too."""
+        if self.sees is None:
+            return None
+        starts = [sum(self.k[:i]) for i in range(len(self.k))]
+        ranges = [
+            [start + bound for bound in self.sees(row, n, n_k)]
+            for start, n, n_k in zip(starts, self.q, self.k, strict=True)
+            for row in range(n)
+        ]
+        ranges += [[sum(self.k)] * 2] * self.slack
+        return torch.tensor(ranges, dtype=torch.int32, device=DEVICE).T
+
+    def call(self, q, k, v, return_lse=False, **more):
+        cu_q, cu_k, used = self.tables()
+        more["key_ranges"] = self.key_ranges()
+        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
+        return varlen_attention(q, k, v, cu_q, cu_k, seqused_k=used, return_lse=return_lse, **options, **more)
+
+    def mask(self):
+        """(T, T_k) bool, by the definition: row by row."""
+        rows, keys = sum(self.q) + self.slack, sum(self.k) + self.slack
+        mask = torch.zeros(rows, keys, dtype=torch.bool)
+        start, k_start = 0, 0
+        for i, (n, n_k) in enumerate(zip(self.q, self.k, strict=True)):
+            seen = n_k if self.used is None else self.used[i]
+            for row in range(n):
+                position = row + seen - n
+                low = 0 if self.window is None else max(0, position - self.window + 1)
+                ahead = 0 if self.causal else math.inf if self.window is None else self.window - 1
+                high = min(seen, position + 1 + ahead)
+                if self.sees is not None:
+                    low, high = self.sees(row, n, n_k)
+                    low, high = max(low, 0), min(high, seen)
+                if high > low:
+                    mask[start + row, k_start + low : k_start + int(high)] = True
+            start, k_start = start + n, k_start + n_k
+        return mask.to(DEVICE)
+
+    def oracle(self, q, k, v, dtype):
+        """out and log-sum-exp by the textbook, everything in `dtype`."""
+        q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
+        k, v = (x.repeat_interleave(self.heads // self.k_heads, 0) for x in (k, v))
+        s = q @ k.transpose(1, 2) * (self.dim**-0.5 if self.scale is None else self.scale)
+        if self.softcap:
+            s = self.softcap * torch.tanh(s / self.softcap)
+        s = s.masked_fill(~self.mask(), -math.inf)
+        lse = torch.logsumexp(s, -1)
+        p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
+        return (p @ v).transpose(0, 1), lse.transpose(0, 1)
+
+
+def gradients(case, tensors, attend):
+    """[out, dq, dk, dv] of a function of q, k, v."""
+    q, k, v = (x.detach().clone().requires_grad_() for x in tensors[:3])
+    out = attend(q, k, v)
+    out.backward(tensors[3].to(out.dtype))
+    return [x.double() for x in (out.detach(), q.grad, k.grad, v.grad)]
+
+
+def assert_exact(case, tensors=None, attend=None):
+    """The tolerance rule: no worse than 2 (gradients 3) times the error of the textbook in the same dtype."""
+    tensors = case.tensors() if tensors is None else tensors
+    found = gradients(case, tensors, attend or case.call)
+    exact = gradients(case, [x.double() for x in tensors], lambda *x: case.oracle(*x, torch.float64)[0])
+    plain = gradients(case, tensors, lambda *x: case.oracle(*x, case.dtype)[0])
+    for name, ours, wanted, usual in zip(("out", "dq", "dk", "dv"), found, exact, plain, strict=True):
+        if not ours.numel():
+            continue
+        error, allowed = (ours - wanted).abs(), (usual - wanted).abs()
+        factor, slack = (2 if name == "out" else 3), 2e-5
+        assert error.max() <= factor * allowed.max() + slack, (name, case, error.max(), allowed.max())
+        assert error.mean() <= factor * allowed.mean() + slack, (name, case, error.mean(), allowed.mean())
+
+
+# In the interpreter a case takes seconds: each head dim in one dtype there, `make interpreter` has the others.
+LONG = [] if ON_GPU else [(64, torch.float16), (72, torch.float32), (80, torch.float16), (96, torch.float32)]
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        pytest.param(dim, dtype, marks=[pytest.mark.long] if (dim, dtype) in LONG else [])
+        for dim in (DIMS if ON_GPU else [64, 72, 80, 96])
+        for dtype in DTYPES
+    ],
+)
+def test_head_dims(dim, dtype):
+    if ON_GPU and dtype == torch.float32 and dim > 80:
+        pytest.skip("exact fp32 products take the compiler up to half a minute")
+    assert_exact(Case(dim=dim, dtype=dtype))
+
+
+@pytest.mark.skipif(ON_GPU, reason="covered by test_head_dims")
+@pytest.mark.parametrize("dim", [88, 128, 256])
+def test_head_dims_small(dim):
+    assert_exact(Case([17, 5], dim=dim, heads=1, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(causal=True, heads=4, k_heads=2),
+        Case([20, 33], [40, 7], causal=True),  # bottom-right aligned; rows without a key
+        Case([20, 33], [40, 7]),
+        Case(window=6, causal=True),
+        Case(window=6),
+        Case([33, 9], [20, 40], window=5),
+        Case(softcap=2.0, scale=0.5),
+        Case([8, 20], [40, 21], [24, 20], causal=True),  # a range of rows of a segment: keys up to its end
+        Case([8, 20], [40, 21], [24, 0]),
+        Case([9, 0], [0, 9]),
+    ],
+    ids=str,
+)
+def test_masks(case):
+    assert_exact(case)
+
+
+def prefix(row, rows, keys):
+    return 0, max(row + 1, 2 * rows // 3)
+
+
+def cut_blocks(row, rows, keys):
+    """Blocks of a third of the segment, of which a window leaves out the beginning."""
+    third = max(rows // 3, 1)
+    return max(row - rows // 4, 0), min((row // third + 1) * third, rows)
+
+
+def inner(row, rows, keys):
+    """Rows from within a longer segment: with keys ahead of the last row, rows without a key, keys without a row."""
+    return (keys // 4 + row // 2, keys // 4 + row // 2 + max(0, 2 * (row - rows // 4)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(sees=prefix, dim=72),
+        Case([36, 33], sees=cut_blocks, softcap=2.0),
+        Case([20, 9], [48, 40], sees=inner),
+        Case([20, 9], [48, 40], [40, 0], sees=inner, heads=1),
+    ],
+    ids=["prefix", "cut blocks", "inner", "inner with keys left out"],
+)
+def test_key_ranges(case):
+    assert_exact(case)
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 5, 0], [1], [16, 32]])
+def test_empty_and_whole_tiles(lengths):
+    assert_exact(Case(lengths, slack=0 if sum(lengths) else 4, heads=1))
+
+
+def test_lse_and_its_gradient():
+    case = Case([20, 9], [12, 9], causal=True, dtype=torch.float32)
+    q, k, v, _ = (x.requires_grad_() for x in case.tensors())
+    out, lse = case.call(q, k, v, return_lse=True)
+    weight = torch.randn(lse.shape, device=DEVICE)
+    (out.sum() + (lse.masked_fill(lse == -math.inf, 0) * weight).sum()).backward()
+    found = [x.grad for x in (q, k, v)]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, exact = case.oracle(*wide, torch.float64)
+    (out.sum() + (exact.masked_fill(exact == -math.inf, 0) * weight).sum()).backward()
+    torch.testing.assert_close(lse.double(), exact, atol=1e-5, rtol=1e-5)
+    for ours, wanted in zip(found, wide, strict=True):
+        torch.testing.assert_close(ours.double(), wanted.grad, atol=3e-5, rtol=1e-4)
+
+
+def test_gradient_of_lse_alone():
+    case = Case([9], heads=1)
+    q, k, v, _ = (x.requires_grad_() for x in case.tensors())
+    case.call(q, k, v, return_lse=True)[1][:9].sum().backward()
+    assert v.grad.abs().max() == 0 and q.grad.abs().max() > 0
+
+
+def test_nan_stays_in_its_segment():
+    case = Case([20, 20], slack=4, heads=1, dim=72)
+    clean = case.tensors()
+    expected = gradients(case, clean, case.call)
+    first = case.q[0]
+    for rows in (slice(sum(case.q), None), slice(first, first + case.q[1])):
+        poisoned = [x.clone() for x in clean]
+        for x in poisoned:
+            x[rows] = math.nan
+        for ours, wanted in zip(gradients(case, poisoned, case.call), expected, strict=True):
+            assert torch.equal(ours[:first], wanted[:first])
+            assert not ours[sum(case.q) :].any()  # slack is 0, whatever it holds
+
+
+def test_keys_left_out_never_leak():
+    case = Case([9], [30], [11], heads=1, slack=0)
+    tensors = case.tensors()
+    expected = gradients(case, tensors, case.call)
+    for x in tensors[1:3]:
+        x[case.used[0] :] = math.nan
+    for ours, wanted in zip(gradients(case, tensors, case.call), expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+def test_strides():
+    case = Case([20, 9], heads=2, k_heads=2, dim=72, slack=0)
+    rows = sum(case.q)
+    packed = torch.randn(rows, 3, 2, 72, device=DEVICE, dtype=MAIN)  # token-major, as the exchange's buffer
+    assert_exact(case, [*packed.unbind(1), torch.randn(2, rows, 72, device=DEVICE, dtype=MAIN).transpose(0, 1)])
+    odd = torch.randn(rows, 2, 75, device=DEVICE, dtype=MAIN)[..., :72]  # strides that no vector load can have
+    last = torch.randn(rows, 72, 2, device=DEVICE, dtype=MAIN).transpose(1, 2)  # not contiguous along D
+    expanded = torch.randn(1, 1, 1, device=DEVICE, dtype=MAIN).expand(rows, 2, 72)
+    assert_exact(case, [odd, last, odd, expanded])
+
+
+def test_out_is_written_in_place():
+    from triton_sp.kernels import attend
+
+    case = Case([20], heads=2, k_heads=2, slack=0)
+    q, k, v, _ = case.tensors()
+    buffer = torch.zeros(sum(case.q), 2, 2, 64, device=DEVICE, dtype=MAIN)
+    settings = {"scale": 0.125, "softcap": 0.0, "left": varlen.UNLIMITED, "right": varlen.UNLIMITED}
+    attend.forward(q, k, v, *case.tables(), **settings, out_THD=buffer[:, 1])
+    assert torch.equal(buffer[:, 1], case.call(q, k, v)) and not buffer[:, 0].any()
+
+
+def test_offsets_past_two_to_the_31():
+    stride, rows = (1 << 24) - 8, 200
+    case = Case([4], heads=1, slack=0)
+    case.q = case.k = [rows]
+    tensors = case.tensors()
+    far = torch.empty(stride * (rows - 1) + 64, device=DEVICE, dtype=torch.float16).as_strided(
+        (rows, 1, 64), (stride, 64, 1)
+    )
+    assert far.stride(0) * (rows - 1) > 2**31
+    q, k, v = (x.half() for x in tensors[:3])
+    far.copy_(k)
+    assert torch.equal(case.call(q, far, v), case.call(q, k, v))
+
+
+def test_backward_is_bitwise_deterministic():
+    case = Case([40, 9], heads=2, k_heads=1, causal=True)
+    tensors = case.tensors()
+    first = gradients(case, tensors, case.call)
+    for _ in range(100 if ON_GPU else 1):
+        again = gradients(case, tensors, lambda *x: case.call(*x, deterministic=True))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_op_is_well_formed():
+    case = Case([9, 5], heads=2)
+    q, k, v, _ = (x.requires_grad_() for x in case.tensors())
+    cu_q, cu_k, _ = case.tables()
+    arguments = (q, k, v, cu_q, cu_k, None, None, 0.125, 0.0, varlen.UNLIMITED, 0)
+    torch.library.opcheck(torch.ops.triton_sp.attend.default, arguments)
+
+
+def test_compile_checkpoint_and_autocast():
+    case = Case([17, 5], heads=2)
+    tensors = case.tensors()
+    expected = gradients(case, tensors, case.call)
+    table = case.tables()[0]
+    compiled = torch.compile(
+        lambda *x: varlen_attention(*x, table), fullgraph=True, backend="inductor" if ON_GPU else "aot_eager"
+    )
+    for attend in (compiled, lambda *x: checkpoint(case.call, *x, use_reentrant=False)):
+        for ours, wanted in zip(gradients(case, tensors, attend), expected, strict=True):
+            torch.testing.assert_close(ours, wanted)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        assert case.call(*tensors[:3]).dtype == torch.float16
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_cuda_graph_with_padded_tables():
+    case = Case([40, 9, 0, 0], heads=2, slack=15 * STRETCH)
+    q, k, v, dout = case.tensors()
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    table = case.tables()[0]
+
+    def step():
+        out = varlen_attention(q, k, v, table)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    step()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for lengths in ([40, 9, 0, 0], [10, 20, 20, 7]):
+        table.copy_(torch.tensor([0, *lengths]).cumsum(0) * STRETCH)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.tensor([1, 9]),
+        torch.tensor([0, 9, 5, 9]),
+        torch.tensor([0, 99]),
+        torch.tensor([0.0, 9.0]),
+        torch.zeros(1, 2).int(),
+    ],
+    ids=["start", "decreasing", "past the end", "dtype", "shape"],
+)
+def test_malformed_tables_raise(table, monkeypatch):
+    monkeypatch.setenv("TRITON_SP_DEBUG", "1")
+    x = torch.zeros(9, 1, 64, device=DEVICE)
+    with pytest.raises(InputError, match="cu_seqlens_q"):
+        varlen_attention(x, x, x, table.to(DEVICE))
+
+
+def test_tables_must_be_on_the_device_of_q():
+    x = torch.zeros(9, 1, 64, device=DEVICE)
+    with pytest.raises(InputError, match="on meta"):
+        varlen_attention(x, x, x, torch.tensor([0, 9], device="meta"))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    rows, heads, dim = 140_032, 128, 128
+    assert rows * heads * dim > 2**31
+    q = torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    table = torch.arange(0, rows + 1, 64, device=DEVICE, dtype=torch.int32)
+    out = varlen_attention(q, q, q, table)
+    (grad,) = torch.autograd.grad(out, q, out.detach())
+    last = q.detach()[-64:].clone().requires_grad_()
+    alone = varlen_attention(last, last, last, table[:2])
+    assert torch.equal(out[-64:], alone)
+    assert torch.equal(grad[-64:], torch.autograd.grad(alone, last, alone.detach())[0])
+
+
+@pytest.mark.skipif(dispatch.implementation(DEVICE) != "gluon", reason="needs sm_90 and a self-check that has passed")
+@pytest.mark.parametrize("dim", [64, 72, 80, 128])
+def test_gluon_forward_with_the_portable_backward(dim):
+    # Rows without a key, a tile of which none has one, neighbours that hold NaN, and what the tier leaves to the other.
+    assert_exact(Case([40, 0, 9, 1], dim=dim, heads=4, k_heads=2, causal=True))
+    assert_exact(Case([40, 20], [9, 40], dim=dim, causal=True, dtype=torch.float16))
+    assert_exact(Case([40, 9], dim=dim, window=6))
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_malformed_tables_stay_in_bounds():
+    x = torch.randn(900, 2, 64, device=DEVICE, requires_grad=True)
+    for table in ([5, 10**9], [0, 800, 3, -7], [-(10**9), 2**31 - 1]):
+        varlen_attention(x, x, x, torch.tensor(table, device=DEVICE, dtype=torch.int32)).sum().backward()
+    torch.cuda.synchronize()
+
+
+def test_what_no_kernel_does_raises():
+    table = torch.tensor([0, 9], device=DEVICE)
+    for dim, dtype in ((48, torch.float32), (64, torch.float64)):
+        x = torch.zeros(9, 1, dim, device=DEVICE, dtype=dtype)
+        with pytest.raises(UnsupportedKernelError, match="expected"):
+            varlen_attention(x, x, x, table)

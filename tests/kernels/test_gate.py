@@ -1,0 +1,153 @@
+"""The gate of the Gluon tier on the CPU: what a machine says is injected, and so are the kernels of the self-check."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_sp.kernels import launch
+from triton_sp.kernels.hopper import attend, check, gate
+from triton_sp.ops import dispatch
+
+HERE = {"gpu": "H", "driver": "1", "triton": "3.6.0"}
+PASSED = gate.Verdict(True, "as expected")
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A machine whose GPU is an H100, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TRITON_SP_GLUON", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(gate, "missing_api", lambda: "")
+    monkeypatch.setattr(gate, "machine", lambda index: HERE)
+    gate.known.cache_clear()
+    yield tmp_path
+    gate.known.cache_clear()
+
+
+def test_opens_only_with_a_passed_check(hopper):
+    assert gate.verdict("cuda") == gate.Verdict(False, gate.MISSING) and dispatch.implementation("cuda") == "triton"
+    gate.known.cache_clear()
+    gate.write(HERE, PASSED)
+    assert gate.verdict("cuda:0") == PASSED and dispatch.implementation("cuda") == "gluon"
+    assert gate.verdict("cpu").reason == "cpu is no GPU that PyTorch sees"
+    gate.path_of(HERE).unlink()
+    assert gate.verdict("cuda").passed, "read once in a process"
+
+
+def test_environment_closes_it_at_any_time(hopper, monkeypatch):
+    gate.write(HERE, PASSED)
+    assert gate.verdict("cuda").passed
+    monkeypatch.setenv("TRITON_SP_GLUON", "0")
+    assert (
+        gate.verdict("cuda") == gate.Verdict(False, "TRITON_SP_GLUON=0") and dispatch.implementation("cuda") == "triton"
+    )
+
+
+@pytest.mark.parametrize("chip", [(8, 0), (10, 0)])
+def test_other_chips_are_portable(hopper, monkeypatch, chip):
+    gate.write(HERE, PASSED)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: chip)
+    assert "sm_90" in gate.verdict("cuda").reason and dispatch.implementation("cuda") == "triton"
+
+
+def test_other_versions_of_gluon_are_portable(hopper, monkeypatch):
+    gate.write(HERE, PASSED)
+    monkeypatch.undo()
+    monkeypatch.setattr(gate, "API", [*gate.API, ("nvidia.hopper.tma", "async_load_of_another_version")])
+    assert gate.missing_api().endswith("tma.async_load_of_another_version")
+    monkeypatch.setattr(gate, "API", [("nvidia.venus", "tma")])
+    assert "nvidia.venus" in gate.missing_api()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        json.dumps({"machine": HERE, "passed": "yes", "reason": ""}),
+        json.dumps({"machine": {**HERE, "driver": "2"}, "passed": True, "reason": ""}),
+        json.dumps({"machine": HERE, "passed": True}),
+    ],
+)
+def test_what_is_no_verdict_is_portable(hopper, content):
+    gate.write(HERE, PASSED).write_text(content)
+    assert not gate.verdict("cuda").passed and "not a verdict" in gate.verdict("cuda").reason
+
+
+def test_another_machine_or_version_has_another_file(hopper):
+    assert len({gate.path_of({**HERE, key: "other"}) for key in HERE} | {gate.path_of(HERE)}) == len(HERE) + 1
+    assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/tiles.py", "tiles.py"}
+
+
+def fake(q, k, v, cu_q, cu_k, *_, **__):
+    return q.nan_to_num(), q.float().nan_to_num().sum(-1)
+
+
+def off(amount, only=None):
+    """A kernel that is off by `amount`, or only in its waiting variant."""
+
+    def attend(*tensors, wait=False, **_):
+        out, lse = fake(*tensors)
+        out[0, 0, 0] += amount if only is None or only == wait else 0
+        return out, lse
+
+    return attend
+
+
+def test_check_passes_equal_kernels_and_names_what_differs(monkeypatch):
+    few = [case._replace(q=[3, 0, 2], k=case.k and [1, 2, 3]) for case in check.cases()]
+    monkeypatch.setattr(check, "cases", lambda: few)
+    device = torch.device("cpu")
+    assert check.check(device, fake, fake) == gate.Verdict(True, f"{len(few)} cases agree with the portable kernel")
+    assert "out differs" in check.check(device, off(1.0), fake).reason
+    assert "out differs" in check.check(device, off(float("nan")), fake).reason
+    assert "bit for bit" in check.check(device, off(0.004, only=True), fake).reason
+
+    def broken(*_, **__):
+        raise RuntimeError("no such instruction")
+
+    found = check.check(device, broken, fake)
+    assert not found.passed and found.reason.startswith("RuntimeError: no such instruction")
+
+
+def test_cases_cover_what_the_tier_takes():
+    assert {case.dim for case in check.cases()} == set(attend.DIMS)
+    assert {case.dtype for case in check.cases()} == set(attend.DTYPES)
+    (q, *_), tables = check.tensors(next(check.cases()), torch.device("cpu"))
+    assert not q.is_contiguous() and q[-5:].isnan().all() and int(tables[0][-1]) == len(q) - 5
+
+
+def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
+    def agrees(device, gluon, portable):
+        assert gate.read(HERE) == gate.Verdict(False, "the self-check began and did not end")
+        return PASSED
+
+    monkeypatch.setattr(check, "check", agrees)
+    assert not gate.verdict("cuda").passed  # and asked before: run() clears it
+    assert check.run() == PASSED == gate.verdict("cuda")
+    monkeypatch.setattr(check, "check", lambda *_: 1 / 0)
+    assert not check.run().passed and gate.verdict("cuda").reason.startswith("ZeroDivisionError")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
+    assert "sm_80" in check.run().reason
+
+
+def test_takes():
+    q = torch.zeros(9, 2, 80, dtype=torch.float16)
+    rest = {"softcap": 0.0, "left": launch.UNLIMITED, "right": launch.UNLIMITED}
+    assert attend.takes(q, q[:, :1], q[:, :1], None, **rest | {"right": 0})
+    for change in ({"softcap": 1.0}, {"left": 5}, {"right": 5}):
+        assert not attend.takes(q, q, q, None, **rest | change)
+    assert not attend.takes(q, q, q, torch.zeros(1), **rest)
+    odd = torch.zeros(9, 2, 83, dtype=torch.float16)[..., :80]
+    shifted = torch.zeros(9 * 160 + 1, dtype=torch.float16)[1:].view(9, 2, 80)
+    for x in (q.float(), q[:0], torch.zeros(9, 2, 96).half(), odd, shifted, q[:1].expand(9, 2, 80)):
+        assert not attend.takes(x, x, x, None, **rest)

@@ -1,0 +1,297 @@
+"""The catalogue of what can go wrong on a rank. Each case returns the right result on every rank, or raises an error on
+every rank that is left. `python -m kit.faults` runs all of them on 2 and 4 ranks and writes reports/faults.csv."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from kit import parity, zoo
+from torch import nn
+
+import triton_sp
+from triton_sp import SPConfig, errors
+from triton_sp.testing import RankError, RankPool, relative_error
+
+PATIENCE = 3.0  # seconds, the timeout of the process group where a rank stops
+CASE = zoo.CASES["llava"]
+
+
+def fresh() -> nn.Module:
+    return CASE.build(CASE.dtype)
+
+
+def batch(name: str = "plain") -> zoo.Batch:
+    return CASE.batches[name](CASE.dtype)
+
+
+def text(length: int, rows: int = 1) -> zoo.Batch:
+    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def culprit() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def step(model: nn.Module, inputs: zoo.Batch) -> torch.Tensor:
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach()
+
+
+# --- the right result ----------------------------------------------------------------------------------------------
+
+
+def compared(inputs: zoo.Batch) -> None:
+    """One step is that of the model in one process."""
+    model, expected = fresh(), fresh()
+    if (inputs["labels"][:, 1:] == -100).all():
+        loss = 0 * sum(parameter.sum() for parameter in expected.parameters())
+        loss.backward()  # transformers' own is NaN
+    else:
+        loss = step(expected, inputs)
+    found = step(triton_sp.wrap(model), inputs)
+    triton_sp.sync_gradients(model)
+    assert relative_error(found, loss) < 1e-6, (found, loss)
+    if float(loss.detach()):
+        error = parity.gradient_error(parity.gradients(model), parity.gradients(expected))
+        assert error[0] < 1e-6, error
+    else:
+        assert all(float(grad.norm()) == 0 for grad in parity.gradients(model).values())
+
+
+def images_first() -> zoo.Batch:
+    """All images in the first rank's part of the text."""
+    inputs, tail = batch(), text(200)
+    return inputs | {key: torch.cat([inputs[key], tail[key]], 1) for key in ("input_ids", "labels")}
+
+
+def nan_in_padding() -> zoo.Batch:
+    inputs = text(9, rows=2)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 5:] = 0
+    inputs["labels"][1, 5:] = -100
+    torch.manual_seed(0)
+    embeds = torch.randn(2, 9, zoo.WIDTH, dtype=CASE.dtype)
+    del inputs["input_ids"]
+    return inputs | {"inputs_embeds": embeds}
+
+
+def compared_nan_in_padding() -> None:
+    inputs, model, expected = nan_in_padding(), fresh(), fresh()
+    loss = step(expected, inputs)
+    poisoned = inputs | {"inputs_embeds": inputs["inputs_embeds"].clone()}
+    poisoned["inputs_embeds"][1, 5:] = torch.nan
+    assert relative_error(step(triton_sp.wrap(model), poisoned), loss) < 1e-6
+
+
+def slow() -> None:
+    if culprit():
+        time.sleep(2)
+    compared(batch())
+
+
+# --- an error on every rank ----------------------------------------------------------------------------------------
+
+
+def fewer_placeholders() -> None:
+    inputs = batch("right_pad")
+    inputs["input_ids"][inputs["input_ids"] == zoo.IMAGE] = zoo.FIRST_TEXT
+    step(triton_sp.wrap(fresh()), inputs)
+
+
+def fails_in_plan() -> None:
+    model = triton_sp.wrap(fresh())
+    broken = mock.patch("triton_sp.wrappers.model.plan_decoder", side_effect=MemoryError("no plan"))
+    with broken if culprit() else mock.patch.object(time, "time", time.time):
+        step(model, batch())
+
+
+def boom(*_: Any) -> None:
+    raise MemoryError("out of memory")
+
+
+def layer(model: nn.Module) -> nn.Module:
+    return model.model.language_model.layers[1]
+
+
+def fails_in_forward() -> None:
+    model = triton_sp.wrap(fresh())
+    if culprit():
+        layer(model).mlp.register_forward_pre_hook(boom)
+    step(model, batch())
+
+
+def fails_in_backward() -> None:
+    model = triton_sp.wrap(fresh())
+    if culprit():
+        layer(model).mlp.register_full_backward_pre_hook(boom)
+    step(model, batch())
+
+
+def leaves(how: Callable[[], None], where: str) -> None:
+    """A rank ends or stops in the forward or the backward."""
+    group = dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=PATIENCE))
+    model = triton_sp.wrap(fresh(), group)
+    if culprit():
+        module = layer(model).mlp
+        hook = module.register_forward_pre_hook if where == "forward" else module.register_full_backward_pre_hook
+        hook(lambda *_: how())
+    step(model, batch())
+
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stopped() -> None:
+    """Until another process wakes it, after the others should have given up."""
+    subprocess.Popen(["sh", "-c", f"sleep {2 * PATIENCE}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def other_order() -> None:
+    models = [triton_sp.wrap(fresh()), triton_sp.wrap(zoo.CASES["llama"].build(torch.float64))]
+    for model in reversed(models) if culprit() else models:
+        step(model, text(20))
+
+
+def forward_beside_backward() -> None:
+    model = triton_sp.wrap(fresh())
+    loss = model(**batch()).loss
+    if culprit():
+        model(**batch())
+    loss.backward()
+
+
+def cached_beside_sharded() -> None:
+    group = dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=PATIENCE))
+    model = triton_sp.wrap(fresh(), group).eval()
+    with torch.no_grad():
+        model(**text(20), use_cache=culprit())
+
+
+def other_config() -> None:
+    step(triton_sp.wrap(fresh(), config=SPConfig(gather_logits=culprit())), batch())
+
+
+def other_model() -> None:
+    step(triton_sp.wrap(zoo.CASES["llama"].build(torch.float64) if culprit() else fresh()), text(20))
+
+
+def other_batch() -> None:
+    step(triton_sp.wrap(fresh()), text(20 + culprit()))
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A case: what runs on each rank, and whether that is the right result or an error.
+
+    Attributes:
+        raises: the errors of the ranks that the fault is not on; None where the result is right.
+    """
+
+    run: Callable[[], None]
+    raises: type[errors.SPError] | None = None
+    names_rank: bool = True
+
+
+def right(make: Callable[[], zoo.Batch]) -> Fault:
+    return Fault(lambda: compared(make()))
+
+
+PEER, DIFFERENT, INPUT = errors.PeerError, errors.DisagreementError, errors.InputError
+FAULTS: dict[str, Fault] = {
+    "no image": right(lambda: batch("no_images")),
+    "images on one rank's part": right(images_first),
+    "all labels ignored": right(lambda: (b := batch()) | {"labels": torch.full_like(b["labels"], -100)}),
+    "one token": right(lambda: {"input_ids": torch.tensor([[7]]), "labels": torch.tensor([[-100]])}),
+    "fewer tokens than ranks": right(lambda: text(2)),
+    "NaN in padded rows": Fault(compared_nan_in_padding),
+    "a slow rank": Fault(slow),
+    "no placeholders for features": Fault(fewer_placeholders, errors.SPError, names_rank=False),
+    "exception in the plan": Fault(fails_in_plan, DIFFERENT),
+    "exception in the forward": Fault(fails_in_forward, PEER),
+    "exception in the backward": Fault(fails_in_backward, PEER),
+    "killed in the forward": Fault(lambda: leaves(killed, "forward"), PEER),
+    "killed in the backward": Fault(lambda: leaves(killed, "backward"), PEER),
+    "stopped in the forward": Fault(lambda: leaves(stopped, "forward"), PEER),
+    "stopped in the backward": Fault(lambda: leaves(stopped, "backward"), PEER),
+    "calls in another order": Fault(other_order, DIFFERENT),
+    "a forward beside a backward": Fault(forward_beside_backward, errors.SPError, names_rank=False),
+    "a cached call beside a sharded one": Fault(cached_beside_sharded, PEER),
+    "another configuration": Fault(other_config, DIFFERENT),
+    "another model": Fault(other_model, DIFFERENT),
+    "another batch": Fault(other_batch, DIFFERENT),
+}
+
+
+def on_rank(name: str) -> tuple[str, BaseException | None, float]:
+    """What came of a case on this rank, and after how many seconds."""
+    torch.manual_seed(0)
+    start = time.monotonic()
+    try:
+        FAULTS[name].run()
+    except Exception as error:
+        plain = copy.copy(error) if isinstance(error, errors.SPError) else RuntimeError(repr(error))
+        plain.__cause__ = plain.__traceback__ = None
+        return "error", plain, time.monotonic() - start
+    return "result", None, time.monotonic() - start
+
+
+def ready() -> None:
+    """Started, and everything imported."""
+
+
+def outcome(pool: RankPool, name: str, ranks: int) -> dict[str, Any]:
+    """A row of the catalogue."""
+    fault, answers = FAULTS[name], {}
+    pool.run(ready, ranks=ranks, timeout=1000)
+    try:
+        answers = dict(enumerate(pool.run(on_rank, name, ranks=ranks, timeout=60)))
+    except RankError as raised:  # one that was killed: the others' answers are lost with it, unless they are kept here
+        answers = {rank: answer for rank, answer in enumerate(raised.results) if rank not in raised.errors}
+    except TimeoutError:
+        return {"case": name, "ranks": ranks, "outcome": "hang", "seconds": 60.0, "message": "", "fine": False}
+    others = {rank: answer for rank, answer in answers.items() if rank != ranks - 1} or answers
+    seconds = max(answer[2] for answer in others.values())
+    found = [error for _, error, _ in others.values()]
+    if fault.raises is None:
+        fine, told = all(kind == "result" for kind, _, _ in answers.values()), "right result"
+    else:
+        fine = all(isinstance(error, fault.raises) for error in found) and len(others) >= ranks - 1
+        fine &= not fault.names_rank or all(f"rank {ranks - 1}" in str(error) for error in found)
+        told = type(found[0]).__name__
+    message = "" if found[0] is None else str(found[0])
+    return {"case": name, "ranks": ranks, "outcome": told if fine else f"wrong: {found}", "seconds": round(seconds, 2),
+            "message": message, "fine": fine}  # fmt: skip
+
+
+def main() -> int:
+    import pandas as pd
+    from tqdm import tqdm
+
+    pool, path = RankPool(), Path(__file__).parents[2] / "reports" / "faults.csv"
+    rows = [outcome(pool, name, ranks) for ranks in (2, 4) for name in tqdm(FAULTS, desc=f"{ranks} ranks")]
+    pool.close()
+    path.parent.mkdir(exist_ok=True)
+    table = pd.DataFrame(rows)
+    table.to_csv(path, index=False)
+    print(table.drop(columns=["message", "fine"]).to_string(index=False))
+    return int(not table["fine"].all())
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,91 @@
+"""What a step holds: the largest tensor that it makes, and the bytes that it keeps for the backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from kit import zoo
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import triton_sp
+from triton_sp.anatomy import families
+from triton_sp.testing import saved_activations
+
+REPEATED = 16  # a number that 4 ranks share evenly
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a floating-point tensor that any operation returns, and its shape. Views of the batch and
+    tensors that are shaped like a weight (gradients) do not count, nor do masks and scores (S, S), which only one
+    process has."""
+
+    def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = {tuple(p.shape) for p in model.parameters()}
+        self.inputs = {x.untyped_storage().data_ptr() for x in batch.values()}
+        self.elements, self.shape = 0, ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if not isinstance(x, Tensor) or not x.is_floating_point() or tuple(x.shape) in self.weights:
+                continue
+            square = x.ndim > 1 and x.shape[-1] == x.shape[-2] > REPEATED
+            if x.numel() > self.elements and not square and x.untyped_storage().data_ptr() not in self.inputs:
+                self.elements, self.shape = x.numel(), tuple(x.shape)
+        return out
+
+
+@dataclass(frozen=True)
+class Held:
+    """By one rank."""
+
+    loss: float
+    largest: int  # elements
+    shape: tuple[int, ...]
+    saved: int  # bytes
+
+
+TOKENS = ("input_ids", "labels", "mm_token_type_ids")
+
+
+def long_batch(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One row: the family's image of the parity suite and its text, `REPEATED` times; where images are of any size, all
+    of it is one image behind the text."""
+    case = zoo.CASES[name]
+    once = case.batches["plain"](dtype)
+
+    def repeated(dtype: torch.dtype) -> dict[str, Tensor]:
+        # Idefics' and SmolVLM's pictures are (B, most of a sample, ...).
+        along = {key: int(key in TOKENS or "pixel_attention_mask" in once) for key in once}
+        batch = {key: torch.cat([x] * REPEATED, along[key]) for key, x in once.items() if key != "token_type_ids"}
+        if "image_grid_thw" in batch:
+            batch["image_grid_thw"] = once["image_grid_thw"] * torch.tensor([1, REPEATED, 1])
+            order = (batch["input_ids"] == zoo.IMAGE).int().argsort(dim=1, stable=True)
+            batch |= {key: batch[key].gather(1, order) for key in TOKENS}
+        return batch
+
+    return zoo.marked(repeated, "paligemma" in name, dtype) if "token_type_ids" in once else repeated(dtype)
+
+
+def held(name: str, wrapped: bool) -> Held:
+    case = zoo.CASES[name]
+    model, batch = case.build(torch.float32), long_batch(name, torch.float32)
+    if wrapped:
+        triton_sp.wrap(model)
+    with saved_activations(model) as saved:
+        loss = model(**batch).loss  # kept: what is saved is what lives as long as the loss
+    with Largest(model, batch) as largest:
+        model(**batch).loss.backward()
+    return Held(float(loss.detach()), largest.elements, largest.shape, saved[0])
+
+
+def held_gathered(name: str) -> Held:
+    """With a fusion that is not known."""
+    with mock.patch.dict(families.FEATURE_METHODS, clear=True):
+        return held(name, True)

@@ -1,0 +1,191 @@
+"""The parity suite's jobs: a model in one process, and the same model wrapped on a rank, compared.
+
+The reference is the unwrapped model with its own attention, run once and kept in a file that all ranks read. Its loss
+is formed here from its logits, in float64 where the model runs in it: transformers' own rounds the logits to float32,
+which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+from kit import zoo
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import triton_sp
+from triton_sp.testing import relative_error
+
+transformers.logging.set_verbosity_error()
+CHECKPOINTING = {"none": None, "reentrant": True, "non_reentrant": False}
+ZERO = {torch.float64: 1e-5, torch.float32: 1e-3}  # of the norm of all gradients: what may be rounding of 0
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run of a case: which batch, and how."""
+
+    batch: str
+    checkpointing: str = "none"
+    config: triton_sp.SPConfig = field(default_factory=triton_sp.SPConfig)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far one rank was from the reference, as relative errors."""
+
+    plan: Plan
+    loss: float
+    model_loss: float  # against the loss that transformers itself computes, in float32
+    logits: float
+    gradient: float
+    worst: str  # the parameter with that gradient error
+    losses: tuple[float, ...]  # of all ranks
+    on_some: tuple[str, ...]  # parameters that have a gradient on some ranks and none on others
+
+    def assert_within(self, tolerance: float) -> None:
+        assert len(set(self.losses)) == 1, self
+        assert self.loss <= min(tolerance, 1e-6), self
+        assert self.model_loss <= 1e-6, self
+        assert self.logits <= tolerance, self
+        assert self.gradient <= tolerance, self
+        assert not self.on_some, self
+
+
+def loss_of(out: Any, labels: Tensor | None) -> Tensor:
+    if labels is None:
+        return zoo.loss_of(out)
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+
+
+def on_some_ranks(model: nn.Module) -> tuple[str, ...]:
+    """The parameters that have a gradient on some ranks only: ZeRO 1 and 2 take it that there are none."""
+    present = torch.tensor([p.grad is not None for p in model.parameters()], dtype=torch.int32)
+    total = present.clone()
+    dist.all_reduce(total)
+    some = (total > 0) & (total < dist.get_world_size())
+    return tuple(name for (name, _), uneven in zip(model.named_parameters(), some.tolist(), strict=True) if uneven)
+
+
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The worst relative error over parameters. A gradient that is mathematically zero is measured by the model's."""
+    assert found.keys() == expected.keys()
+    total = float(torch.stack([g.double().norm() for g in expected.values()]).norm())
+    errors = {}
+    for name, grad in expected.items():
+        difference = float((found[name].double() - grad.double()).norm())
+        errors[name] = difference / max(float(grad.double().norm()), ZERO[grad.dtype] * total, 1e-30)
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+def write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
+    """Loss, outputs and gradients of the unwrapped model, in this process."""
+    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+    labels = batch.pop("labels", None)
+    out = model(**batch)
+    loss = loss_of(out, labels)
+    loss.backward()
+    with torch.no_grad():
+        model_loss = loss if labels is None else model(**batch, labels=labels).loss
+    main = out.last_hidden_state if labels is None else out.logits
+    torch.save((loss.detach(), model_loss.detach(), main.detach(), gradients(model)), path)
+
+
+def set_checkpointing(model: nn.Module, kind: str) -> None:
+    reentrant = CHECKPOINTING[kind]
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:  # it cuts the graph unless an input of the checkpoint needs a gradient
+            model.enable_input_require_grads()
+
+
+def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
+    """Forward and backward of the wrapped model, on this rank."""
+    model, batch = case.build(case.dtype), case.batches[plan.batch](case.dtype)
+    if prepare is not None:
+        prepare(model)
+    set_checkpointing(model, plan.checkpointing)
+    triton_sp.wrap(model, config=plan.config)
+    out = model(**batch)
+    loss = loss_of(out, None)
+    loss.backward()
+    on_some = on_some_ranks(model)
+    triton_sp.sync_gradients(model)
+
+    expected_loss, model_loss, main, grads = torch.load(reference)
+    gradient, worst = gradient_error(gradients(model), grads)
+    losses = [torch.zeros_like(loss) for _ in range(dist.get_world_size())]
+    dist.all_gather(losses, loss.detach())
+    return Parity(
+        plan,
+        relative_error(loss, expected_loss),
+        relative_error(loss, model_loss),
+        output_error(out, main, batch, plan.config.gather_logits),
+        gradient,
+        worst,
+        tuple(float(x) for x in losses),
+        on_some,
+    )
+
+
+def weights_error(weights: Mapping[str, Tensor], reference: nn.Module, before: Mapping[str, Tensor]) -> float:
+    """The worst relative difference of a weight's change in training, from the state_dict `before` on."""
+    worst, found = 0.0, {key.removeprefix("module."): value for key, value in weights.items()}
+    for key, value in reference.state_dict().items():
+        change = value - before[key]
+        full = found[key].full_tensor() if isinstance(found[key], DTensor) else found[key]
+        worst = max(worst, relative_error(full - before[key], change) if float(change.norm()) > 1e-5 else 0.0)
+    return worst
+
+
+def output_error(out: Any, expected: Tensor, batch: dict[str, Tensor], gathered: bool) -> float:
+    """Of a tower's states, or of the logits of this rank's tokens, found in the whole batch by their order."""
+    if "labels" not in batch:
+        return relative_error(out.last_hidden_state, expected)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    if gathered:
+        return relative_error(out.logits[mask], expected[mask])
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    tokens = expected.flatten(0, 1)[(mask | (targets != -100)).flatten()]
+    sizes = [torch.zeros(1, dtype=torch.long) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([out.logits.shape[1]]))
+    assert sum(map(int, sizes)) == len(tokens), (sizes, len(tokens))
+    start = sum(map(int, sizes[: dist.get_rank()]))
+    return relative_error(out.logits[0], tokens[start : start + out.logits.shape[1]])
+
+
+def run_all(name: str, plans: list[Plan], references: dict[str, Path]) -> list[Parity]:
+    return [run(zoo.CASES[name], plan, references[plan.batch]) for plan in plans]
+
+
+def run_bitwise(name: str) -> list[str]:
+    """On one rank: what differs by a bit from the model itself, over two batches."""
+    case, different = zoo.CASES[name], []
+    for batch_name in list(case.batches)[:2]:
+        grads = []
+        for wrapped in (False, True):
+            model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+            out = (triton_sp.wrap(model) if wrapped else model)(**batch)
+            loss = zoo.loss_of(out)
+            loss.backward()
+            grads.append({"loss": loss.detach(), **gradients(model)})
+        different += [f"{batch_name} {key}" for key in grads[0] if not torch.equal(grads[0][key], grads[1][key])]
+    return different

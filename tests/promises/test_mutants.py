@@ -1,0 +1,93 @@
+"""The parity check notices what is wrong: each mutation breaks one exact adjoint or one rule of the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from kit import parity, zoo
+from torch import Tensor
+
+from triton_sp import SPConfig, loss
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks import collectives
+from triton_sp.wrappers import entry
+
+
+def gather_without_gradient(x: Tensor, sizes: Any, group: Any) -> Tensor:
+    """As torch.distributed.all_gather: the rank's own rows keep their graph at best."""
+    whole = gather(x, sizes, group).detach()
+    own = Shards(tuple(sizes)).range(group.rank)
+    return torch.cat([whole[: own.start], x, whole[own.stop :]])
+
+
+def backward_of_exchange_does_not_exchange(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    transfer = ctx.transfer
+    transfer.pending = grad.new_zeros(sum(transfer.send), *grad.shape[1:])
+    rows = min(len(transfer.pending), len(grad))
+    transfer.pending[:rows] = grad[:rows]
+    return grad.new_empty(0), None
+
+
+def gather_whose_backward_only_slices(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    own = Shards(tuple(ctx.sizes)).range(ctx.group.rank)
+    return grad[own.start : own.stop], None, None
+
+
+def loss_of_a_local_count(logits: Tensor, targets: Tensor, count: Any, group: Any, *rest: Any) -> Tensor:
+    local = (targets != loss.IGNORE).sum().clamp(min=1) * group.size
+    return sharded_cross_entropy(logits, targets, local, group, *rest)
+
+
+def labels_shifted_on_the_shard(logits: Tensor, targets: Tensor, count: Any, *rest: Any) -> Tensor:
+    """The last token of a shard has no label then."""
+    return sharded_cross_entropy(logits, F.pad(targets[:-1], (0, 1), value=loss.IGNORE), count, *rest)
+
+
+def total_with_an_all_reduce_in_its_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    dist.all_reduce(grad)
+    return grad, None
+
+
+gather, sharded_cross_entropy = collectives.gather, loss.sharded_cross_entropy
+# name: the model that shows it, and what is replaced by what
+MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
+    "gather": ("vit", collectives, "gather", gather_without_gradient),
+    "gather_backward": ("vit", collectives._Gather, "backward", staticmethod(gather_whose_backward_only_slices)),
+    "exchange": ("llama", collectives._Finish, "backward", staticmethod(backward_of_exchange_does_not_exchange)),
+    "total": ("llama", collectives._TotalOfShares, "backward", staticmethod(total_with_an_all_reduce_in_its_backward)),
+    "count": ("llama", entry, "sharded_cross_entropy", loss_of_a_local_count),
+    "shift": ("llama", entry, "sharded_cross_entropy", labels_shifted_on_the_shard),
+}
+BATCH = {"vit": "many_images", "llama": "right_pad"}
+
+
+def run(mutant: str | None, name: str, reference: Path) -> parity.Parity:
+    case, plan = zoo.CASES[name], parity.Plan(BATCH[name], config=SPConfig(plan="heads"))
+    if mutant is None:
+        return parity.run(case, plan, reference)
+    _, owner, attribute, broken = MUTANTS[mutant]
+    with mock.patch.object(owner, attribute, broken):
+        return parity.run(case, plan, reference)
+
+
+@pytest.mark.parametrize("name", BATCH)
+def test_without_a_mutation_the_check_passes(ranks, reference, name: str) -> None:
+    for result in ranks.run(run, None, name, reference(name, BATCH[name]), ranks=2):
+        result.assert_within(1e-10)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_check_notices(ranks, reference, mutant: str) -> None:
+    name = MUTANTS[mutant][0]
+    for result in ranks.run(run, mutant, name, reference(name, BATCH[name]), ranks=2):
+        assert result.gradient > 1e-2, result
+        with pytest.raises(AssertionError):
+            result.assert_within(1e-5)
+        right = result.loss < 1e-10 and result.logits < 1e-10
+        assert right == (mutant not in ("count", "shift")), result

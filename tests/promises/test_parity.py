@@ -1,0 +1,44 @@
+"""Loss, logits and the gradient of every parameter of every model, on 1 to 4 ranks, against one process."""
+
+from __future__ import annotations
+
+import pytest
+from kit import zoo
+from kit.parity import TOLERANCE, Plan, run_all, run_bitwise
+
+from triton_sp import SPConfig
+
+
+def plans(case: zoo.Case, size: int) -> list[Plan]:
+    """Every batch without checkpointing, and the one most likely to trip checkpointing with both kinds of it.
+
+    Heads are exchanged, whatever would be faster for models this small; test_plans.py has the other plans.
+    On three ranks gradients are added, not averaged: the norms of most models round to float32, in which 3 g and g
+    do not have the same digits, and 1e-10 would not hold.
+    """
+    config = SPConfig(gradient="sum" if size == 3 else "mean", plan="heads")
+    tricky = "image_and_video" if "image_and_video" in case.batches else next(iter(case.batches))
+    checkpointed = [Plan(tricky, kind, config) for kind in ("reentrant", "non_reentrant")]
+    return [Plan(batch, config=config) for batch in case.batches] + checkpointed
+
+
+def share_of_plans(case: zoo.Case, size: int) -> list[Plan]:
+    """All of them on 2 ranks, on 3 and on 4 a third each; `make all-plans` runs all on each."""
+    return plans(case, size) if size == 2 else plans(case, size)[size - 2 :: 3]
+
+
+SIZES = [(name, size) for name, case in zoo.CASES.items() for size in case.suite if size in case.ranks]
+
+
+@pytest.mark.parametrize(("name", "size"), SIZES)
+def test_parity(ranks, reference, name: str, size: int) -> None:
+    case = zoo.CASES[name]
+    references = {batch: reference(name, batch) for batch in case.batches}
+    for found in ranks.run(run_all, name, share_of_plans(case, size), references, ranks=size):
+        for result in found:
+            result.assert_within(TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_one_rank_is_bitwise_the_model(ranks, name: str) -> None:
+    assert ranks.run(run_bitwise, name, ranks=1) == [[]]

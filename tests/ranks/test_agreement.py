@@ -1,0 +1,65 @@
+"""The message that ranks compare before a forward is short; what they compare is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from triton_sp.errors import DisagreementError
+from triton_sp.ranks import collectives, groups
+from triton_sp.ranks.agreement import agree
+from triton_sp.testing import RankError
+
+
+def job(fields: int, differs: bool) -> None:
+    tail = dist.get_rank() if differs else "same"
+    agree(groups.resolve_group(), lambda: "\n".join(f"field{i}=value" for i in range(fields)) + f"\nlast={tail}")
+
+
+def test_equal_descriptions_agree(ranks) -> None:
+    ranks.run(job, 500, False, ranks=3)
+
+
+@pytest.mark.parametrize("fields", [2, 500])
+def test_a_difference_is_noticed_beyond_the_message_too(ranks, fields: int) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(job, fields, True, ranks=3)
+    assert [type(error) for error in raised.value.errors.values()] == [DisagreementError] * 3
+
+
+def repeat(kinds: list[str], contents: list[str], other: str) -> list[int]:
+    """Several calls with check="first": bytes that each sends. The last rank has other contents in the last call."""
+    group, known, sent = groups.resolve_group(), set(), []
+    for number, (kind, content) in enumerate(zip(kinds, contents, strict=True)):
+        last = number == len(kinds) - 1 and dist.get_rank() == dist.get_world_size() - 1
+        mine = other if last else content
+        with collectives.record() as ledger:
+            agree(group, lambda kind=kind, mine=mine: f"{kind}\nids={mine}", lambda kind=kind: kind, known)
+        sent.append(ledger.bytes)
+    return sent
+
+
+def test_a_known_kind_costs_16_bytes(ranks) -> None:
+    for sent in ranks.run(repeat, ["a", "a", "b", "a"], ["1", "2", "3", "4"], "4", ranks=3):
+        assert sent == [2 * 1040, 2 * 16, 2 * 1040, 2 * 16]
+
+
+def test_what_first_notices_and_what_not(ranks) -> None:
+    ranks.run(repeat, ["a", "a"], ["1", "2"], "other", ranks=2)  # a known kind: not noticed
+    with pytest.raises(RankError) as raised:
+        ranks.run(repeat, ["a", "b"], ["1", "2"], "other", ranks=2)  # a new one
+    assert [error.field for error in raised.value.errors.values()] == ["ids", "ids"]
+
+
+def of_different_kind() -> None:
+    """A rank knows the kind, another does not: neither leaves the other waiting."""
+    kind = "old" if dist.get_rank() else "new"
+    known: set[int] = set()
+    agree(groups.resolve_group(), lambda: "kind=old", lambda: "old", known)
+    agree(groups.resolve_group(), lambda: f"kind={kind}", lambda: kind, known)
+
+
+def test_a_kind_that_only_one_rank_knows(ranks) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(of_different_kind, ranks=2)
+    assert [error.field for error in raised.value.errors.values()] == ["kind", "kind"]

@@ -1,0 +1,387 @@
+"""The contract of wrap and unwrap: what stays as it was, what can be done to a wrapped model, which groups work."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from kit import parity, zoo
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+
+import triton_sp
+from triton_sp import SPConfig
+from triton_sp.ranks import groups
+from triton_sp.testing import relative_error
+
+FROZEN = json.loads((Path(__file__).parent / "data" / "state_dict_keys.json").read_text())
+VARIED = ["qwen2_5_vl", "llava", "vit", "llama"]
+
+
+def build(name: str) -> nn.Module:
+    return zoo.CASES[name].build(zoo.CASES[name].dtype)
+
+
+def batch_of(name: str, batch: str | None = None) -> zoo.Batch:
+    case = zoo.CASES[name]
+    return case.batches[batch or next(iter(case.batches))](case.dtype)
+
+
+def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
+    """Heads exchanged, whatever the cost model thinks of models this small."""
+    return triton_sp.wrap(model, group, SPConfig(plan="heads", **options))
+
+
+def train(model: nn.Module, batch: zoo.Batch, group: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and all gradients of one step, on all ranks or those of a group."""
+    model.zero_grad()
+    out = model(**batch)
+    loss = zoo.loss_of(out)
+    loss.backward()
+    if "_triton_sp" in model.__dict__:
+        triton_sp.sync_gradients(model, group)
+    return loss.detach(), parity.gradients(model)
+
+
+def assert_same_step(found: Any, expected: Any, tolerance: float = 0.0) -> None:
+    assert relative_error(found[0], expected[0]) <= max(tolerance, 1e-6 if tolerance else 0.0)
+    if tolerance:
+        assert parity.gradient_error(found[1], expected[1])[0] <= tolerance
+    else:
+        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+# --- nothing changes but the forward -------------------------------------------------------------------------------
+
+
+def names_before_and_after(name: str) -> None:
+    model = build(name)
+    parameters = list(dict(model.named_parameters()))
+    classes = [type(module) for module in model.modules()]
+    assert sorted(model.state_dict()) == FROZEN[name]
+    wrap(model)
+    for _ in range(2):  # before the first forward, and after it
+        assert sorted(model.state_dict()) == FROZEN[name]
+        assert list(dict(model.named_parameters())) == parameters
+        assert [type(module) for module in model.modules()] == classes
+        train(model, batch_of(name))
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_names_are_frozen(ranks, name: str) -> None:
+    ranks.run(names_before_and_after, name, ranks=2)
+
+
+def wrap_and_unwrap(name: str) -> None:
+    model, batch = build(name), batch_of(name)
+    expected = train(model, batch)
+    attributes = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    assert wrap(model) is model
+    train(model, batch)
+    assert triton_sp.unwrap(model) is model
+    for path, module in model.named_modules():
+        assert module.__dict__.keys() == attributes[path].keys(), path
+        assert "forward" not in module.__dict__, path
+        assert module.__dict__.get("config") is attributes[path].get("config"), path
+    assert_same_step(train(model, batch), expected)
+    assert triton_sp.unwrap(model) is model
+    assert_same_step(train(wrap(model), batch), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_unwrap_restores(ranks, name: str) -> None:
+    ranks.run(wrap_and_unwrap, name, ranks=2)
+
+
+def wrap_twice() -> None:
+    model = wrap(build("llama"))
+    forwards = {path: module.forward for path, module in model.named_modules()}
+    assert wrap(model) is model
+    assert wrap(model, dist.group.WORLD) is model
+    assert all(module.forward is forwards[path] for path, module in model.named_modules() if "forward" in vars(module))
+
+
+def two_models_of_one_config() -> None:
+    batch, config = batch_of("llava"), build("llava").config
+    model, other = (type(build("llava"))(config).double() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    expected = train(other, batch)
+    wrap(model)
+    assert_same_step(train(other, batch), expected)
+    assert_same_step(train(model, batch), expected, 1e-5)
+    assert_same_step(train(other, batch), expected)
+
+
+def inner_modules_run_plain() -> None:
+    model, batch = build("llava"), batch_of("llava")
+    embeds = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64)
+
+    def inner() -> list[Tensor]:
+        tower = model.model.vision_tower
+        return [
+            tower(batch["pixel_values"]).last_hidden_state,
+            tower.encoder.layers[0](embeds[..., :48], None),
+            model.model.language_model(inputs_embeds=embeds).last_hidden_state,
+            model.model.get_image_features(batch["pixel_values"]).pooler_output[0],
+        ]
+
+    expected = inner()
+    wrap(model)
+    if dist.get_rank() == 0:  # each rank by itself: nothing waits for the others
+        assert all(torch.equal(x, y) for x, y in zip(inner(), expected, strict=True))
+
+
+@pytest.mark.parametrize("job", [wrap_twice, two_models_of_one_config, inner_modules_run_plain])
+def test_others_stay_as_they_are(ranks, job: Callable[[], None]) -> None:
+    ranks.run(job, ranks=2)
+
+
+def one_rank_is_bitwise(name: str) -> None:
+    model = build(name)
+    for batch in zoo.CASES[name].batches:
+        expected = train(triton_sp.unwrap(model), batch_of(name, batch))
+        assert_same_step(train(wrap(model), batch_of(name, batch)), expected)
+
+
+@pytest.mark.parametrize("name", [*VARIED, "qwen3_vl", "dinov2", "phi3_longrope"])
+def test_one_rank_is_bitwise(ranks, name: str) -> None:
+    ranks.run(one_rank_is_bitwise, name, ranks=1)
+
+
+# --- what can be done to a wrapped model ---------------------------------------------------------------------------
+
+
+def copies(name: str) -> None:
+    model, batch = build(name), batch_of(name)
+    expected = train(copy.deepcopy(model), batch)
+    wrap(model)
+    early = copy.deepcopy(model)
+    buffer = io.BytesIO()  # before the first forward: transformers puts hooks into LLaVA then that do not pickle
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert_same_step(train(model, batch), expected, 1e-5)
+    late = copy.deepcopy(model)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (early, late, loaded):
+        assert_same_step(train(twin, batch), expected, 1e-5)
+    triton_sp.unwrap(late)
+    assert_same_step(train(late, batch), expected)
+    assert_same_step(train(model, batch), expected, 1e-5)
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in early.parameters()}
+    assert not shared
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_copy_and_pickle(ranks, name: str) -> None:
+    ranks.run(copies, name, ranks=2)
+
+
+def saved_config(folder: str) -> None:
+    model = build("llava")
+    files = []
+    for state in ("plain", "wrapped"):
+        target = Path(folder) / state
+        model.save_pretrained(target)
+        if dist.get_rank() == 0:  # the one that transformers lets write
+            files.append({file.name: file.read_bytes() for file in target.iterdir()})
+        wrap(model)
+    if dist.get_rank():
+        return
+    assert files[0] == files[1]
+    assert b"triton_sp" not in files[1]["config.json"]
+
+
+def test_save_pretrained(ranks, tmp_path: Path) -> None:
+    ranks.run(saved_config, str(tmp_path), ranks=2)
+
+
+def generation(name: str) -> None:
+    model = build(name).eval()
+    batch = {key: value for key, value in batch_of(name).items() if key != "labels"}
+    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
+    expected = model.generate(**batch, **options)
+    wrap(model)
+    if dist.get_rank() == 0:  # alone: nothing waits for the others
+        assert torch.equal(model.generate(**batch, **options), expected)
+    train(model.train(), batch_of(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "llama"])
+def test_generate(ranks, name: str) -> None:
+    ranks.run(generation, name, ranks=2)
+
+
+# --- outputs -------------------------------------------------------------------------------------------------------
+
+
+def gathered_logits(name: str, batch_name: str) -> None:
+    model, batch = build(name).eval(), batch_of(name, batch_name)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        wrap(model, gather_logits=True)
+        out = model(**batch)
+    mask = batch.get("attention_mask", torch.ones_like(labels)).bool()
+    assert out.loss is None
+    assert out.logits.shape == expected.shape
+    assert relative_error(out.logits[mask], expected[mask]) < 1e-10
+    assert not out.logits[~mask].any()
+    as_tuple = model(**batch, labels=labels, return_dict=False)
+    whole = model(**batch, labels=labels)
+    assert type(as_tuple) is tuple
+    assert torch.equal(as_tuple[0], whole.loss) and torch.equal(as_tuple[1], whole.logits)
+
+
+def test_gather_logits(ranks) -> None:
+    ranks.run(gathered_logits, "llama", "right_pad", ranks=3)
+    ranks.run(gathered_logits, "llava", "right_pad", ranks=2)
+
+
+def headless(gather: bool) -> None:
+    """The base model, whose loss the caller forms from all hidden states."""
+    model, batch = build("llama").model, batch_of("llama")
+    del batch["labels"]
+    reference = copy.deepcopy(model)
+    expected = reference(**batch).last_hidden_state
+    wrap(model, gather_logits=True, gradient="mean" if gather else "sum")
+    out = model(**batch).last_hidden_state
+    assert relative_error(out, expected) < 1e-10
+    expected.square().sum().backward()
+    out.square().sum().backward()
+    triton_sp.sync_gradients(model)
+    assert parity.gradient_error(parity.gradients(model), parity.gradients(reference))[0] < 1e-10
+
+
+@pytest.mark.parametrize("gather", [True, False])
+def test_base_model(ranks, gather: bool) -> None:
+    ranks.run(headless, gather, ranks=2)
+
+
+def hidden_states_of_a_tower(gradient: str) -> None:
+    model, batch = build("clip_vision"), batch_of("clip_vision")
+    reference = copy.deepcopy(model)
+    wrap(model, gradient=gradient)
+    found, expected = (m(**batch, output_hidden_states=True).hidden_states for m in (model, reference))
+    assert len(found) == len(expected)
+    assert all(relative_error(x, y) < 1e-10 for x, y in zip(found, expected, strict=True))
+    for states in (found, expected):
+        sum(x.square().sum() for x in states).backward()
+    triton_sp.sync_gradients(model)
+    assert parity.gradient_error(parity.gradients(model), parity.gradients(reference))[0] < 1e-10
+
+
+@pytest.mark.parametrize("gradient", ["mean", "sum"])
+def test_hidden_states(ranks, gradient: str) -> None:
+    ranks.run(hidden_states_of_a_tower, gradient, ranks=2)
+
+
+@pytest.mark.parametrize("name", ["llava", "vit"])
+def test_gradient_sum(ranks, reference, name: str) -> None:
+    batch = "right_pad" if name == "llava" else "plain"
+    plan = parity.Plan(batch, config=SPConfig(gradient="sum", plan="heads"))
+    for results in ranks.run(parity.run_all, name, [plan], {batch: reference(name, batch)}, ranks=3):
+        results[0].assert_within(parity.TOLERANCE[torch.float64])
+
+
+def losses() -> None:
+    """num_items_in_batch, no label at all, and fewer tokens than ranks."""
+    model, batch = build("llama"), batch_of("llama", "left_pad")
+    reference = copy.deepcopy(model)
+    wrap(model)
+    for items in (7, torch.tensor(7)):
+        counted = batch | {"num_items_in_batch": items}
+        assert_same_step(train(model, counted), train(reference, counted), 1e-5)
+
+    loss, grads = train(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert loss == 0
+    assert not any(grad.any() for grad in grads.values())
+
+
+def test_losses(ranks) -> None:
+    ranks.run(losses, ranks=4)
+
+
+def fewer_tokens_than_ranks(name: str) -> None:
+    """Two tokens of text; of an image a single merged patch."""
+    model = build(name)
+    ids = torch.tensor([[11, 7]])
+    batch = {"input_ids": ids, "labels": ids}
+    if name == "qwen2_5_vl":
+        ids = torch.tensor([[zoo.VISION_START, zoo.IMAGE, zoo.VISION_END]])
+        batch = {"input_ids": ids, "labels": ids, "mm_token_type_ids": (ids == zoo.IMAGE).int()}
+        batch["image_grid_thw"] = torch.tensor([[1, 2, 2]])
+        batch["pixel_values"] = zoo.pixels(4, 3 * 2 * zoo.PATCH**2, dtype=torch.float64)
+    expected = train(copy.deepcopy(model), batch)
+    assert_same_step(train(wrap(model), batch), expected, 1e-5)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same_step(train(model, batch), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2_5_vl"])
+def test_fewer_tokens_than_ranks(ranks, name: str) -> None:
+    ranks.run(fewer_tokens_than_ranks, name, ranks=4)
+
+
+# --- groups --------------------------------------------------------------------------------------------------------
+
+
+class Mpu:
+    """What Megatron and DeepSpeed hand around."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return self.group
+
+
+def data_and_sequence_parallel(how: str) -> None:
+    """2 x 2: each pair of ranks shares a batch of its own."""
+    pair = dist.get_rank() // 2
+    if how == "mesh":
+        group: Any = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))
+    elif how == "axis":
+        group = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "context"))["context"]
+    else:
+        own = [dist.new_group([0, 1]), dist.new_group([2, 3])][pair]
+        group = Mpu(own) if how == "mpu" else own
+    model, batch = build("llava"), batch_of("llava", ["plain", "right_pad"][pair])
+    expected = train(copy.deepcopy(model), batch)
+    own = groups.resolve_group(group).process_group
+    assert_same_step(train(wrap(model, group), batch, own), expected, 1e-5)
+
+
+@pytest.mark.parametrize("how", ["mesh", "axis", "mpu", "group"])
+def test_groups(ranks, how: str) -> None:
+    ranks.run(data_and_sequence_parallel, how, ranks=4)
+
+
+# --- checkpointing from outside ------------------------------------------------------------------------------------
+
+
+def checkpointed_decoder(first: bool) -> None:
+    """torch's checkpoint_wrapper around decoder layers, put on before wrap or after; the tower has none."""
+    model, batch = build("llava"), batch_of("llava", "right_pad")
+    expected = train(copy.deepcopy(model), batch)
+    layers = {id(layer) for layer in model.model.language_model.layers}
+    for step in ("checkpoint", "wrap") if first else ("wrap", "checkpoint"):
+        if step == "wrap":
+            wrap(model)
+        else:
+            apply_activation_checkpointing(model, check_fn=lambda module: id(module) in layers)
+    loss, grads = train(model, batch)
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
+    assert_same_step((loss, plain), expected, 1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoints_around_decoder_layers(ranks, first: bool) -> None:
+    ranks.run(checkpointed_decoder, first, ranks=2)

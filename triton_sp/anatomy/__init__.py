@@ -1,0 +1,1 @@
+"""What a model is made of: towers, decoder and the seam between them, and whether each can be sharded."""

@@ -1,0 +1,147 @@
+"""What structure cannot tell about models, by the name of their kind: the only file that knows a model's name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from triton_sp.anatomy.parts import FeatureMethod, Spans, Stack, is_hf
+
+
+@dataclass(frozen=True)
+class Family:
+    """What can't be read off a part's structure, by the `model_type` of its configuration."""
+
+    side_modules: str | None = None  # modules that the tower runs on the hidden states between its blocks
+    embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
+    reads_documents_from_ids: bool = True  # (B, S) position_ids that restart mark packed documents
+    joins_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
+
+
+FAMILIES: dict[str, Family] = {
+    # vision towers
+    "clip_vision_model": Family(),
+    "dinov2": Family(),
+    "glm4v_vision": Family(embeddings="embeddings"),
+    "idefics2": Family(),  # the towers' own model_type in some versions of transformers
+    "idefics2_vision": Family(),
+    "idefics3_vision": Family(),
+    "internvl_vision": Family(),
+    "pixtral": Family(joins_images=True),
+    "qwen2_vl_vision": Family(),
+    "qwen2_vl": Family(),  # the tower's own model_type in transformers < 5.20
+    "qwen2_5_vl_vision": Family(),
+    "qwen2_5_vl": Family(),
+    "qwen3_vl_vision": Family(side_modules="deepstack_merger_list"),
+    "qwen3_vl": Family(side_modules="deepstack_merger_list"),
+    "qwen3_vl_moe_vision": Family(side_modules="deepstack_merger_list"),
+    "qwen3_vl_moe": Family(side_modules="deepstack_merger_list"),
+    "siglip_vision_model": Family(),
+    "smolvlm_vision": Family(),
+    "vit": Family(),
+    # decoders
+    "gemma": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "glm4v_text": Family(reads_documents_from_ids=False),
+    "gpt_neox": Family(),
+    "llama": Family(),
+    "mistral": Family(),
+    "phi3": Family(),
+    "qwen2": Family(),
+    "qwen2_vl_text": Family(reads_documents_from_ids=False),
+    "qwen2_5_vl_text": Family(reads_documents_from_ids=False),
+    "qwen3_vl_text": Family(),
+    "qwen3_vl_moe_text": Family(),
+}
+
+_IMAGES = FeatureMethod("get_image_features", "image_token_id", "images", per_image_arguments=("image_sizes",))
+_SAMPLES = FeatureMethod(
+    "get_image_features", "image_token_id", "images", per_image_arguments=("pixel_attention_mask",), per_sample=True
+)
+_FRAMES = FeatureMethod("get_video_features", "video_token_id", "frames")
+_GRIDS = (
+    FeatureMethod("get_image_features", "image_token_id", "patches", per_image_arguments=("image_grid_thw",)),
+    FeatureMethod("get_video_features", "video_token_id", "patches", per_image_arguments=("video_grid_thw",)),
+)
+_FRAME_GRIDS = (  # frames of videos stand where images do
+    _GRIDS[0],
+    FeatureMethod("get_video_features", "image_token_id", "patches", per_image_arguments=("video_grid_thw",)),
+)
+
+# By the `model_type` of a composite's configuration: how its features are made and where they go.
+FEATURE_METHODS: dict[str, tuple[FeatureMethod, ...]] = {
+    "gemma3": (_IMAGES,),
+    "glm4v": _FRAME_GRIDS,
+    "idefics2": (_SAMPLES,),
+    "idefics3": (_SAMPLES,),
+    "internvl": (_IMAGES,),
+    "llava": (_IMAGES,),
+    "llava_next": (_IMAGES,),
+    "llava_onevision": (_IMAGES, _FRAMES),
+    "mistral3": (_IMAGES,),
+    "paligemma": (_IMAGES,),
+    "qwen2_5_vl": _GRIDS,
+    "qwen2_vl": _GRIDS,
+    "qwen3_vl": _GRIDS,
+    "qwen3_vl_moe": _GRIDS,
+    "smolvlm": (_SAMPLES,),
+}
+
+# By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
+SPANS: dict[str, Spans] = {
+    "gemma3": Spans(token_type=1, single=False, cut=True, required=False),  # an image
+    "paligemma": Spans(token_type=0, single=True, cut=False, required=True),  # the prefix: image and prompt
+}
+
+
+def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
+    """The masks that the innermost model around a decoder makes for it, as transformers >= 5 composes them: before,
+    sliding windows met spans another way, which is refused then."""
+    around: list[Any] = [
+        m for m in entry.modules() if is_hf(m) and m is not decoder and any(part is decoder for part in m.modules())
+    ]
+    if not around or around[-1].config.model_type not in SPANS:
+        return None
+    from transformers import masking_utils
+
+    return SPANS[around[-1].config.model_type] if hasattr(masking_utils, "blockwise_overlay") else None
+
+
+def expected_window(attention: nn.Module) -> int | None:
+    """The sliding window that a decoder's mask would apply in the layer of this attention module."""
+    config: Any = attention.config
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    index = getattr(attention, "layer_idx", None)
+    if kinds and index is not None:
+        return window if kinds[index] == "sliding_attention" else None
+    return window
+
+
+def joins_images(tower: Stack) -> bool:
+    """Whether a tower makes one sequence of images of different sizes without telling its blocks where each begins."""
+    return FAMILIES.get(tower.family, Family()).joins_images
+
+
+def cu_seqlens_of_joined_images(tower: Stack, arguments: dict[str, Any]) -> torch.Tensor:
+    """cu_seqlens of the patches of such images, from the arguments of the tower."""
+    pixels, sizes = arguments["pixel_values"], arguments.get("image_sizes")
+    sizes = [pixels.shape[-2:]] * len(pixels) if sizes is None else torch.as_tensor(sizes).tolist()
+    module: Any = tower.module
+    lengths = [(height // module.patch_size) * (width // module.patch_size) for height, width in sizes]
+    return torch.tensor([0, *lengths], device=pixels.device).cumsum(0).to(torch.int32)
+
+
+def reads_documents_from_ids(decoder: Stack) -> bool:
+    """Whether (B, S) position_ids that restart mark packed documents, as the model's own mask would have it."""
+    return FAMILIES.get(decoder.family, Family()).reads_documents_from_ids
+
+
+def first_position(composite: nn.Module) -> int:
+    """The position of a sequence's first token, where a composite model numbers them itself."""
+    config: Any = composite.config
+    return 1 if config.model_type == "paligemma" else 0

@@ -1,0 +1,240 @@
+"""What a model is made of: vision towers, the decoder, and how each attends.
+
+Parts are found by structure: a stack of blocks is the longest list of equal blocks that hold attention; it is a vision
+tower if its model takes pixels and a decoder if its attention is causal. families.py adds what structure cannot tell.
+A stack whose blocks hold anything that is not known to work token by token is refused by name, see refusals.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from triton_sp.anatomy.families import FAMILIES, FEATURE_METHODS, Family, spans_of
+from triton_sp.anatomy.parts import (
+    Anatomy,
+    FeatureMethod,
+    Fusion,
+    Stack,
+    attention_like,
+    calls_attention_interface,
+    is_hf,
+)
+from triton_sp.anatomy.refusals import refuse_blocks, refuse_decoder, refuse_stochastic_depth
+from triton_sp.errors import UnsupportedModelError
+
+# What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
+VISION_METADATA = {
+    "get_vision_attention_seqlens",
+    "get_vision_interpolation_indices_and_weights",
+    "get_vision_position_ids",
+    "get_vision_window_index",
+}
+
+
+def find_parts(model: nn.Module) -> Anatomy:
+    """Find the parts of a model; `Stack.refusal` says which of them cannot be sharded correctly.
+
+    Raises:
+        UnsupportedModelError: there is nothing to shard.
+    """
+    entry = next((module for module in model.modules() if is_hf(module)), model)
+    names = {id(module): name for name, module in model.named_modules()}
+    anatomy = Anatomy(entry, [], None, [])
+    if entry is model and not is_hf(model):
+        anatomy.towers.extend(_opaque_stacks(model, names))
+    for owner, list_name, blocks in _hf_stacks(entry):
+        _sort_in(anatomy, owner, f"{names[id(owner)]}.{list_name}".strip("."), blocks, names)
+    if not anatomy.stacks:
+        raise UnsupportedModelError(
+            type(model).__name__,
+            expected="a stack of transformer blocks (a ModuleList or Sequential of equal blocks with attention)",
+            found="none" + "".join(f"; {name}: {reason}" for name, reason in anatomy.unsharded),
+            remedy="wrap the module that holds the blocks, or use triton_sp.wrappers in your own script",
+        )
+    if anatomy.decoder is not None and anatomy.towers:
+        anatomy.fusion = _find_fusion(anatomy.decoder, anatomy.towers, entry, names)
+    return anatomy
+
+
+def _find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion:
+    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs."""
+    parts = [decoder.module, *(tower.module for tower in towers)]
+    around = [m for m in entry.modules() if is_hf(m) and all(_contains(m, part) and m is not part for part in parts)]
+    composite: Any = around[-1]
+    family = composite.config.model_type
+    features = FEATURE_METHODS.get(family, ())
+    why = "known family" if features else f"how {family} makes its features is not known"
+    if len(towers) != 1 or not towers[0].by_interface:
+        features, why = (), "more than one vision tower, or one with attention of its own"
+    if not all(_can_be_cut(feature, composite, towers[0].module) for feature in features):
+        features, why = (), "this version of transformers makes features otherwise"
+    return Fusion(names[id(composite)], composite, features, why)
+
+
+def _can_be_cut(features: FeatureMethod, composite: Any, tower: nn.Module) -> bool:
+    if not hasattr(composite, features.method) or not hasattr(composite.config, features.token):
+        return False
+    if features.granularity == "frames":  # the method has to end videos itself; in 5.17 the composite does
+        return "image_newline" in inspect.unwrap(getattr(type(composite), features.method)).__code__.co_names
+    return features.granularity == "images" or _takes_metadata(composite, tower)
+
+
+def _takes_metadata(composite: nn.Module, tower: nn.Module) -> bool:
+    """Whether a tower takes what it knows about its patches as arguments, and positions of text come from a method."""
+    code = inspect.unwrap(type(tower).forward).__code__
+    uses = {name for name in code.co_names if name.startswith("get_vision_")}
+    return bool(uses) and uses <= VISION_METADATA and hasattr(composite, "compute_3d_position_ids")
+
+
+def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
+    """For each innermost HF model its longest list of blocks with attention."""
+    for owner in entry.modules():
+        if not is_hf(owner):
+            continue
+        lists = [
+            (name, list(module))
+            for name, module in owner.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) and _innermost_model(owner, name) is owner
+        ]
+        lists = [
+            (name, blocks)
+            for name, blocks in lists
+            if any(attention_like(m) for block in blocks for m in block.modules())
+        ]
+        if lists:
+            name, blocks = max(lists, key=lambda item: len(item[1]))
+            yield owner, name, blocks
+
+
+def _innermost_model(owner: nn.Module, path: str) -> nn.Module:
+    module = innermost = owner
+    for part in path.split("."):
+        module = getattr(module, part)
+        if is_hf(module):
+            innermost = module
+    return innermost
+
+
+def _takes_pixels(module: nn.Module) -> bool:
+    key = getattr(module.config, "base_config_key", "")
+    return key == "vision_config" or getattr(module, "main_input_name", "") == "pixel_values"
+
+
+def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
+    # torch's checkpoint_wrapper puts a module around each block; the overrides belong on the block itself.
+    blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
+    attention = [module for block in blocks for module in block.modules() if calls_attention_interface(module)]
+    config: Any = owner.config
+    family = config.model_type
+    stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), known=family in FAMILIES)
+    if _takes_pixels(owner):
+        ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
+        stack.module = ancestors[0]
+        stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
+        side_modules = FAMILIES.get(family, Family()).side_modules
+        stack.side_modules = list(getattr(owner, side_modules)) if side_modules else []
+        embeddings = FAMILIES.get(family, Family()).embeddings
+        stack.embeddings = getattr(owner, embeddings) if embeddings else None
+        if not attention:
+            stack.attention = _opaque_attention(blocks)
+        stack.refusal = refuse_blocks(stack, names)
+        anatomy.towers.append(stack)
+    elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
+        stack.spans = spans_of(anatomy.entry, owner)
+        stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
+        stack.refusal = refuse_decoder(anatomy, stack, names)
+        anatomy.decoder = stack
+    elif attention and _embeds_tokens(owner):
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="a decoder with causal attention",
+            found=f"{type(attention[0]).__name__} with is_causal=False: the model around it makes its masks",
+            remedy="use a causal model, or one whose masks triton_sp/families.py knows",
+        )
+        anatomy.decoder = stack
+    elif attention:
+        anatomy.unsharded.append((name, f"{family}: neither takes pixels nor is causal"))
+    else:
+        found = type(next(m for m in blocks[0].modules() if attention_like(m))).__name__
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="attention that goes through transformers' attention interface",
+            found=f"{found}, which computes attention itself",
+            remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
+        )
+        anatomy.decoder = stack
+
+
+def _embeds_tokens(owner: nn.Module) -> bool:
+    """Whether a model reads token ids; a resampler of image features does not."""
+    return isinstance(getattr(owner, "embed_tokens", None), nn.Embedding)
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(candidate is part for candidate in module.modules())
+
+
+# --- models that are not from Hugging Face -------------------------------------------------------------------------
+
+
+def _opaque_stacks(model: nn.Module, names: dict[int, str]) -> Iterator[Stack]:
+    """The longest list of equal blocks that attend."""
+    candidates = [
+        (names[id(module)], list(module))
+        for module in model.modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len(module)
+        and len({type(block) for block in module}) == 1
+        and any(attention_like(m) or _multiplies_queries(m) for m in next(iter(module)).modules())
+    ]
+    if candidates:
+        name, blocks = max(candidates, key=lambda item: len(item[1]))
+        yield opaque_stack(name, model, blocks)
+
+
+def opaque_stack(name: str, owner: nn.Module, blocks: list[nn.Module]) -> Stack:
+    """A stack of blocks about which nothing is known but that they run one after another."""
+    units = _opaque_attention(blocks)
+    first = any(isinstance(unit, nn.MultiheadAttention) and not unit.batch_first for unit in units)
+    first = first and not any(_code_names(m) & {"permute", "transpose", "movedim"} for m in blocks[0].modules())
+    stack = Stack(name, owner, blocks, units, type(owner).__name__, by_interface=False, tokens_first=first)
+    modules = [module for block in blocks for module in block.modules()]
+    dropping = next((module for module in modules if getattr(module, "drop_prob", 0)), None)
+    if dropping is not None:
+        stack.refusal = refuse_stochastic_depth(name, dropping)
+    batch_norm = next((module for module in modules if isinstance(module, _BatchNorm)), None)
+    if batch_norm is not None:
+        stack.refusal = UnsupportedModelError(
+            name,
+            expected="blocks in which tokens meet in attention only",
+            found=f"a {type(batch_norm).__name__}, whose statistics are those of all tokens",
+            remedy="use blocks with LayerNorm",
+        )
+    return stack
+
+
+def _code_names(module: nn.Module) -> set[str]:
+    """The names that the code of a module's class uses, if it is not torch's own."""
+    if type(module).__module__.startswith("torch."):
+        return set()
+    methods = [value for value in vars(type(module)).values() if inspect.isfunction(value)]
+    return {name for method in methods for name in method.__code__.co_names}
+
+
+def _multiplies_queries(module: nn.Module) -> bool:
+    return bool(_code_names(module) & {"scaled_dot_product_attention", "softmax"})
+
+
+def _opaque_attention(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The outermost attention modules of each block, or the block where it has none of its own."""
+    units: list[nn.Module] = []
+    for block in blocks:
+        inside = [module for module in block.modules() if module is not block and attention_like(module)]
+        nested = {id(m) for module in inside for m in module.modules() if m is not module}
+        units += [module for module in inside if id(module) not in nested] or [block]
+    return units

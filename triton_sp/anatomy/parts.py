@@ -1,0 +1,135 @@
+"""The parts of a model: what `find_parts` finds and the wrappers install themselves on."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from triton_sp.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Which tokens a composite model lets see one another, in a decoder that is causal otherwise.
+
+    Attributes:
+        token_type: neighbouring tokens that have this in `token_type_ids` are a span.
+        single: all such tokens of a row see one another, so a row can have one span only.
+        cut: whether sliding windows end inside spans too, or only between them.
+        required: without token_type_ids the model's mask is not one thing (PaliGemma's sdpa is causal if there is
+            padding, and sees everything if not).
+    """
+
+    token_type: int
+    single: bool
+    cut: bool
+    required: bool
+
+
+@dataclass(eq=False)
+class Stack:
+    """One list of blocks and the attention modules in it."""
+
+    name: str
+    module: nn.Module  # the model whose forward runs the blocks
+    blocks: list[nn.Module]
+    attention: list[nn.Module]  # one or more a block, in order
+    family: str
+    by_interface: bool  # attention goes through transformers' attention interface; otherwise it is opaque
+    refusal: UnsupportedModelError | None = None
+    known: bool = False
+    side_modules: list[nn.Module] = field(default_factory=list)
+    embeddings: nn.Module | None = None  # of a tower, where it interpolates positions by the sizes of all images
+    unit: int = 1  # neighbouring tokens that a tap or merger needs together
+    rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+    spans: Spans | None = None  # where the model around a decoder makes its masks
+    tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
+
+
+@dataclass(frozen=True)
+class FeatureMethod:
+    """A method of a composite model that turns pixels into the rows which stand for its placeholder tokens.
+
+    Attributes:
+        method: its name; its first argument are the pixels.
+        token: the attribute of the model's configuration that holds the placeholder's id.
+        granularity: where the work may be cut between ranks. "patches": anywhere between merge units; "images":
+            between images; "frames": the pixels are videos, and cuts are between frames.
+        per_image_arguments: arguments cut along with the pixels: the grid of each image (patches), or arguments with
+            an entry for each image (images).
+        per_sample: an entry of the pixels is a sample's images, filled up with images of zeros.
+    """
+
+    method: str
+    token: str
+    granularity: Literal["patches", "images", "frames"]
+    per_image_arguments: tuple[str, ...] = ()
+    per_sample: bool = False
+
+
+@dataclass(eq=False)
+class Fusion:
+    """Where a composite model puts visual features between its text: the module whose forward does it, and how.
+
+    Attributes:
+        features: empty where the fusion is not known; features and embeddings are whole on every rank then.
+        why: the reason for either.
+    """
+
+    name: str
+    module: nn.Module
+    features: tuple[FeatureMethod, ...]
+    why: str
+
+    @property
+    def visual_arguments(self) -> set[str]:
+        """The names of all that the methods take which make features."""
+        methods = [getattr(type(self.module), features.method) for features in self.features]
+        return {name for method in methods for name in inspect.signature(method).parameters}
+
+
+@dataclass(eq=False)
+class Anatomy:
+    """What `find` found in one model.
+
+    Attributes:
+        entry: the module whose forward takes the batch.
+        unsharded: names of stacks that stay unsharded on purpose, with the reason.
+        fusion: None in models without a tower or without a decoder.
+    """
+
+    entry: nn.Module
+    towers: list[Stack]
+    decoder: Stack | None
+    unsharded: list[tuple[str, str]]
+    fusion: Fusion | None = None
+
+    @property
+    def stacks(self) -> list[Stack]:
+        return self.towers + ([self.decoder] if self.decoder else [])
+
+
+def is_hf(module: nn.Module) -> bool:
+    """Whether a module is a Hugging Face model, without importing transformers for those who do not use it."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+
+
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether a module's own forward calls transformers' attention interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def attention_like(module: nn.Module) -> bool:
+    """Whether a module is called attention, which is all that can be known before it runs."""
+    name = type(module).__name__.lower()
+    return "attention" in name or "attn" in name
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))

@@ -1,0 +1,127 @@
+"""Whether the blocks of a stack compute the same on a shard: whatever is not known to is refused, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attention_interface
+from triton_sp.errors import UnsupportedModelError
+
+DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_TOKEN_WISE = (
+    "Norm",
+    "Activation",
+    "Dropout",
+    "DropPath",
+    "LayerScale",
+    "Experts",
+    "Router",
+    "Identity",
+    "GELU",
+    "SiLU",
+)
+_BLOCK_PARAMETERS = {
+    "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
+    "position_ids", "past_key_values", "past_key_value", "cache", "use_cache", "cache_position", "output_attentions",
+    "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "kwargs",
+}  # fmt: skip
+
+
+def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
+    """The first reason why the blocks of a stack would not compute the same on a shard, or None."""
+    block = stack.blocks[0]
+    unknown = set(inspect.signature(type(block).forward).parameters) - _BLOCK_PARAMETERS - {"self", "x"}
+    if stack.by_interface and unknown:
+        return UnsupportedModelError(
+            names[id(block)],
+            expected=f"a block that takes {sorted(_BLOCK_PARAMETERS - {'kwargs'})}",
+            found=f"parameters {sorted(unknown)}, which may or may not run along the tokens",
+            remedy="add the family to triton_sp/families.py once its blocks are known to be right on a shard",
+        )
+    if not stack.by_interface:
+        return None  # proven by a trial on the first call instead, see wrappers/trial.py
+    modules = [module for block in stack.blocks for module in block.modules()]
+    return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
+
+
+def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelError | None:
+    name = names.get(id(module), type(module).__name__)
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    leaf = not any(True for _ in module.children())
+    if getattr(module, "drop_prob", 0):
+        return refuse_stochastic_depth(name, module)
+    if calls_attention_interface(module) and own:
+        return UnsupportedModelError(
+            name,
+            expected="attention whose parameters all lie in layers that work token by token",
+            found=f"parameters {own} of its own",
+            remedy="use a model without them; attention sinks and learned biases are not handled yet",
+        )
+    if leaf and not _token_wise(module) and not calls_attention_interface(module):
+        return UnsupportedModelError(
+            name,
+            expected="blocks of attention and of layers that work token by token",
+            found=type(module).__name__,
+            remedy="add the layer to triton_sp/refusals.py if each of its outputs depends on one token alone",
+        )
+    return None
+
+
+def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        name,
+        expected="blocks without stochastic depth, which drops images and not tokens",
+        found=f"drop_prob={module.drop_prob}",
+        remedy="set the drop path rate of the configuration to 0",
+    )
+
+
+def _token_wise(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
+        return True
+    if "position_ids" in inspect.signature(type(module).forward).parameters and not attention_like(module):
+        # Rotary embeddings turn each token by its own position, but for those that look at the longest one.
+        return getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
+    source = type(module).__module__
+    if source.startswith(("torch.nn.modules.activation", "transformers.activations")):
+        return not attention_like(module)
+    return any(word in type(module).__name__ for word in _TOKEN_WISE)
+
+
+def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
+    config: Any = stack.module.config
+    kinds = set(getattr(config, "layer_types", None) or ()) - DECODER_LAYER_TYPES
+    if kinds:
+        return UnsupportedModelError(
+            stack.name,
+            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}",
+            found=f"{sorted(kinds)} in config.layer_types",
+            remedy="use a model without them; their masks are not handled yet",
+        )
+    parameters = inspect.signature(type(stack.module).forward).parameters
+    missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
+    rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
+    if missing or not rotary:
+        return UnsupportedModelError(
+            stack.name,
+            expected="a decoder whose positions enter by rotary embeddings of position_ids",
+            found=f"a {type(stack.module).__name__} without {sorted(missing) or 'a rotary embedding'}",
+            remedy="use a rotary model; ALiBi and learned positions count local tokens",
+        )
+    entry = anatomy.entry
+    head = getattr(entry, "get_output_embeddings", lambda: None)()
+    if entry is not stack.module and head is None and _has_own_head(entry):
+        return UnsupportedModelError(
+            type(entry).__name__,
+            expected="a model that ends in a language-modelling head, or the model without a head",
+            found="a head that picks or pools tokens of the whole sequence",
+            remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
+        )
+    return refuse_blocks(stack, names)
+
+
+def _has_own_head(entry: nn.Module) -> bool:
+    return any(name in ("score", "classifier", "qa_outputs") for name, _ in entry.named_children())

@@ -1,0 +1,193 @@
+"""The batch of a group: every rank gets the same one, and each loads only every P-th.
+
+The ranks of a group take turns: step i's batch is read and decoded by rank i % P, and sent to the others as a
+description in JSON and the bytes of its tensors. Nothing is pickled, so a rank can't be made to run code, and sizes are
+checked against a limit before memory is taken for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from triton_sp.errors import DisagreementError, InputError
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
+
+_BATCH, _END, _FAILED = range(3)  # what a rank whose turn it is has to give
+_NONE = object()  # in place of a batch
+_DESCRIPTION_LIMIT = 1 << 22  # bytes of JSON
+_ALIGNMENT = 16  # bytes; views of any dtype start at a multiple of their item size
+_DTYPES = {
+    str(dtype)[6:]: dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+}
+# What a loader is made of, beside its dataset and its sampler.
+_OPTIONS = (
+    *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
+    *("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order"),
+)
+
+
+class _Turns:
+    """Every P-th of the batches that a sampler makes."""
+
+    def __init__(self, batches: Any, group: Group) -> None:
+        self.batches, self.group = batches, group
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), self.group.rank, None, self.group.size)
+
+    def __len__(self) -> int:
+        return len(range(self.group.rank, len(self.batches), self.group.size))
+
+
+class SharedBatches(DataLoader[Any]):
+    """A DataLoader whose batches every rank of a group gets; see `accelerators.share_batches`."""
+
+    def __init__(self, loader: DataLoader[Any], group: Group, limit: int) -> None:
+        options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
+        streamed = isinstance(loader.dataset, IterableDataset)
+        if streamed or loader.batch_sampler is None:  # then the sampler, if it is one, makes the batches
+            sampled = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+            sampled |= {} if streamed else {"sampler": loader.sampler}
+            turns = sampled if streamed else sampled | {"sampler": _Turns(loader.sampler, group)}
+        else:
+            sampled = {"batch_sampler": loader.batch_sampler}
+            turns = {"batch_sampler": _Turns(loader.batch_sampler, group)}
+        super().__init__(loader.dataset, **sampled, **options)
+        # A stream can't be read by turns without reading it all: the first rank reads it for the others.
+        self._parts = None if streamed and group.rank else DataLoader(loader.dataset, **turns, **options)
+        self._streamed, self._sharing, self._limit = streamed, group, limit
+
+    def __iter__(self) -> Any:
+        own = iter(()) if self._parts is None else iter(self._parts)
+        for step in count():
+            source = 0 if self._streamed else step % self._sharing.size
+            batch = _from_source(lambda: next(own), source, self._sharing, self._limit)
+            if batch is _NONE:
+                return
+            yield batch
+
+
+def _from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
+    """What `load` returns on rank `source`, on every rank; `_NONE` where it ran out of batches there."""
+    kind, text, tensors, failure = _END, b"", [], None
+    if group.rank == source:
+        try:
+            batch = load()
+            text, kind = json.dumps(_describe(batch, tensors, "batch")).encode(), _BATCH
+            _check_size(len(text), sum(map(_room, tensors)), limit)
+        except StopIteration:
+            pass
+        except Exception as error:
+            kind, text, tensors, failure = _FAILED, str(error).encode()[:_DESCRIPTION_LIMIT], [], error
+    head = torch.tensor([kind, len(text), sum(map(_room, tensors))])
+    kind, length, size = collectives.broadcast(head, source, group).tolist()
+    if kind == _END:
+        return _NONE
+    _check_size(length, size, limit)
+    own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(length, dtype=torch.uint8)
+    text = bytes(collectives.broadcast(own, source, group).tolist())
+    if failure is not None:
+        raise failure
+    if kind == _FAILED:
+        raise DisagreementError(
+            "batch",
+            expected=f"one from rank {source}, whose turn it is",
+            found=f"an error in reading it there: {text.decode(errors='replace')}",
+            remedy="see that rank's error",
+            rank=group.rank,
+        )
+    payload = collectives.broadcast(
+        _serialise(tensors) if tensors else torch.empty(size, dtype=torch.uint8), source, group
+    )
+    sent = iter(tensors)
+    return _rebuild(json.loads(text), (lambda *_: next(sent)) if group.rank == source else _deserialise(payload))
+
+
+def _check_size(description: int, tensors: int, limit: int) -> None:
+    if description > _DESCRIPTION_LIMIT or not 0 <= tensors <= limit:
+        raise InputError(
+            "batch",
+            expected=f"up to {limit} bytes of tensors, and {_DESCRIPTION_LIMIT} of text and numbers",
+            found=f"{tensors} and {description} bytes",
+            remedy="make smaller batches, or raise the limit of share_batches",
+        )
+
+
+# --- a batch as text and bytes -----------------------------------------------------------------------------------
+
+
+def _describe(value: Any, tensors: list[Tensor], where: str) -> Any:
+    """A batch as JSON: a tensor is its dtype and shape, and goes to `tensors`."""
+    if isinstance(value, Tensor):
+        name = str(value.dtype)[6:]
+        if name in _DTYPES and value.layout == torch.strided:
+            tensors.append(value.detach())
+            return ["tensor", name, list(value.shape)]
+    elif value is None or isinstance(value, bool | int | float | str):
+        return ["value", value]
+    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return ["dict", [[key, _describe(item, tensors, f"{where}[{key!r}]")] for key, item in value.items()]]
+    elif isinstance(value, list | tuple):
+        items = [_describe(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
+        return ["list" if isinstance(value, list) else "tuple", items]
+    raise InputError(
+        where,
+        expected="dense tensors, numbers, strings, and dicts, lists and tuples of these",
+        found=f"{type(value).__name__}",
+        remedy="let the collate function make tensors: nothing else is sent to other ranks",
+    )
+
+
+def _rebuild(node: Any, take: Callable[[torch.dtype, list[int]], Tensor]) -> Any:
+    """The batch again; `take` gives its tensors in order."""
+    kind, content, *shape = node
+    if kind == "tensor":
+        return take(_DTYPES[content], shape[0])
+    if kind == "value":
+        return content
+    if kind == "dict":
+        return {key: _rebuild(item, take) for key, item in content}
+    items = [_rebuild(item, take) for item in content]
+    return items if kind == "list" else tuple(items)
+
+
+def _room(tensor: Tensor) -> int:
+    """The bytes that a tensor takes in a payload, up to where the next one starts."""
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _serialise(tensors: list[Tensor]) -> Tensor:
+    """The bytes of tensors, one after another."""
+    payload = torch.zeros(sum(map(_room, tensors)), dtype=torch.uint8)
+    start = 0
+    for tensor in tensors:
+        payload[start : start + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+        start += _room(tensor)
+    return payload
+
+
+def _deserialise(payload: Tensor) -> Callable[[torch.dtype, list[int]], Tensor]:
+    """Views of a payload, one after another. No size of a description is believed beyond what was sent."""
+    start = 0
+
+    def take(dtype: torch.dtype, shape: list[int]) -> Tensor:
+        nonlocal start
+        size = dtype.itemsize * math.prod(shape)
+        tensor = payload[start : start + size].view(dtype).view(shape)
+        start += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return tensor
+
+    return take

@@ -1,0 +1,157 @@
+"""accelerate, and with it the Hugging Face Trainer: loaders of which the ranks of a group get the same batches.
+
+Accelerate gives every process other data, and its metrics count every process. An adapted Accelerator counts groups
+instead. What a Trainer counts by itself stays right: `num_items_in_batch` is summed over all processes, P times too
+much, and the loss is multiplied by their number, P times too much as well.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+from torch.utils.data import DataLoader
+
+from triton_sp.engines.batches import SharedBatches
+from triton_sp.errors import InputError
+from triton_sp.ranks import collectives, groups
+from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.install import installation_of
+
+_T = TypeVar("_T")
+
+
+def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
+    """Let the ranks of a group get the same batches, each decoding every P-th of them.
+
+    Args:
+        source: a DataLoader that would make the same batches on each rank of the group (the sampler of a
+            data-parallel rank); or an `accelerate.Accelerator` or a `transformers.Trainer`, which then make all
+            their loaders so, and count each group once in metrics.
+        group: what `wrap` was given.
+        limit: the most bytes of a batch that a rank takes memory for.
+
+    Returns:
+        A DataLoader of the same length; of others the same object. Batches are tensors, numbers and strings in
+        dicts, lists and tuples. Over NCCL they arrive on the GPU.
+
+    Raises:
+        InputError: none of these, or an Accelerator that shards batches itself. While batches are read: one that
+            can't be sent or is too large, on every rank.
+        DisagreementError: reading failed on another rank.
+    """
+    resolved = groups.resolve_group(group)
+    if isinstance(source, DataLoader):
+        return source if resolved.size == 1 else SharedBatches(source, resolved, limit)  # type: ignore[return-value]
+    if hasattr(source, "prepare_data_loader"):
+        return _adapt(source, resolved, limit)
+    if hasattr(source, "accelerator"):
+        return _adapt_trainer(source, resolved, limit)
+    raise InputError(
+        "source",
+        expected="a torch DataLoader, an accelerate.Accelerator or a transformers.Trainer",
+        found=type(source).__name__,
+        remedy="in a plain loop, pass its DataLoader",
+    )
+
+
+def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
+    installation = installation_of(trainer.model) if getattr(trainer, "label_smoother", None) else None
+    if installation is not None and installation.group.size > 1 and not installation.config.gather_logits:
+        raise InputError(
+            "TrainingArguments.label_smoothing_factor",
+            expected="0: the Trainer would smooth labels of the whole batch by logits of this rank's tokens",
+            found=f"{trainer.label_smoother.epsilon}",
+            remedy="use SPConfig(label_smoothing=...) instead",
+        )
+    _adapt(trainer.accelerator, group, limit)
+    trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
+    return trainer
+
+
+def _adapt(accelerator: Any, group: Group, limit: int) -> Any:
+    """Make an Accelerator prepare its loaders for groups, and gather metrics of one rank of each; in place.
+
+    Raises:
+        InputError: a setting with which accelerate itself divides batches among the ranks of a group.
+    """
+    _refuse(accelerator)
+    leaders = collectives.leaders(group)
+    accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, group, leaders, limit)
+    accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator, leaders)
+    return accelerator
+
+
+def _refuse(accelerator: Any) -> None:
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("sp_size", "cp_size", "tp_size"):
+        if getattr(parallelism, name, 1) > 1:
+            raise InputError(
+                f"ParallelismConfig.{name}",
+                expected="1: triton_sp divides the tokens itself, of the whole batch",
+                found=f"{getattr(parallelism, name)}",
+                remedy="leave it out, and give the group to triton_sp.wrap; dp_replicate_size and dp_shard_size may "
+                "be used",
+            )
+    for name in ("dispatch_batches", "split_batches", "use_stateful_dataloader"):
+        if getattr(accelerator, name, None):
+            raise InputError(
+                f"Accelerator.{name}",
+                expected="False",
+                found="True",
+                remedy="leave it out: the ranks of a group take turns in loading",
+            )
+
+
+def _prepare_data_loader(
+    accelerator: Any,
+    group: Group,
+    leaders: list[int],
+    limit: int,
+    data_loader: Any,
+    device_placement: bool | None = None,
+    slice_fn_for_dispatch: Any = None,
+) -> Any:
+    """Accelerator.prepare_data_loader with one data-parallel rank for each group."""
+    from accelerate.data_loader import prepare_data_loader
+
+    if getattr(data_loader, "_is_accelerate_prepared", False):
+        return data_loader
+    prepared: Any = prepare_data_loader(
+        data_loader,
+        accelerator.device,
+        num_processes=len(leaders),
+        process_index=leaders.index(groups.world_rank(0, group)),
+        put_on_device=accelerator.device_placement if device_placement is None else device_placement,
+        rng_types=accelerator.rng_types.copy(),
+        dispatch_batches=False,
+        even_batches=accelerator.even_batches,
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        data_seed=accelerator.dataloader_config.data_seed,
+        non_blocking=accelerator.non_blocking,
+    )
+    if group.size > 1:
+        prepared.base_dataloader = SharedBatches(prepared.base_dataloader, group, limit)
+    accelerator._dataloaders.append(prepared)
+    return prepared
+
+
+def _gather_for_metrics(accelerator: Any, leaders: list[int], input_data: Any, use_gather_object: bool = False) -> Any:
+    """Accelerator.gather_for_metrics of one rank of each group: all of a group hold the same."""
+    from accelerate.utils import recursively_apply
+
+    gather, world = type(accelerator).gather, accelerator.num_processes
+
+    def gather_groups(tensors: Any) -> Any:
+        everyone = gather(accelerator, tensors)
+        return recursively_apply(lambda x: x.unflatten(0, (world, -1))[leaders].flatten(0, 1), everyone)
+
+    if use_gather_object:
+        raise InputError(
+            "use_gather_object", expected="False", found="True", remedy="gather tensors; objects travel pickled"
+        )
+    accelerator.gather = gather_groups
+    try:
+        return type(accelerator).gather_for_metrics(accelerator, input_data)
+    finally:
+        del accelerator.gather

@@ -1,0 +1,128 @@
+"""The self-check of the Gluon tier: `python -m triton_sp.kernels.hopper.check` (also a step of `make gpu`).
+
+On the GPU at hand, against the portable kernel with a tolerance, and bit for bit against a variant that lets no product
+run while something else does: it differs only in when it waits, so a difference is a race or a register taken too
+early. The verdict is recorded (gate.py). It begins as "did not end", so a crash or a hang is a no as well.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_sp.kernels import launch
+from triton_sp.kernels.hopper import gate
+
+REPEATS = 5  # of the bit-for-bit comparison: a race need not show at once
+TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # four roundings of the dtype, relative and absolute
+RAGGED = [300, 0, 1, 129, 128, 64, 777, 1500]
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Case(NamedTuple):
+    """One call; `k` is None where keys are of the same lengths, and q, k, v then lie interleaved in one buffer."""
+
+    dim: int
+    dtype: torch.dtype
+    q: list[int]
+    k: list[int] | None
+    heads: int
+    k_heads: int
+    causal: bool
+
+
+def cases() -> Iterator[Case]:
+    """Ragged segments with and without causality, grouped heads, fewer and more keys than rows, and long ones."""
+    for dim in (64, 72, 80, 128):
+        for dtype in (torch.bfloat16, torch.float16):
+            yield Case(dim, dtype, RAGGED, None, 3, 3, False)
+            yield Case(dim, dtype, RAGGED, None, 3, 3, True)
+            yield Case(dim, dtype, RAGGED, RAGGED[::-1], 8, 2, True)
+            yield Case(dim, dtype, RAGGED, [400, 9, 0, 1, 130, 640, 700, 0], 4, 1, False)
+        yield Case(dim, torch.bfloat16, [2048] * 4, None, 16, 16, False)
+
+
+def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v with NaN in a whole segment and in 5 rows past the last, and the two tables."""
+    torch.manual_seed(0)
+    lengths = case.q if case.k is None else case.k
+    tables = [torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (case.q, lengths)]
+    if case.k is None:
+        found = list(torch.randn(sum(case.q) + 5, 3, case.heads, case.dim, device=device, dtype=case.dtype).unbind(1))
+    else:
+        sizes = [(sum(case.q) + 5, case.heads), *[(sum(lengths) + 5, case.k_heads)] * 2]
+        found = [torch.randn(*size, case.dim, device=device, dtype=case.dtype) for size in sizes]
+    for x, n in zip(found, (case.q, lengths, lengths), strict=True):
+        x[sum(n) :] = torch.nan
+        if len(n) == len(RAGGED):
+            x[sum(n[:4]) : sum(n[:5])] = torch.nan  # of which neighbours must see nothing
+    return found, tables
+
+
+def difference(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> str:
+    """How out and log-sum-exp differ by more than the tolerance, or ""."""
+    for name, ours, theirs, limit in zip(("out", "lse"), found, wanted, (TOLERANCE[case.dtype], 1e-4), strict=True):
+        close = torch.isclose(ours.float(), theirs.float(), rtol=limit, atol=limit, equal_nan=True)
+        if not close.all():
+            most = (ours.float() - theirs.float()).abs().nan_to_num(torch.inf).max()
+            return f"{name} differs from the portable kernel's in {int((~close).sum())} places, by up to {most:.3g}"
+    return ""
+
+
+def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -> str:
+    """What is wrong with one case, or ""."""
+    (q, k, v), tables = tensors(case, device)
+    right = 0 if case.causal else launch.UNLIMITED
+    settings: dict[str, Any] = {"scale": case.dim**-0.5, "right": right}
+    found = gluon(q, k, v, *tables, **settings)
+    wanted = portable(q, k, v, *tables, None, softcap=0.0, left=launch.UNLIMITED, **settings)
+    if wrong := difference(case, found, wanted):
+        return wrong
+    waited = gluon(q, k, v, *tables, wait=True, **settings)
+    for _ in range(REPEATS):
+        for name, ours, theirs in zip(("out", "lse"), gluon(q, k, v, *tables, **settings), waited, strict=True):
+            # As integers: NaN is not equal to itself.
+            integer = torch.int16 if ours.element_size() == 2 else torch.int32
+            if not torch.equal(ours.view(integer), theirs.view(integer)):
+                return f"{name} is not equal bit for bit to that of the variant that waits"
+    return ""
+
+
+def check(device: torch.device, gluon: Attend, portable: Attend) -> gate.Verdict:
+    """All cases; the first that is wrong, or any exception, is the verdict's reason."""
+    count = 0
+    for case in cases():
+        try:
+            wrong = examine(case, device, gluon, portable)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:  # whatever a compiler, a driver or a kernel may raise
+            wrong = f"{type(error).__name__}: {error}"[:500]
+        if wrong:
+            return gate.Verdict(False, f"{wrong} ({case})")
+        count += 1
+    return gate.Verdict(True, f"{count} cases agree with the portable kernel")
+
+
+def run(index: int = 0) -> gate.Verdict:
+    """Checks GPU number `index` and records the verdict, which holds for processes that start afterwards."""
+    if reason := gate.obstacle(index):
+        return gate.Verdict(False, reason)
+    where = gate.machine(index)
+    gate.write(where, gate.Verdict(False, "the self-check began and did not end"))
+    try:
+        modules = [importlib.import_module(f"triton_sp.kernels.{name}") for name in ("hopper.attend", "attend")]
+        found = check(torch.device("cuda", index), *(module.forward for module in modules))
+    except Exception as error:  # as above: of the import
+        found = gate.Verdict(False, f"{type(error).__name__}: {error}"[:500])
+    gate.write(where, found)
+    gate.known.cache_clear()
+    return found
+
+
+if __name__ == "__main__":
+    result = run() if torch.cuda.is_available() else gate.Verdict(False, "PyTorch sees no GPU")
+    print(("gluon: " if result.passed else "portable: ") + result.reason)

@@ -1,0 +1,1 @@
+"""Who owns which tokens and heads of a batch, and why. Computed on every rank from what all ranks know."""

@@ -1,0 +1,55 @@
+"""Measure what the cost model reckons with: latency and bandwidth of the exchange, and the speed of matrix products."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from triton_sp.plan.cost import Link
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
+
+ROUNDS = 20  # the median of which is taken
+# Of what large matrix products reach, what training a transformer reaches; an estimate.
+EFFICIENCY = 0.5
+
+
+def seconds(run: Callable[[], object], group: Group, device: torch.device) -> float:
+    """The median time of a call, of the slowest rank, so that every rank gets the same number."""
+
+    def once() -> float:
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        return time.perf_counter() - start
+
+    for _ in range(3):  # connections are made, memory is allocated
+        once()
+    return collectives.largest(statistics.median(once() for _ in range(ROUNDS)), group, device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def measure_link(group: Group, device: torch.device, large: int = 1 << 23) -> Link:
+    """The link between the ranks of a group: exchanges of 1 and of `large` numbers for each rank, and a product."""
+
+    def exchange(count: int) -> Callable[[], Tensor]:
+        x = torch.zeros(count * group.size, device=device)
+        sizes = [count] * group.size
+        return lambda: collectives.exchange(x, sizes, sizes, group)
+
+    latency = seconds(exchange(1), group, device)
+    moved = 4 * large * (group.size - 1)
+    bandwidth = moved / max(seconds(exchange(large), group, device) - latency, 1e-9)
+    side, dtype = (512, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a = torch.zeros(side, side, device=device, dtype=dtype)
+    compute = EFFICIENCY * 2 * side**3 / seconds(lambda: a @ a, group, device)
+    return Link(f"calibrated {device.type}", latency, bandwidth, compute)

@@ -1,0 +1,250 @@
+"""Which heads a rank attends with, and what must travel for it. Pure Python, like plan.py.
+
+A tasks is a tuple of tasks; a task is some key/value heads with their query heads, and a range of rows of the stream.
+Whole heads where they divide; otherwise the rows of a key/value head and its queries are cut between ranks by work.
+A Route is what one rank sends and receives so that it can compute its tasks, as boxes of rows x heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from triton_sp.plan.segments import Work
+from triton_sp.plan.shards import Shards
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """Query heads, their key/value heads, the rows of the stream and the keys that these rows see."""
+
+    q: range
+    kv: range
+    rows: range
+    keys: range
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether queries, keys and values of the same tokens are needed: they then travel side by side."""
+        return self.rows == self.keys
+
+
+Tasks = tuple[HeadTask, ...]
+
+
+def describe_tasks(tasks: Tasks, rows: int) -> str:
+    """The tasks of one rank in words; `rows` are those of the stream.
+
+    >>> every, part = range(100), range(71)
+    >>> whole, cut = HeadTask(range(0, 2), range(0, 2), every, every), HeadTask(range(2, 3), range(2, 3), part, part)
+    >>> describe_tasks((whole, cut), 100)
+    'heads 0-1, head 2 in rows 0-70'
+    """
+    parts = []
+    for task in tasks:
+        heads = f"head {task.q.start}" if len(task.q) == 1 else f"heads {task.q.start}-{task.q.stop - 1}"
+        cut = "" if len(task.rows) == rows else f" in rows {task.rows.start}-{task.rows.stop - 1}"
+        parts.append(heads + cut)
+    return ", ".join(parts) or "no heads"
+
+
+def assign_whole_heads(num_heads: int, num_kv_heads: int, ranks: int, rows: int) -> tuple[Tasks, ...] | None:
+    """The tasks of each rank, in rank order, in whole heads; None where these do not divide evenly.
+
+    >>> tasks_of_ranks = assign_whole_heads(8, 2, 4, rows=100)
+    >>> [(task.q, task.kv) for tasks in tasks_of_ranks for task in tasks][:3]
+    [(range(0, 2), range(0, 1)), (range(2, 4), range(0, 1)), (range(4, 6), range(1, 2))]
+    >>> assign_whole_heads(28, 4, 8, rows=100) is None
+    True
+    """
+    if num_heads % ranks or (num_kv_heads % ranks and ranks % num_kv_heads):
+        return None
+    per_rank, group = num_heads // ranks, num_heads // num_kv_heads
+    queries = [range(rank * per_rank, (rank + 1) * per_rank) for rank in range(ranks)]
+    every = range(rows)
+    return tuple((HeadTask(q, range(q.start // group, (q.stop - 1) // group + 1), every, every),) for q in queries)
+
+
+def assign_heads(num_heads: int, num_kv_heads: int, ranks: int, work: Work) -> tuple[Tasks, ...]:
+    """The tasks of each rank, in rank order: every (head, row) in exactly one, and equal work for all.
+
+    The busiest rank has at most the mean work and that of one row of a key/value head's queries.
+
+    >>> from triton_sp.plan.segments import Segments
+    >>> tasks_of_ranks = assign_heads(3, 3, 2, Segments((0, 100)).work(causal=True))
+    >>> [(task.q, task.rows, task.keys) for task in tasks_of_ranks[0]]
+    [(range(0, 1), range(0, 100), range(0, 100)), (range(1, 2), range(0, 71), range(0, 71))]
+    >>> [(task.q, task.rows, task.keys) for task in tasks_of_ranks[1]]
+    [(range(1, 2), range(71, 100), range(0, 100)), (range(2, 3), range(0, 100), range(0, 100))]
+    """
+    assert num_heads % num_kv_heads == 0, (num_heads, num_kv_heads)
+    rows, group = work.segments.starts[-1], num_heads // num_kv_heads
+    whole = assign_whole_heads(num_heads, num_kv_heads, ranks, rows)
+    if whole is not None:
+        return whole
+    # All work in one line: key/value head after key/value head, row after row. Ranks get equal parts of it.
+    cuts = []
+    for rank in range(ranks + 1):
+        head, rest = divmod(rank * num_kv_heads, ranks)
+        cuts.append((head, work.row_at(-(-rest * work.total // ranks))))
+    return tuple(
+        tuple(
+            HeadTask(range(kv.start * group, kv.stop * group), kv, part, work.keys(part))
+            for kv, part in _pieces(begin, end, range(rows))
+        )
+        for begin, end in pairwise(cuts)
+    )
+
+
+def _pieces(begin: tuple[int, int], end: tuple[int, int], everything: range) -> list[tuple[range, range]]:
+    """What lies between two (head, row): the rest of a head, whole heads, the beginning of a head; what there is."""
+    (head, row), (last_head, last_row) = begin, end
+    if head == last_head:
+        pieces = [(range(head, head + 1), range(row, last_row))]
+    else:
+        whole = head if row == 0 else head + 1
+        pieces = [
+            (range(head, whole), range(row, everything.stop)),
+            (range(whole, last_head), everything),
+            (range(last_head, last_head + 1), range(last_row)),
+        ]
+    return [(heads, rows) for heads, rows in pieces if heads and rows]
+
+
+class Box(NamedTuple):
+    """`rows` x `heads` vectors of one of several tensors, and where they stand in a flat buffer.
+
+    Vector (row + r, head + h) of the tensor is vector `start + r * stride + h` of the buffer.
+    """
+
+    tensor: int
+    row: int
+    rows: int
+    head: int
+    heads: int
+    start: int
+    stride: int
+
+
+class Buffer(NamedTuple):
+    """One buffer of an exchange: where its vectors belong, and how many of them each rank sends or gets."""
+
+    boxes: tuple[Box, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """What one rank sends and gets in one layer.
+
+    Attributes:
+        tasks: the rank's own.
+        inputs: this rank's (q, k, v) in the first send buffer.
+        arrivals: the tasks' (q, k, v, q, k, v, ...) in the first receive buffer.
+        outputs: the tasks' (out, out, ...) in the second send buffer.
+        results: this rank's (out,) in the second receive buffer.
+    """
+
+    tasks: Tasks
+    inputs: Buffer
+    arrivals: Buffer
+    outputs: Buffer
+    results: Buffer
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the receive buffer already is one task's stream, token by token."""
+        return len(self.tasks) == 1 and self.tasks[0].side_by_side
+
+
+def route(shards: Shards, tasks_of_ranks: tuple[Tasks, ...], rank: int) -> Route:
+    """The two exchanges of a layer as `rank` sees them.
+
+    >>> from triton_sp.plan.segments import Segments
+    >>> found = route(Shards((1, 1)), assign_heads(2, 2, 2, Segments((0, 2)).work()), rank=0)
+    >>> found.inputs.sizes, found.arrivals.sizes, found.outputs.sizes, found.results.sizes
+    ((3, 3), (3, 3), (1, 1), (1, 1))
+    >>> found.inputs.boxes[3]  # the query of head 1 for rank 1
+    Box(tensor=0, row=0, rows=1, head=1, heads=1, start=3, stride=3)
+    """
+    own, mine = shards.range(rank), tasks_of_ranks[rank]
+    others = [shards.range(other) for other in range(len(tasks_of_ranks))]
+    return Route(
+        mine,
+        _buffer(_lay_inputs, [(tasks, own) for tasks in tasks_of_ranks], own),
+        _buffer(_lay_inputs, [(mine, tokens) for tokens in others], None),
+        _buffer(_lay_outputs, [(mine, tokens) for tokens in others], None),
+        _buffer(_lay_outputs, [(tasks, own) for tasks in tasks_of_ranks], own),
+    )
+
+
+class _Part(NamedTuple):
+    """Some rows and heads of the stream's tensor number `tensor`, for a task, and their place in a rank's buffer."""
+
+    task: int
+    tensor: int
+    rows: range  # that the tokens have of
+    base: range  # all that the task needs
+    heads: range
+    start: int
+    stride: int
+
+
+def _overlap(a: range, b: range) -> range:
+    start = max(a.start, b.start)
+    return range(start, max(start, min(a.stop, b.stop)))
+
+
+def _lay_inputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
+    """q, k and v of some tokens for a tasks. Token by token where a task needs all three of the same tokens, so that
+    what arrives from all ranks already is a stream."""
+    parts, start = [], 0
+    for index, task in enumerate(tasks):
+        rows, keys = _overlap(task.rows, tokens), _overlap(task.keys, tokens)
+        q, kv = len(task.q), len(task.kv)
+        if task.side_by_side:
+            q_stride = kv_stride = q + 2 * kv
+            kv_start, stop = start + q, start + len(rows) * q_stride
+        else:
+            q_stride, kv_stride = q, 2 * kv
+            kv_start = start + len(rows) * q
+            stop = kv_start + len(keys) * kv_stride
+        parts += [
+            _Part(index, 0, rows, task.rows, task.q, start, q_stride),
+            _Part(index, 1, keys, task.keys, task.kv, kv_start, kv_stride),
+            _Part(index, 2, keys, task.keys, task.kv, kv_start + kv, kv_stride),
+        ]
+        start = stop
+    return parts, start
+
+
+def _lay_outputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
+    """The outputs of a tasks for some tokens, task after task."""
+    parts, start = [], 0
+    for index, task in enumerate(tasks):
+        rows, heads = _overlap(task.rows, tokens), len(task.q)
+        parts.append(_Part(index, 0, rows, task.rows, task.q, start, heads))
+        start += len(rows) * heads
+    return parts, start
+
+
+def _buffer(
+    lay: Callable[[Tasks, range], tuple[list[_Part], int]], ranks: list[tuple[Tasks, range]], own: range | None
+) -> Buffer:
+    """Lay out what concerns each rank, rank after rank. With `own`, boxes are of the tensors of these tokens;
+    otherwise of the tasks' tensors, numbered task by task."""
+    boxes, sizes = [], []
+    tensors = 3 if lay is _lay_inputs else 1
+    for tasks, tokens in ranks:
+        parts, size = lay(tasks, tokens)
+        before = sum(sizes)
+        for task, tensor, rows, base, heads, start, stride in parts:
+            place = (before + start, stride)
+            if rows and own is not None:
+                boxes.append(Box(tensor, rows.start - own.start, len(rows), heads.start, len(heads), *place))
+            elif rows:
+                boxes.append(Box(tensors * task + tensor, rows.start - base.start, len(rows), 0, len(heads), *place))
+        sizes.append(size)
+    return Buffer(tuple(boxes), tuple(sizes))

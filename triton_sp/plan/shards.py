@@ -1,0 +1,68 @@
+"""Who owns which tokens of a stream. Pure Python over sizes that every rank knows, so the answer needs no communication
+and is the same everywhere.
+
+`shards` of a stream are as equal as possible (`shard_tokens`), or cut where segments end (`shard_segments`), so that
+attention inside segments needs no exchange. Which heads a rank computes is the matter of heads.py, which of the plans
+is the fastest that of cost.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The contiguous parts of a token stream, one per rank in rank order; a part may be empty.
+
+    >>> shards = Shards((3, 3, 2))
+    >>> shards.total, shards.starts, shards.range(2)
+    (8, (0, 3, 6), range(6, 8))
+    """
+
+    sizes: tuple[int, ...]
+
+    @cached_property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        return tuple(sum(self.sizes[:rank]) for rank in range(len(self.sizes)))
+
+    def range(self, rank: int) -> range:
+        return range(self.starts[rank], self.starts[rank] + self.sizes[rank])
+
+    def merged(self, unit: int) -> Shards:
+        """The shards of the stream in which every `unit` neighbouring tokens have become one."""
+        assert all(size % unit == 0 for size in self.sizes), (self.sizes, unit)
+        return Shards(tuple(size // unit for size in self.sizes))
+
+
+def moves(source: Shards, target: Shards, rank: int) -> tuple[list[int], list[int]]:
+    """How many rows a rank sends to each rank, and gets from each, where a stream goes from one cut to another.
+
+    >>> moves(Shards((4, 4)), Shards((6, 2)), 0), moves(Shards((4, 4)), Shards((6, 2)), 1)
+    (([4, 0], [4, 2]), ([2, 2], [0, 2]))
+    """
+    assert source.total == target.total, (source, target)
+    ranks = range(len(source.sizes))
+    send = [_common(source.range(rank), target.range(other)) for other in ranks]
+    receive = [_common(source.range(other), target.range(rank)) for other in ranks]
+    return send, receive
+
+
+def _common(a: range, b: range) -> int:
+    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+
+
+def shard_tokens(total: int, ranks: int, unit: int = 1) -> Shards:
+    """Cut `total` tokens into `ranks` parts of as equal a size as cuts at multiples of `unit` allow.
+
+    >>> shard_tokens(10, 4).sizes, shard_tokens(20, 3, unit=4).sizes, shard_tokens(1, 2).sizes
+    ((3, 3, 2, 2), (8, 8, 4), (1, 0))
+    """
+    assert total % unit == 0, (total, unit)
+    base, extra = divmod(total // unit, ranks)
+    return Shards(tuple((base + (rank < extra)) * unit for rank in range(ranks)))

@@ -1,0 +1,148 @@
+"""One token stream of one batch, as every rank of the group sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_sp.ops import pack
+from triton_sp.plan.cost import PlanName
+from triton_sp.plan.heads import Route, assign_heads, assign_whole_heads, describe_tasks, route
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.ranks.groups import Group
+
+
+class Mask(NamedTuple):
+    """What some rows see of some keys: the arguments of `varlen.varlen_attention` that say so."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor | None
+    key_ranges: Tensor | None
+    causal: bool
+    window: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """One token stream of one batch, as every rank of the group sees it. Immutable, so that a recomputation in the
+    backward reads what the forward read; what layers have in common is worked out once.
+
+    Attributes:
+        cu_seqlens: int32 (segments + 1,), the segments of the whole stream.
+        seqused_k: int32 (segments,), or None where every token of a segment is a key of it. A padding position that
+            carries a label is a segment of one row and no key.
+        host_segments: the values of cu_seqlens, and the spans if there are any; None where the host does not have them:
+            they are then read from the device when needed, once.
+        plan: "segments" if shards end where segments end, of these layers or of others.
+        chunks: heads are exchanged and attended to in so many parts, if they divide, one travelling while another is
+            attended to.
+    """
+
+    group: Group
+    shards: Shards
+    cu_seqlens: Tensor
+    seqused_k: Tensor | None = None
+    host_segments: Segments | None = None
+    plan: PlanName = "heads"
+    chunks: int = 1
+    _masks: dict[tuple[range, range, bool, int | None], Mask] = field(default_factory=dict, repr=False)
+    _ranges: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple[int, int, bool, int | None], RouteOnDevice] = field(default_factory=dict, repr=False)
+
+    @property
+    def local(self) -> slice:
+        own = self.shards.range(self.group.rank)
+        return slice(own.start, own.stop)
+
+    @cached_property
+    def segments(self) -> Segments:
+        return self.host_segments or Segments(tuple(self.cu_seqlens.tolist()))
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Whether every segment is one rank's, so that layers attend to what they have."""
+        return self.group.size == 1 or (self.plan == "segments" and self.segments.local(self.shards))
+
+    def describe(self) -> str:
+        """How the layers that have run attended on this rank."""
+        if self.is_local:
+            return "no exchange"
+        tasks = {describe_tasks(route.host.tasks, self.shards.total) for route in self._routes.values()}
+        return " or ".join(sorted(tasks))
+
+    def route(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> RouteOnDevice:
+        """How layers with these heads and this mask exchange."""
+        key = (num_heads, num_kv_heads, causal, window)
+        if key not in self._routes:
+            ranks = self.group.size
+            # Whole heads need not know the segments, which may still be on the device.
+            tasks = assign_whole_heads(num_heads, num_kv_heads, ranks, self.shards.total)
+            tasks = tasks or assign_heads(num_heads, num_kv_heads, ranks, self.segments.work(causal, window))
+            self._routes[key] = RouteOnDevice(self, route(self.shards, tasks, self.group.rank), causal, window)
+        return self._routes[key]
+
+    def mask(self, rows: range, keys: range, causal: bool, window: int | None) -> Mask:
+        """What some rows see of the keys that any of them sees. Nothing is read from the device."""
+        key = (rows, keys, causal, window)
+        if key not in self._masks:
+            tables = self._tables(rows, keys)
+            if causal and self.host_segments is not None and self.host_segments.spans:
+                ranges = self._key_ranges(window)[:, rows.start : rows.stop]
+                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)), False, None)
+            else:
+                self._masks[key] = Mask(*tables, None, causal, window)
+        return self._masks[key]
+
+    def _key_ranges(self, window: int | None) -> Tensor:
+        """int32 (2, S), the keys that each row sees in layers with this window: see `varlen.varlen_attention`."""
+        if window not in self._ranges:
+            segments, row = self.segments, torch.arange(self.shards.total)
+            starts = torch.tensor(segments.starts)
+            first, stop = starts[:-1].repeat_interleave(starts.diff()), row + 1
+            if window is not None:
+                first = first.maximum(row - window + 1)
+            for span in segments.spans:
+                stop[span.start : span.stop] = span.stop
+                if not segments.cut_spans:
+                    first[span.start : span.stop].clamp_(max=span.start)
+            self._ranges[window] = torch.stack([first, stop]).to(self.cu_seqlens.device, torch.int32)
+        return self._ranges[window]
+
+    def _tables(self, rows: range, keys: range) -> tuple[Tensor, Tensor, Tensor | None]:
+        """cu_seqlens_q, cu_seqlens_k and seqused_k of some rows and keys."""
+        if len(rows) == len(keys) == self.shards.total:
+            return self.cu_seqlens, self.cu_seqlens, self.seqused_k
+        touched = self.segments.within(rows)
+        bounds = self.cu_seqlens[touched.start : touched.stop + 1]
+        cu_q, cu_k = ((bounds - part.start).clamp(0, len(part)) for part in (rows, keys))
+        if self.seqused_k is None:
+            return cu_q, cu_k, None
+        return cu_q, cu_k, self.seqused_k[touched.start : touched.stop].minimum(cu_k.diff())
+
+
+class RouteOnDevice:
+    """A route with its tables on the device, and the mask of each of its tasks."""
+
+    def __init__(self, stream: Stream, host: Route, causal: bool, window: int | None) -> None:
+        self.host = host
+        device = stream.cu_seqlens.device
+        self.inputs, self.arrivals, self.outputs, self.results = (
+            pack.box_table(buffer.boxes, device) for buffer in (host.inputs, host.arrivals, host.outputs, host.results)
+        )
+        self.masks = [stream.mask(task.rows, task.keys, causal, window) for task in host.tasks]
+
+
+def chunks(wanted: int, num_heads: int, num_kv_heads: int, ranks: int) -> int:
+    """In how many chunks of heads a layer is done: at most as many as wanted, each of whole heads for all ranks.
+
+    >>> chunks(4, 16, 16, 2), chunks(3, 16, 16, 2), chunks(4, 28, 4, 4)
+    (4, 2, 1)
+    """
+    fit = [n for n in range(2, wanted + 1) if num_kv_heads % n == 0 and num_kv_heads // n % ranks == 0]
+    return max(fit, default=1)

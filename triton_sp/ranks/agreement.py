@@ -1,0 +1,104 @@
+"""Before the first collective of a call: all ranks go on, or all ranks raise.
+
+Ranks that were given different batches would wait for one another, or take one another's numbers for their own. So
+each describes what it was given, or says why it cannot use it, in one message of fixed size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+from triton_sp.errors import DisagreementError, SPError
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
+
+
+def agree(
+    group: Group, describe: Callable[[], str], brief: Callable[[], str] | None = None, known: set[int] | None = None
+) -> None:
+    """Make all ranks go on, or all ranks raise.
+
+    Args:
+        describe: validates this rank's inputs and returns what must be equal on all ranks, one `field=value` a line.
+        brief: does the same with less, sooner; then only the digests of that are compared, 16 bytes, and the rest
+            where a rank has something new or an error. That a rank finds its own digest in `known` is not enough: the
+            others would wait for it, so this much is sent in each call.
+        known: digests of what ranks have agreed on; grows.
+
+    Raises:
+        SPError: the rank's own, where `describe` raised one.
+        DisagreementError: `describe` raised on another rank, or the descriptions differ.
+    """
+    if brief is not None and known is not None:
+        digest = _digest(brief)
+        everyone = collectives.integers_of_all([digest, digest in known], group)
+        if all(seen and theirs == digest for theirs, seen in everyone):
+            return
+        _compare(group, describe)
+        known.add(digest)
+    else:
+        _compare(group, describe)
+
+
+def _digest(brief: Callable[[], str]) -> int:
+    """Of a description in 63 bits; 0 where there is none, which is never known."""
+    try:
+        return int.from_bytes(hashlib.blake2s(brief().encode(), digest_size=8).digest(), "little") >> 1
+    except Exception:
+        return 0  # `describe` will raise it again
+
+
+def _compare(group: Group, describe: Callable[[], str]) -> None:
+    failure: BaseException | None = None
+    try:
+        text = describe()
+        # The digest stands for what a long description has beyond the message.
+        message = f"ok\n{text}", hashlib.blake2s(text.encode(), digest_size=8).hexdigest()
+    except Exception as error:
+        failure, message = error, (f"error\n{error}", "")
+    notices = collectives.notices_of_all(f"{message[1]}\n{message[0]}".encode(), group)
+    if failure is not None:
+        raise _with_rank(failure, group.rank)
+    digests, texts = zip(*(notice.decode(errors="replace").split("\n", 1) for notice in notices), strict=True)
+    for rank, text in enumerate(texts):
+        if text.startswith("error\n"):
+            raise DisagreementError(
+                "batch",
+                expected="an input that every rank can use",
+                found=f"rank {rank} refused its own with: {text[6:]}",
+                remedy="pass every rank of the group the same, valid batch",
+                rank=group.rank,
+            )
+    for rank, digest in enumerate(digests):
+        if digest != digests[0]:
+            raise _difference(texts[0].splitlines(), texts[rank].splitlines(), rank, group.rank)
+
+
+def _with_rank(failure: BaseException, rank: int) -> BaseException:
+    if not isinstance(failure, SPError) or failure.rank is not None:
+        return failure
+    named = type(failure)(
+        failure.field, expected=failure.expected, found=failure.found, remedy=failure.remedy, rank=rank
+    )
+    named.__cause__ = failure
+    return named
+
+
+def _difference(first: list[str], other: list[str], rank: int, own_rank: int) -> DisagreementError:
+    """The first field in which a rank's description differs from that of rank 0."""
+    pairs = [pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]]
+    if pairs:
+        (name, _, here), (other_name, _, there) = (line.partition("=") for line in pairs[0])
+        field, expected = name, f"the same on all ranks (rank 0 has {here})"
+        found = f"{there} on rank {rank}" if name == other_name else f"{other_name} in its place on rank {rank}"
+    else:
+        field, expected = "batch fields", f"the {len(first) - 1} fields of rank 0"
+        found = f"{len(other) - 1} fields, or a longer one, on rank {rank}"
+    return DisagreementError(
+        field,
+        expected=expected,
+        found=found,
+        remedy="pass every rank of the group the same batch, model and settings",
+        rank=own_rank,
+    )

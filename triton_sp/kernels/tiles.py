@@ -20,12 +20,13 @@ def locate(tile, cu_ptr, segments, total, BLOCK: tl.constexpr):
     low, high = tile * 0, segments
     while low < high:
         middle = (low + high + 1) // 2
-        inside = tl.load(cu_ptr + middle).to(tl.int32) // BLOCK + middle <= tile
+        found = tl.minimum(tl.maximum(tl.load(cu_ptr + middle).to(tl.int32), 0), total)  # as `extent` cuts it
+        inside = found // BLOCK + middle <= tile
         low = tl.where(inside, middle, low)
         high = tl.where(inside, high, middle - 1)
     start, length = extent(low, cu_ptr, segments, total, True)
-    first = (tile - start // BLOCK - low) * BLOCK
-    return low, start, length, first
+    # Below 0 only where the table decreases, or does not start at 0.
+    return low, start, length, tl.maximum((tile - start // BLOCK - low) * BLOCK, 0)
 
 
 @triton.jit

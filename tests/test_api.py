@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import triton_sp
 from triton_sp import SPConfig
+from triton_sp.errors import SPError, UnsupportedModelError
 from triton_sp.ranks import groups
-from triton_sp.testing import relative_error
+from triton_sp.testing import RankError, relative_error
 
 FROZEN = json.loads((Path(__file__).parent / "data" / "state_dict_keys.json").read_text())
 VARIED = ["qwen2_5_vl", "llava", "vit", "llama"]
@@ -136,10 +138,55 @@ def inner_modules_run_plain() -> None:
     expected = inner()
     wrap(model)
     if dist.get_rank() == 0:  # each rank by itself: nothing waits for the others
+        with torch.no_grad():
+            assert all(torch.equal(x, y) for x, y in zip(inner(), expected, strict=True))
+        model.eval()
         assert all(torch.equal(x, y) for x, y in zip(inner(), expected, strict=True))
 
 
-@pytest.mark.parametrize("job", [wrap_twice, two_models_of_one_config, inner_modules_run_plain])
+def inner_modules_refuse_training() -> None:
+    """They would train unsharded, and nobody would know."""
+    model, batch = wrap(build("llava")), batch_of("llava")
+    embeds, inner = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64), model.model
+    batch.pop("labels")
+    calls = {
+        "LlavaModel.forward": lambda: model.base_model(**batch),
+        "LlamaModel.forward": lambda: inner.language_model(inputs_embeds=embeds),
+        "CLIPVisionModel.forward": lambda: inner.vision_tower(batch["pixel_values"]),
+        "CLIPEncoderLayer.forward": lambda: inner.vision_tower.encoder.layers[0](embeds[..., :48], None),
+        "LlavaModel.get_image_features": lambda: inner.get_image_features(batch["pixel_values"]),
+    }
+    for field, call in calls.items():
+        with pytest.raises(UnsupportedModelError, match="call the wrapped LlavaForConditionalGeneration") as caught:
+            call()
+        assert caught.value.field == field
+
+
+def covered(first: bool) -> None:
+    """A forward of a trainer's own, which calls the base model past ours: put there before wrap, or after it."""
+    model, batch = build("llama"), batch_of("llama")
+
+    def fused(self: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
+        return self.base_model(**kwargs).last_hidden_state[:, :-1][labels[:, 1:] != -100] if fused_lm_head else None
+
+    if not first:
+        wrap(model)
+    model.forward = MethodType(fused, model)
+    if first:
+        wrap(model)
+    model(**batch, fused_lm_head=True)
+
+
+@pytest.mark.parametrize(("first", "found"), [(False, "covered.*fused stands in front"), (True, "fused_lm_head")])
+def test_covered_forward(ranks, first: bool, found: str) -> None:
+    with pytest.raises(RankError, match=found) as caught:
+        ranks.run(covered, first, ranks=2)
+    assert all(isinstance(error, SPError) for error in caught.value.errors.values()) and len(caught.value.errors) == 2
+
+
+@pytest.mark.parametrize(
+    "job", [wrap_twice, two_models_of_one_config, inner_modules_run_plain, inner_modules_refuse_training]
+)
 def test_others_stay_as_they_are(ranks, job: Callable[[], None]) -> None:
     ranks.run(job, ranks=2)
 

@@ -22,8 +22,9 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
 
     Every rank then calls the model with the same whole batch. Vision towers and decoder compute on the rank's tokens
     and exchange heads in attention (Ulysses, arXiv:2309.14509). `out.loss` is the whole batch's on every rank;
-    `out.logits` holds this rank's tokens (1, T, V) without padding, or all if `config.gather_logits`. `generate` and
-    calls of inner modules run as before, unsharded, each rank by itself.
+    `out.logits` holds this rank's tokens (1, T, V) without padding, or all if `config.gather_logits`. `generate`, and
+    calls of inner modules in eval mode or under no_grad, run as before, unsharded, each rank by itself; in training
+    with gradients inner modules that are called directly raise.
 
     Args:
         model_: a Hugging Face model, something around one (PEFT), or a plain module with a stack of attention blocks.

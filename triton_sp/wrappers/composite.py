@@ -96,7 +96,7 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The composite's forward on this rank's part of the tokens."""
     call = current(TextCall)
     if call is None:
-        refuse_lost_scope(override.module)
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     arguments = override.bind(args, kwargs)
     if arguments.get("position_ids") is None:
@@ -151,7 +151,7 @@ def _run_features(features: FeatureMethod, override: Override, *args: Any, **kwa
     call = current(TextCall)
     if call is None:  # a direct call, or a method that calls another of the kind
         if current(Call) is None:
-            refuse_lost_scope(override.module)
+            refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     arguments = override.bind(args, kwargs)
     override.installation.last_rows[features.method] = call.needed[features.method]

@@ -198,7 +198,7 @@ def install(stack: Stack, installation: Installation) -> None:
 def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     call = current(TextCall)
     if call is None:
-        refuse_lost_scope(override.module)
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     installation = override.installation
     stack = installation.anatomy.decoder

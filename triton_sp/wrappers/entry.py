@@ -168,6 +168,7 @@ def _refuse(arguments: dict[str, Any], *names: str) -> None:
         "output_hidden_states": "take last_hidden_state of the model without its head",
         "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
         "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
+        "fused_lm_head": "let the trainer take the model's own loss: its head would be given this rank's tokens",
         "output_router_logits": "the router's auxiliary loss of a shard is not that of the batch",
     }
     for name in names:
@@ -186,7 +187,13 @@ def _shown(value: Any) -> str:
 def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, int]:
     """(B, S) of a batch whose fields fit one another."""
     _refuse(
-        arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
+        arguments,
+        "output_attentions",
+        "output_hidden_states",
+        "logits_to_keep",
+        "shift_labels",
+        "output_router_logits",
+        "fused_lm_head",
     )
     for name in ("use_cache", *_CACHES):
         if arguments.get(name) not in (None, False):

@@ -138,7 +138,7 @@ def run_attention_module(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention module inside a block that runs on this rank's tokens."""
     scope = current(OpaqueScope)
     if scope is None:
-        refuse_lost_scope(override.module)
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     if isinstance(override.module, nn.MultiheadAttention):
         args, kwargs = (), override.bind(args, kwargs)

@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
+from triton_sp.wrappers.install import Override
 
 KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention finds its scope
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """While the wrapped model's forward runs: its parts are sharded. Outside of it they run as they always did."""
+    """While the wrapped model's forward runs: its parts are sharded. Outside of it they run as they always did, or
+    raise: see refuse_lost_scope."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,7 @@ class DecoderScope:
 
 
 _active: ContextVar[object] = ContextVar("triton_sp_scope", default=None)
+_PLAIN = object()
 _T = TypeVar("_T")
 
 
@@ -76,7 +79,8 @@ def current(kind: type[_T]) -> _T | None:
 
 @contextmanager
 def active(scope: object) -> Iterator[None]:
-    token = _active.set(scope)
+    """Let a scope be active; of None, none is, on purpose: parts run plain, with whole tokens."""
+    token = _active.set(_PLAIN if scope is None else scope)
     try:
         yield
     finally:
@@ -125,12 +129,39 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def refuse_lost_scope(module: nn.Module) -> None:
-    """To be called where a part runs without a scope: fine for a direct call, wrong in a recomputation."""
+def refuse_lost_scope(override: Override) -> None:
+    """To be called where a part runs without a scope. A direct call of it is fine, but not in a step of training, where
+    it would run unsharded and nobody would know; nor in a recomputation.
+
+    Raises:
+        UnsupportedModelError: one of the two.
+    """
+    name = type(override.module).__name__
     if recomputing():
         raise UnsupportedModelError(
-            type(module).__name__,
+            name,
             expected="activation checkpointing through model.gradient_checkpointing_enable()",
             found="a checkpoint around it that re-runs it in the backward on its own",
             remedy="use gradient_checkpointing_enable(), or checkpoint the whole model",
         )
+    trains = override.module.training and torch.is_grad_enabled()
+    if _active.get() is None and trains and override.installation.group.size > 1:
+        entry = override.installation.anatomy.entry
+        covered = not isinstance(entry.__dict__.get("forward"), Override)
+        found = "a direct call of it in training, which would not be sharded"
+        remedy = f"call the wrapped {type(entry).__name__}; under torch.no_grad() or in eval mode its parts run plain"
+        if covered:
+            found += f": {_origin(entry.forward)} stands in front of the forward that wrap installed"
+            remedy = (
+                "wrap the model after that, e.g. after the trainer has been made: triton_sp.wrap(trainer.model, ...)"
+            )
+        raise UnsupportedModelError(
+            f"{name}.{override.method}",
+            expected=f"to be reached through the wrapped {type(entry).__name__}",
+            found=found,
+            remedy=remedy,
+        )
+
+
+def _origin(function: Any) -> str:
+    return f"{getattr(function, '__module__', '?')}.{getattr(function, '__qualname__', type(function).__name__)}"

@@ -71,7 +71,7 @@ def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes:
 
 def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     if current(Call) is None:
-        refuse_lost_scope(override.module)
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     stack = _stack_of(override)
     features = current(FeatureCall)
@@ -101,7 +101,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
 def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     tower = current(TowerPass)
     if tower is None:
-        refuse_lost_scope(override.module)
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     blocks = tower.stack.blocks
     first, last = override.module is blocks[0], override.module is blocks[-1]

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from perf.cases import AttentionCase
-from triton_sp import varlen_attention
+from triton_sp import Mask, varlen_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -58,7 +58,7 @@ def _on_gpu(device: torch.device) -> str:
 
 
 def _ours(case: AttentionCase, table: Tensor) -> Attend:
-    return lambda q, k, v: varlen_attention(q, k, v, table, causal=case.causal)
+    return lambda q, k, v: varlen_attention(q, k, v, Mask(table, causal=case.causal))
 
 
 def _gluon_absent(device: torch.device) -> str:

@@ -25,7 +25,7 @@ from perf.counting import counted, listed
 from perf.engines import ALST, OURS, start_deepspeed
 from perf.model import CORRECT, RANKS, attempt
 from perf.rows import Row
-from triton_sp import stages
+from triton_sp import Mask, stages
 from triton_sp.ops import reference
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.plan.stream import Stream
@@ -86,8 +86,8 @@ def measure(provider: str, case: AttentionCase, repeats: int) -> dict[str, dict[
     whole = [torch.randn(case.tokens, h, case.dim, generator=generator) for h in heads]
     starts = list(case.segments.starts)
     leaves = [x.clone().requires_grad_() for x in whole[:3]]
-    settings = {"window": None, "softcap": 0.0, "scale": case.dim**-0.5, "exact": False}
-    exact, _ = reference.varlen_attention(*leaves, starts, starts, None, causal=case.causal, **settings)
+    mask = Mask(torch.tensor(starts), causal=case.causal)
+    exact = reference.attend(*leaves, mask, softmax_scale=case.dim**-0.5)
     grads = torch.autograd.grad(exact, leaves, whole[3])
 
     share = shard_tokens(case.tokens, dist.get_world_size()).range(dist.get_rank())

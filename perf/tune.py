@@ -19,6 +19,7 @@ import torch
 
 from perf.clock import Clock
 from triton_sp.kernels import attend, attend_backward, launch
+from triton_sp.kernels.mask import Mask
 
 TILES = {
     "forward": [(128, 64), (128, 128), (64, 64), (128, 32)],
@@ -32,14 +33,14 @@ def work(dim: int, heads: int = 16, length: int = 4096) -> dict[str, Callable[[]
     """What to time for each kernel. Both kernels of the backward run, of which one changes at a time."""
     q, k, v, dout = torch.randn(4, 2 * length, heads, dim, device="cuda", dtype=torch.bfloat16)
     table = torch.tensor([0, length, 2 * length], device="cuda", dtype=torch.int32)
-    settings = {"scale": dim**-0.5, "softcap": 0.0, "left": launch.UNLIMITED, "right": launch.UNLIMITED}
-    out, lse = attend.forward(q, k, v, table, table, None, **settings)
+    mask, scale = Mask(table), dim**-0.5
+    out, lse = attend.forward(q, k, v, mask, softmax_scale=scale)
 
     def backward() -> None:
-        attend_backward.backward(dout, None, q, k, v, out, lse, table, table, None, **settings)
+        attend_backward.backward(dout, None, q, k, v, out, lse, mask, softmax_scale=scale)
 
     return {
-        "forward": lambda: attend.forward(q, k, v, table, table, None, **settings),
+        "forward": lambda: attend.forward(q, k, v, mask, softmax_scale=scale),
         "dq": backward,
         "dkv": backward,
     }

@@ -12,6 +12,7 @@ from triton_sp.config import SPConfig
 from triton_sp.engines.loaders import share_batches
 from triton_sp.engines.mpu import mpu
 from triton_sp.explain import explain
+from triton_sp.kernels.mask import Mask
 from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.ops.varlen import varlen_attention
@@ -20,6 +21,7 @@ __all__ = [
     "FusionAdapter",
     "InternVLFusionAdapter",
     "LlavaFusionAdapter",
+    "Mask",
     "Qwen2VLFusionAdapter",
     "SPConfig",
     "UlyssesSPViTAttention",

@@ -42,7 +42,7 @@ def attention(
     causal: bool,
     window: int | None = None,
     softcap: float | None = None,
-    scale: float | None = None,
+    softmax_scale: float | None = None,
 ) -> Tensor:
     """Attention over the whole stream from this rank's tokens: two exchanges, a fair share of the heads each; no
     exchange where shards end with segments.
@@ -53,10 +53,10 @@ def attention(
     Returns:
         (T, H, D), this rank's tokens, all heads.
     """
-    attend = partial(varlen.varlen_attention, softcap=softcap, scale=scale)
+    attend = partial(varlen.varlen_attention, softcap=softcap, softmax_scale=softmax_scale)
     if stream.is_local:
         own = stream.shards.range(stream.group.rank)
-        return attend(q_THD, k_TKD, v_TKD, **stream.mask(own, own, causal, window)._asdict())
+        return attend(q_THD, k_TKD, v_TKD, stream.mask(own, own, causal, window))
     count = chunks(stream.chunks, q_THD.shape[1], k_TKD.shape[1], stream.group.size)
     parts = list(zip(*(x.chunk(count, 1) for x in (q_THD, k_TKD, v_TKD)), strict=True))
     routes = [stream.route(q.shape[1], k.shape[1], causal, window) for q, k, _ in parts]
@@ -87,9 +87,7 @@ def _attend(
 ) -> Callable[[], Tensor]:
     """attend and the second exchange."""
     host = route.host
-    outs = [
-        attend(q, k, v, **mask._asdict()) for (q, k, v), mask in zip(_items(received, route), route.masks, strict=True)
-    ]
+    outs = [attend(q, k, v, mask) for (q, k, v), mask in zip(_items(received, route), route.masks, strict=True)]
     return collectives.begin_exchange(_join(outs, received, route), host.outputs.sizes, host.results.sizes, group)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from triton_sp.errors import InputError, UnsupportedKernelError
-from triton_sp.ops import dispatch, varlen
-from triton_sp.ops.varlen import varlen_attention
+from triton_sp.kernels.mask import Mask
+from triton_sp.ops import dispatch
+from triton_sp.ops.varlen import present, varlen_attention
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -75,12 +76,13 @@ class Case:
         return torch.tensor(ranges, dtype=torch.int32, device=DEVICE).T
 
     def call(self, q, k, v, return_lse=False, **more):
-        cu_q, cu_k, used = self.tables()
-        more["key_ranges"] = self.key_ranges()
-        options = {"causal": self.causal, "window": self.window, "softcap": self.softcap, "scale": self.scale}
-        return varlen_attention(q, k, v, cu_q, cu_k, seqused_k=used, return_lse=return_lse, **options, **more)
+        factors = {"softcap": self.softcap, "softmax_scale": self.scale}
+        return varlen_attention(q, k, v, self.mask(), return_lse=return_lse, **factors, **more)
 
     def mask(self):
+        return Mask(*self.tables(), self.key_ranges(), self.causal, self.window)
+
+    def dense_mask(self):
         """(T, T_k) bool, by the definition: row by row."""
         rows, keys = sum(self.q) + self.slack, sum(self.k) + self.slack
         mask = torch.zeros(rows, keys, dtype=torch.bool)
@@ -107,7 +109,7 @@ class Case:
         s = q @ k.transpose(1, 2) * (self.dim**-0.5 if self.scale is None else self.scale)
         if self.softcap:
             s = self.softcap * torch.tanh(s / self.softcap)
-        s = s.masked_fill(~self.mask(), -math.inf)
+        s = s.masked_fill(~self.dense_mask(), -math.inf)
         lse = torch.logsumexp(s, -1)
         p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
         return (p @ v).transpose(0, 1), lse.transpose(0, 1)
@@ -278,8 +280,7 @@ def test_out_is_written_in_place():
     case = Case([20], heads=2, k_heads=2, slack=0)
     q, k, v, _ = case.tensors()
     buffer = torch.zeros(sum(case.q), 2, 2, 64, device=DEVICE, dtype=MAIN)
-    settings = {"scale": 0.125, "softcap": 0.0, "left": varlen.UNLIMITED, "right": varlen.UNLIMITED}
-    attend.forward(q, k, v, *case.tables(), **settings, out_THD=buffer[:, 1])
+    attend.forward(q, k, v, case.mask(), softmax_scale=0.125, out_THD=buffer[:, 1])
     assert torch.equal(buffer[:, 1], case.call(q, k, v)) and not buffer[:, 0].any()
 
 
@@ -309,8 +310,7 @@ def test_backward_is_bitwise_deterministic():
 def test_op_is_well_formed():
     case = Case([9, 5], heads=2)
     q, k, v, _ = (x.requires_grad_() for x in case.tensors())
-    cu_q, cu_k, _ = case.tables()
-    arguments = (q, k, v, cu_q, cu_k, None, None, 0.125, 0.0, varlen.UNLIMITED, 0)
+    arguments = (q, k, v, present(case.mask()), True, None, 0.125, 0.0)
     torch.library.opcheck(torch.ops.triton_sp.attend.default, arguments)
 
 
@@ -320,7 +320,7 @@ def test_compile_checkpoint_and_autocast():
     expected = gradients(case, tensors, case.call)
     table = case.tables()[0]
     compiled = torch.compile(
-        lambda *x: varlen_attention(*x, table), fullgraph=True, backend="inductor" if ON_GPU else "aot_eager"
+        lambda *x: varlen_attention(*x, Mask(table)), fullgraph=True, backend="inductor" if ON_GPU else "aot_eager"
     )
     for attend in (compiled, lambda *x: checkpoint(case.call, *x, use_reentrant=False)):
         for ours, wanted in zip(gradients(case, tensors, attend), expected, strict=True):
@@ -337,7 +337,7 @@ def test_cuda_graph_with_padded_tables():
     table = case.tables()[0]
 
     def step():
-        out = varlen_attention(q, k, v, table)
+        out = varlen_attention(q, k, v, Mask(table))
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     step()
@@ -370,13 +370,13 @@ def test_malformed_tables_raise(table, monkeypatch):
     monkeypatch.setenv("TRITON_SP_DEBUG", "1")
     x = torch.zeros(9, 1, 64, device=DEVICE)
     with pytest.raises(InputError, match="cu_seqlens_q"):
-        varlen_attention(x, x, x, table.to(DEVICE))
+        varlen_attention(x, x, x, Mask(table.to(DEVICE)))
 
 
 def test_tables_must_be_on_the_device_of_q():
     x = torch.zeros(9, 1, 64, device=DEVICE)
     with pytest.raises(InputError, match="on meta"):
-        varlen_attention(x, x, x, torch.tensor([0, 9], device="meta"))
+        varlen_attention(x, x, x, Mask(torch.tensor([0, 9], device="meta")))
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
@@ -387,10 +387,10 @@ def test_more_than_two_to_the_31_elements():
     assert rows * heads * dim > 2**31
     q = torch.randn(rows, heads, dim, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     table = torch.arange(0, rows + 1, 64, device=DEVICE, dtype=torch.int32)
-    out = varlen_attention(q, q, q, table)
+    out = varlen_attention(q, q, q, Mask(table))
     (grad,) = torch.autograd.grad(out, q, out.detach())
     last = q.detach()[-64:].clone().requires_grad_()
-    alone = varlen_attention(last, last, last, table[:2])
+    alone = varlen_attention(last, last, last, Mask(table[:2]))
     assert torch.equal(out[-64:], alone)
     assert torch.equal(grad[-64:], torch.autograd.grad(alone, last, alone.detach())[0])
 
@@ -438,11 +438,11 @@ def test_malformed_tables_stay_in_bounds(table, monkeypatch):
     rows = 80
     table = torch.tensor(table, dtype=torch.int32, device=DEVICE)
     q, k, v, dout = (guarded(torch.randn(rows, 1, 64, device=DEVICE, dtype=MAIN))[0] for _ in range(4))
-    mask = {"scale": 0.125, "softcap": 0.0, "left": varlen.UNLIMITED, "right": 0}
+    mask = Mask(table, causal=True)
     monkeypatch.setattr(torch, "empty", guarded_empty)
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: guarded_empty(x.shape, dtype=x.dtype, device=x.device))
-    out, lse = attend.forward(q, k, v, table, table, None, **mask)
-    found = attend_backward.backward(dout, None, q, k, v, out, lse, table, table, None, **mask)
+    out, lse = attend.forward(q, k, v, mask, softmax_scale=0.125)
+    found = attend_backward.backward(dout, None, q, k, v, out, lse, mask, softmax_scale=0.125)
     monkeypatch.setattr(torch, "empty", empty)
     assert len(checks) == 7 and all(intact() for intact in checks)  # out, lse, dq, dk, dv and two for each row
     assert not any(x.isnan().any() for x in (out, lse, *found))
@@ -453,4 +453,4 @@ def test_what_no_kernel_does_raises():
     for dim, dtype in ((48, torch.float32), (64, torch.float64)):
         x = torch.zeros(9, 1, dim, device=DEVICE, dtype=dtype)
         with pytest.raises(UnsupportedKernelError, match="expected"):
-            varlen_attention(x, x, x, table)
+            varlen_attention(x, x, x, Mask(table))

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 from triton_sp.kernels import attend, attend_backward, launch
 from triton_sp.kernels.hopper import attend as hopper_attend
 from triton_sp.kernels.hopper import gate
+from triton_sp.kernels.mask import Mask
 
 TABLE = pathlib.Path(__file__).parents[1] / "data" / "attend_compiled.csv"
 TARGETS = {
@@ -80,22 +81,21 @@ def compiling_for(target: str, compiled: dict):
 def compile_attend(target: str, dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 3) -> dict:
     """The kernels {"forward", "dq", "dkv"} as the launchers compile them for packed tensors with an odd head count."""
     q = torch.zeros(64, heads, dim, dtype=dtype)
-    cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
-    options = {"scale": dim**-0.5, "softcap": 0.0, "left": launch.UNLIMITED, "right": launch.UNLIMITED}
+    mask = Mask(torch.tensor([0, 40, 64], dtype=torch.int32))
     compiled = {}
     with compiling_for(target, compiled):
-        out, lse = attend.forward(q, q, q, cu_seqlens, cu_seqlens, None, **options)
-        attend_backward.backward(out, None, q, q, q, out, lse, cu_seqlens, cu_seqlens, None, **options)
+        out, lse = attend.forward(q, q, q, mask, softmax_scale=dim**-0.5)
+        attend_backward.backward(out, None, q, q, q, out, lse, mask, softmax_scale=dim**-0.5)
     return compiled
 
 
 def compile_gluon(dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 3, wait: bool = False) -> dict:
     """The Gluon kernel {"gluon"} as its launcher compiles it for sm_90."""
     q = torch.zeros(64, heads, dim, dtype=dtype)
-    cu_seqlens = torch.tensor([0, 40, 64], dtype=torch.int32)
+    mask = Mask(torch.tensor([0, 40, 64], dtype=torch.int32))
     compiled = {}
     with compiling_for("sm_90", compiled):
-        hopper_attend.forward(q, q, q, cu_seqlens, cu_seqlens, scale=dim**-0.5, right=launch.UNLIMITED, wait=wait)
+        hopper_attend.forward(q, q, q, mask, softmax_scale=dim**-0.5, wait=wait)
     return compiled
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_sp.errors import InputError
+from triton_sp.kernels.mask import Mask
 from triton_sp.ops import dispatch, varlen
 
 HERE = pathlib.Path(__file__).parent
@@ -44,7 +45,7 @@ def test_package_imports_without_triton():
     [
         {"window": 0},
         {"softcap": -1.0},
-        {"scale": 0.0},
+        {"softmax_scale": 0.0},
         {"cu_seqlens_k": torch.zeros(3).int()},
         {"key_ranges": torch.zeros(2, 3).int()},
         {"key_ranges": torch.zeros(2, 4).int(), "causal": True},
@@ -54,14 +55,16 @@ def test_package_imports_without_triton():
 def test_wrong_settings_raise(wrong):
     x = torch.zeros(4, 2, 8)
     with pytest.raises(InputError):
-        varlen.varlen_attention(x, x, x, torch.tensor([0, 4]), **wrong)
+        of_mask = {name: value for name, value in wrong.items() if name in Mask._fields}
+        others = {name: value for name, value in wrong.items() if name not in Mask._fields}
+        varlen.varlen_attention(x, x, x, Mask(torch.tensor([0, 4]), **of_mask), **others)
 
 
 def test_reference_has_gradients_of_both_results():
     q, k, v = (torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
 
     def both(q, k, v):
-        return varlen.varlen_attention(q, k, v, torch.tensor([0, 3, 7]), causal=True, window=2, return_lse=True)
+        return varlen.varlen_attention(q, k, v, Mask(torch.tensor([0, 3, 7]), causal=True, window=2), return_lse=True)
 
     assert torch.autograd.gradcheck(both, (q, k, v))
 
@@ -80,5 +83,5 @@ def test_key_ranges_of_the_reference(lengths, generator, exact) -> None:
     seen = (segment[:, None] == segment) & (key >= bounds[0][:, None]) & (key < bounds[1][:, None])
     scores = (torch.einsum("qhd,khd->hqk", q, k) / 2).masked_fill(~seen, -1e300)
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1).masked_fill(~seen, 0.0), v)
-    found = varlen.varlen_attention(q, k, v, table, key_ranges=bounds, return_lse=exact)
+    found = varlen.varlen_attention(q, k, v, Mask(table, key_ranges=bounds), return_lse=exact)
     torch.testing.assert_close(found[0] if exact else found, expected, rtol=1e-12, atol=1e-12)

@@ -58,7 +58,7 @@ def test_odd_strides_still_compile(monkeypatch):
     x = ct.torch.zeros(64, 3, 75, dtype=ct.torch.bfloat16)[..., :72]
     table = ct.torch.tensor([0, 64], dtype=ct.torch.int32)
     with ct.compiling_for("sm_80", compiled):
-        ct.attend.forward(x, x, x, table, table, None, scale=1.0, softcap=5.0, left=9, right=0)
+        ct.attend.forward(x, x, x, ct.Mask(table, causal=True, window=10), softmax_scale=1.0, softcap=5.0)
     assert "ld.global.b16" in compiled["forward"].asm["ptx"]
 
 

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from triton_sp.kernels import launch
 from triton_sp.kernels.hopper import attend, check, gate
+from triton_sp.kernels.mask import Mask
 from triton_sp.ops import dispatch
 
 HERE = {"gpu": "H", "driver": "1", "triton": "3.6.0"}
@@ -88,7 +88,7 @@ def test_another_machine_or_version_has_another_file(hopper):
     assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/tiles.py", "tiles.py"}
 
 
-def fake(q, k, v, cu_q, cu_k, *_, **__):
+def fake(q, k, v, mask, **__):
     return q.nan_to_num(), q.float().nan_to_num().sum(-1)
 
 
@@ -122,8 +122,8 @@ def test_check_passes_equal_kernels_and_names_what_differs(monkeypatch):
 def test_cases_cover_what_the_tier_takes():
     assert {case.dim for case in check.cases()} == set(attend.DIMS)
     assert {case.dtype for case in check.cases()} == set(attend.DTYPES)
-    (q, *_), tables = check.tensors(next(check.cases()), torch.device("cpu"))
-    assert not q.is_contiguous() and q[-5:].isnan().all() and int(tables[0][-1]) == len(q) - 5
+    (q, *_), mask = check.tensors(next(check.cases()), torch.device("cpu"))
+    assert not q.is_contiguous() and q[-5:].isnan().all() and int(mask.cu_seqlens_q[-1]) == len(q) - 5
 
 
 def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
@@ -141,13 +141,12 @@ def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
 
 
 def test_takes():
-    q = torch.zeros(9, 2, 80, dtype=torch.float16)
-    rest = {"softcap": 0.0, "left": launch.UNLIMITED, "right": launch.UNLIMITED}
-    assert attend.takes(q, q[:, :1], q[:, :1], None, **rest | {"right": 0})
-    for change in ({"softcap": 1.0}, {"left": 5}, {"right": 5}):
-        assert not attend.takes(q, q, q, None, **rest | change)
-    assert not attend.takes(q, q, q, torch.zeros(1), **rest)
+    q, table = torch.zeros(9, 2, 80, dtype=torch.float16), torch.tensor([0, 9])
+    assert attend.takes(q, q[:, :1], q[:, :1], Mask(table, causal=True), 0.0)
+    assert not attend.takes(q, q, q, Mask(table), 1.0)
+    for change in ({"window": 6}, {"seqused_k": torch.zeros(1)}, {"key_ranges": torch.zeros(2, 9)}):
+        assert not attend.takes(q, q, q, Mask(table, **change), 0.0)
     odd = torch.zeros(9, 2, 83, dtype=torch.float16)[..., :80]
     shifted = torch.zeros(9 * 160 + 1, dtype=torch.float16)[1:].view(9, 2, 80)
     for x in (q.float(), q[:0], torch.zeros(9, 2, 96).half(), odd, shifted, q[:1].expand(9, 2, 80)):
-        assert not attend.takes(x, x, x, None, **rest)
+        assert not attend.takes(x, x, x, Mask(table), 0.0)

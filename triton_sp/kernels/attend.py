@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sp.kernels import launch
+from triton_sp.kernels.mask import Mask
 from triton_sp.kernels.tiles import (
     dot_into,
     dot_rows,
@@ -107,22 +108,15 @@ def forward(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor | None,
-    key_ranges: Tensor | None = None,
+    mask: Mask,
     *,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
+    softmax_scale: float,
+    softcap: float = 0.0,
     out_THD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tokens on the device of q, which may be strided in any way but along D.
 
-    Args: as `triton_sp.varlen_attention`, with the mask as `left` and `right`, how many keys a row sees behind and
-    ahead of its own position (`launch.UNLIMITED` for all; both are ignored where `key_ranges` are given), and
-    `out_THD`, a strided place to write to.
+    Args: as `triton_sp.varlen_attention`, and `out_THD`, a strided place to write to.
 
     Returns: out (T, H, D) in the dtype of q and the log-sum-exp (H, T) in fp32, -inf for a row without a key.
 
@@ -134,13 +128,14 @@ def forward(
     lse_HT = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
     choice = launch.find_launch("forward", dim, q.dtype)
     unit, strides = launch.strides(q, k, v, out)
-    segments = cu_seqlens_q.numel() - 1
-    inner, outer = launch.score_factors(scale, softcap)
+    cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
+    segments = mask.cu_seqlens_q.numel() - 1
+    inner, outer = launch.score_factors(softmax_scale, softcap)
     ranges = None if key_ranges is None else key_ranges.contiguous()
     with torch.cuda.device_of(q):
         attend_forward[(rows // choice.rows + segments + 1, heads)](
             q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, *strides,
-            rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer,
+            rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer,
             D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sp.kernels import launch
+from triton_sp.kernels.mask import Mask
 from triton_sp.kernels.tiles import (
     dot_into,
     dot_rows,
@@ -207,15 +208,10 @@ def backward(
     v_TKD: Tensor,
     out_THD: Tensor,
     lse_HT: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    seqused_k: Tensor | None,
-    key_ranges: Tensor | None = None,
+    mask: Mask,
     *,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
+    softmax_scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend.forward`: dq (T, H, D), dk and dv (T_k, K, D), in the dtypes of q, k and v.
 
@@ -226,9 +222,10 @@ def backward(
     q, k, v, out, dout = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD, out_THD, dout_THD))
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dlse_HT = None if dlse_HT is None else dlse_HT.contiguous()
-    segments = cu_seqlens_q.numel() - 1
-    inner, outer = launch.score_factors(scale, softcap)
-    common = (rows, k.shape[0], segments, heads // k.shape[1], left, right, inner, outer, scale)
+    cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
+    segments = mask.cu_seqlens_q.numel() - 1
+    inner, outer = launch.score_factors(softmax_scale, softcap)
+    common = (rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer, softmax_scale)
     key_ranges = None if key_ranges is None else key_ranges.contiguous()
     row_ranges = None if key_ranges is None else invert(key_ranges, k.shape[0])
     choice, dkv = launch.find_launch("dq", dim, q.dtype), launch.find_launch("dkv", dim, q.dtype)

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from triton_sp.errors import UnsupportedKernelError
 
-UNLIMITED = 1 << 30  # a reach (of `left` or `right`) that no segment exceeds, and that can be added without overflow
-
 # Triton 3.7 reads outside shared memory where a tile 32 wide meets wgmma (triton issue 11366, seen with 3.7.1).
 NO_32_WIDE = triton.__version__.startswith("3.7.")
 
@@ -167,7 +165,7 @@ def strides(*tensors: Tensor) -> tuple[int, list[int]]:
     return unit, [stride // unit for stride in found]
 
 
-def score_factors(scale: float, softcap: float) -> tuple[float, float]:
+def score_factors(softmax_scale: float, softcap: float) -> tuple[float, float]:
     """`inner` and `outer` of the kernels: scores in base 2 are soft(q k^T, inner) * outer."""
     log2e = math.log2(math.e)
-    return (-2 * log2e * scale / softcap, softcap * log2e) if softcap else (0.0, scale * log2e)
+    return (-2 * log2e * softmax_scale / softcap, softcap * log2e) if softcap else (0.0, softmax_scale * log2e)

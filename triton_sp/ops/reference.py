@@ -7,13 +7,16 @@ dim, P ranks, B batch, V visual tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from triton_sp.kernels.mask import Mask
 
 
 def visible_keys(rows: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -75,58 +78,62 @@ def _attend_segment_sdpa(q_LHD: Tensor, k_LKD: Tensor, v_LKD: Tensor, *, causal:
     return out[0].transpose(0, 1)
 
 
-def varlen_attention(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
-    cu_seqlens_q: Sequence[int],
-    cu_seqlens_k: Sequence[int],
-    seqused_k: Sequence[int] | None,
-    key_ranges: Tensor | None = None,
-    *,
-    causal: bool,
-    window: int | None,
-    softcap: float,
-    scale: float,
-    exact: bool = True,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention inside each segment; see `ops.varlen_attention` for the arguments and the meaning.
+def attend_exactly(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: Mask, *, softmax_scale: float, softcap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The oracle: attention inside each segment by the textbook formula in fp32 or wider; see `varlen_attention`.
 
-    `exact=True` is the oracle: the textbook formula in fp32 or wider, and the log-sum-exp (T, H) beside the output.
-    `exact=False` is the CPU path: the same result in O(T) memory, through SDPA where SDPA can express it, and no
-    log-sum-exp.
+    Returns out (T, H, D) in the dtype of q, and the log-sum-exp (T, H) in fp32 or wider.
     """
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    total = q_THD.shape[0]
-    for i in range(len(cu_seqlens_q) - 1):
-        q = q_THD[cu_seqlens_q[i] : cu_seqlens_q[i + 1]]
-        k_stop = cu_seqlens_k[i + 1] if seqused_k is None else cu_seqlens_k[i] + seqused_k[i]
-        k, v = k_TKD[cu_seqlens_k[i] : k_stop], v_TKD[cu_seqlens_k[i] : k_stop]
-        plain = not exact and window is None and not softcap and key_ranges is None
-        if plain and len(k) and (not causal or len(q) == len(k)):
-            outs.append(_attend_segment_sdpa(q, k, v, causal=causal, scale=scale))
-            continue
-        if key_ranges is None:
-            visible = visible_keys(len(q), len(k), causal=causal, window=window, device=q.device)
+    parts = [
+        _attend_segment(q, k, v, _visible(mask, rows, keys, q.device), softcap, softmax_scale)
+        for rows, keys, q, k, v in _segments(q_THD, k_TKD, v_TKD, mask)
+    ]
+    wide = torch.promote_types(q_THD.dtype, torch.float32)
+    slack = len(q_THD) - int(mask.cu_seqlens_q[-1])
+    lses = [lse for _, lse in parts] + [torch.full((slack, q_THD.shape[1]), -math.inf, dtype=wide, device=q_THD.device)]
+    return _join([out.to(q_THD.dtype) for out, _ in parts], q_THD, k_TKD, v_TKD, slack), torch.cat(lses)
+
+
+def attend(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: Mask, *, softmax_scale: float, softcap: float = 0.0
+) -> Tensor:
+    """The CPU path: the same output in O(T) memory, through SDPA where SDPA can express the mask."""
+    plain = mask.window is None and not softcap and mask.key_ranges is None
+    outs = []
+    for rows, keys, q, k, v in _segments(q_THD, k_TKD, v_TKD, mask):
+        if plain and len(k) and (not mask.causal or len(q) == len(k)):
+            outs.append(_attend_segment_sdpa(q, k, v, causal=mask.causal, scale=softmax_scale))
         else:
-            visible = key_ranges[:, cu_seqlens_q[i] : cu_seqlens_q[i + 1]] - cu_seqlens_k[i]
-        if exact:
-            out, lse = _attend_segment(q, k, v, visible, softcap, scale)
-            lses.append(lse)
-        else:
-            out = _attend_segment_by_rows(q, k, v, visible, softcap, scale)
-        outs.append(out.to(q_THD.dtype))
-    slack = total - int(cu_seqlens_q[-1])
+            visible = _visible(mask, rows, keys, q.device)
+            outs.append(_attend_segment_by_rows(q, k, v, visible, softcap, softmax_scale).to(q.dtype))
+    return _join(outs, q_THD, k_TKD, v_TKD, len(q_THD) - int(mask.cu_seqlens_q[-1]))
+
+
+def _segments(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Iterator[tuple[range, range, Tensor, Tensor, Tensor]]:
+    """Of each segment its rows and the keys that count, as ranges and as parts of q, k and v."""
+    row_bounds, key_bounds, used = (None if table is None else table.tolist() for table in mask.tables[:3])
+    assert row_bounds is not None and key_bounds is not None
+    for i, (start, stop) in enumerate(pairwise(row_bounds)):
+        first = key_bounds[i]
+        last = key_bounds[i + 1] if used is None else first + used[i]
+        yield range(start, stop), range(first, last), q[start:stop], k[first:last], v[first:last]
+
+
+def _visible(mask: Mask, rows: range, keys: range, device: torch.device) -> Tensor:
+    """(2, rows): the first of the segment's keys that each row sees, and the one past its last."""
+    if mask.key_ranges is not None:
+        return mask.key_ranges[:, rows.start : rows.stop] - keys.start
+    return visible_keys(len(rows), len(keys), causal=mask.causal, window=mask.window, device=device)
+
+
+def _join(outs: list[Tensor], q: Tensor, k: Tensor, v: Tensor, slack: int) -> Tensor:
+    """The segments' outputs one after another, and 0 for the rows that belong to none."""
     if slack:
-        outs.append(q_THD.new_zeros(slack, q_THD.shape[1], v_TKD.shape[2]))
-        lses.append(torch.full((slack, q_THD.shape[1]), -math.inf, device=q_THD.device))
+        outs = outs + [q.new_zeros(slack, q.shape[1], v.shape[2])]
     # Not a bare zeros(): on a rank without a single segment q, k and v must hang on the graph too. Engines wait for the
     # gradients of what they came from, and ZeRO 1 and 2 take it that all ranks have the same ones.
-    out = torch.cat(outs) if outs else (q_THD[..., : v_TKD.shape[2]] + k_TKD.sum() + v_TKD.sum()) * 0
-    if not exact:
-        return out, None
-    return out, torch.cat(lses) if lses else q_THD.new_zeros(0, q_THD.shape[1], dtype=torch.float32)
+    return torch.cat(outs) if outs else (q[..., : v.shape[2]] + k.sum() + v.sum()) * 0
 
 
 def pack(xs: Sequence[Tensor], boxes: Sequence[Sequence[int]], size: int) -> Tensor:

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from triton_sp.kernels.mask import Mask
 from triton_sp.ops import pack
 from triton_sp.plan.cost import PlanName
 from triton_sp.plan.heads import Route, assign_heads, assign_whole_heads, describe_tasks, route
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
-
-
-class Mask(NamedTuple):
-    """What some rows see of some keys: the arguments of `varlen.varlen_attention` that say so."""
-
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor | None
-    key_ranges: Tensor | None
-    causal: bool
-    window: int | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +83,13 @@ class Stream:
             tables = self._tables(rows, keys)
             if causal and self.host_segments is not None and self.host_segments.spans:
                 ranges = self._key_ranges(window)[:, rows.start : rows.stop]
-                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)), False, None)
+                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)))
             else:
                 self._masks[key] = Mask(*tables, None, causal, window)
         return self._masks[key]
 
     def _key_ranges(self, window: int | None) -> Tensor:
-        """int32 (2, S), the keys that each row sees in layers with this window: see `varlen.varlen_attention`."""
+        """int32 (2, S), the keys that each row sees in layers with this window: see `Mask.key_ranges`."""
         if window not in self._ranges:
             segments, row = self.segments, torch.arange(self.shards.total)
             starts = torch.tensor(segments.starts)

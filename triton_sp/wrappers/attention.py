@@ -94,7 +94,9 @@ def attention_forward(
     scope.tally["attention"] += 1
     tokens = len(scope.stream.shards.range(scope.stream.group.rank))
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
-    out = stages.attention(q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, scale=scaling)
+    out = stages.attention(
+        q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
+    )
     return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
 
 

@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton_sp.kernels import launch
 from triton_sp.kernels.hopper.tiles import clear_rows, part, ring, scores, settle, soften, stretch, weigh, write
+from triton_sp.kernels.mask import Mask
 from triton_sp.kernels.tiles import extent_keys, locate
 
 ROWS, KEYS = 128, 128
@@ -198,20 +199,16 @@ def attend_gluon(
     )  # fmt: skip
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, seqused_k: Tensor | None, *, softcap: float, left: int, right: int) -> bool:
+def takes(q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float) -> bool:
     """Whether this tier has a kernel for a call of `attend.forward`; that one has a kernel for all others.
 
-    >>> q = torch.zeros(10, 2, 80, dtype=torch.bfloat16)
-    >>> takes(q, q, q, None, softcap=0.0, left=launch.UNLIMITED, right=0)
-    True
-    >>> takes(q, q, q, None, softcap=0.0, left=100, right=0)
-    False
+    >>> q, table = torch.zeros(10, 2, 80, dtype=torch.bfloat16), torch.tensor([0, 10])
+    >>> takes(q, q, q, Mask(table, causal=True), 0.0), takes(q, q, q, Mask(table, window=100), 0.0)
+    (True, False)
     """
-    mask = left == launch.UNLIMITED and right in (0, launch.UNLIMITED)
+    plain = mask.window is None and mask.seqused_k is None and mask.key_ranges is None and not softcap
     dtypes = q.dtype in DTYPES and q.dtype == k.dtype == v.dtype
-    return (
-        q.shape[-1] in DIMS and dtypes and mask and not softcap and seqused_k is None and all(map(reachable, (q, k, v)))
-    )
+    return q.shape[-1] in DIMS and dtypes and plain and all(map(reachable, (q, k, v)))
 
 
 def reachable(x: Tensor) -> bool:
@@ -233,11 +230,9 @@ def forward(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
+    mask: Mask,
     *,
-    scale: float,
-    right: int,
+    softmax_scale: float,
     out_THD: Tensor | None = None,
     wait: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -248,11 +243,13 @@ def forward(
     split = launch.split(dim)
     blocks = ((q_THD, ROWS // 2), (k_TKD, KEYS), (v_TKD, KEYS))
     parts = [descriptor for x, size in blocks for descriptor in descriptors(x, size, split)]
-    segments = cu_seqlens_q.numel() - 1
+    cu_seqlens_q, cu_seqlens_k, *_ = mask.tables
+    segments = mask.cu_seqlens_q.numel() - 1
     with torch.cuda.device_of(q_THD):
         attend_gluon[(rows // ROWS + segments + 1, heads)](
             *parts, out, lse_HT, cu_seqlens_q, cu_seqlens_k, out.stride(0) // 8, out.stride(1) // 8,
-            rows, k_TKD.shape[0], segments, heads // k_TKD.shape[1], right, launch.score_factors(scale, 0.0)[1],
+            rows, k_TKD.shape[0], segments, heads // k_TKD.shape[1], mask.right,
+            launch.score_factors(softmax_scale, 0.0)[1],
             D=dim, D0=split[0], D1=split[1], BM=ROWS, BN=KEYS, STAGES=2, WAIT=wait, num_warps=4,
         )  # fmt: skip
     return out, lse_HT

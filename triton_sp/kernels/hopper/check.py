@@ -7,13 +7,13 @@ early. The verdict is recorded (gate.py). It begins as "did not end", so a crash
 
 import importlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_sp.kernels import launch
 from triton_sp.kernels.hopper import gate
+from triton_sp.kernels.mask import Mask
 
 REPEATS = 5  # of the bit-for-bit comparison: a race need not show at once
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # four roundings of the dtype, relative and absolute
@@ -45,8 +45,8 @@ def cases() -> Iterator[Case]:
         yield Case(dim, torch.bfloat16, [2048] * 4, None, 16, 16, False)
 
 
-def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """q, k, v with NaN in a whole segment and in 5 rows past the last, and the two tables."""
+def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], Mask]:
+    """q, k, v with NaN in a whole segment and in 5 rows past the last, and the mask."""
     torch.manual_seed(0)
     lengths = case.q if case.k is None else case.k
     tables = [torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (case.q, lengths)]
@@ -59,7 +59,7 @@ def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], list[Tensor
         x[sum(n) :] = torch.nan
         if len(n) == len(RAGGED):
             x[sum(n[:4]) : sum(n[:5])] = torch.nan  # of which neighbours must see nothing
-    return found, tables
+    return found, Mask(*tables, causal=case.causal)
 
 
 def difference(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> str:
@@ -74,16 +74,15 @@ def difference(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, T
 
 def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -> str:
     """What is wrong with one case, or ""."""
-    (q, k, v), tables = tensors(case, device)
-    right = 0 if case.causal else launch.UNLIMITED
-    settings: dict[str, Any] = {"scale": case.dim**-0.5, "right": right}
-    found = gluon(q, k, v, *tables, **settings)
-    wanted = portable(q, k, v, *tables, None, softcap=0.0, left=launch.UNLIMITED, **settings)
+    states, mask = tensors(case, device)
+    scale = case.dim**-0.5
+    found = gluon(*states, mask, softmax_scale=scale)
+    wanted = portable(*states, mask, softmax_scale=scale)
     if wrong := difference(case, found, wanted):
         return wrong
-    waited = gluon(q, k, v, *tables, wait=True, **settings)
+    waited = gluon(*states, mask, softmax_scale=scale, wait=True)
     for _ in range(REPEATS):
-        for name, ours, theirs in zip(("out", "lse"), gluon(q, k, v, *tables, **settings), waited, strict=True):
+        for name, ours, theirs in zip(("out", "lse"), gluon(*states, mask, softmax_scale=scale), waited, strict=True):
             # As integers: NaN is not equal to itself.
             integer = torch.int16 if ours.element_size() == 2 else torch.int32
             if not torch.equal(ours.view(integer), theirs.view(integer)):

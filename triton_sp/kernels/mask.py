@@ -1,0 +1,54 @@
+"""What the rows of a packed tensor see of its keys: one value that travels from the layer to the launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+UNLIMITED = 1 << 30  # a reach that no segment exceeds, and that can be added to a position without overflow
+
+
+class Mask(NamedTuple):
+    """Which keys each row sees. Rows and keys are packed: segment after segment, without padding.
+
+    Attributes:
+        cu_seqlens_q: int32 or int64 (segments + 1,), on the device of q: where each segment of rows starts, and the end
+            of the last. Equal neighbours are empty segments; rows past the last entry belong to none and see nothing.
+        cu_seqlens_k: the same for keys; None if equal.
+        seqused_k: int32 or int64 (segments,), how many keys of each segment count; None for all of them.
+        key_ranges: int32 or int64 (2, T), the keys that each row sees: from key_ranges[0] up to, not including,
+            key_ranges[1]; of these, the ones in its own segment. Both never decrease from row to row. They take the
+            place of `causal` and `window`, for masks in which a block of tokens sees all of itself: the prefix of
+            PaliGemma (arXiv:2407.07726), the images of Gemma 3 (arXiv:2503.19786).
+        causal: a row sees the keys up to its own position; the last row is aligned with the last key that counts.
+        window: a row sees this many keys, its own included, behind it (and ahead of it, if not causal).
+
+    >>> import torch
+    >>> mask = Mask(torch.tensor([0, 2, 3]), causal=True, window=5)
+    >>> mask.left, mask.right, mask.tables[1].tolist()
+    (4, 0, [0, 2, 3])
+    """
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    key_ranges: Tensor | None = None
+    causal: bool = False
+    window: int | None = None
+
+    @property
+    def left(self) -> int:
+        """How many keys behind its own position a row sees."""
+        return UNLIMITED if self.window is None else self.window - 1
+
+    @property
+    def right(self) -> int:
+        """How many keys ahead of its own position a row sees."""
+        return 0 if self.causal else self.left
+
+    @property
+    def tables(self) -> list[Tensor | None]:
+        """The four tensors, with the table of the keys filled in."""
+        cu_seqlens_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
+        return [self.cu_seqlens_q, cu_seqlens_k, self.seqused_k, self.key_ranges]

@@ -17,8 +17,10 @@ check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python -m tools.house
+	$(BIN)/python -m tools.imports --check
 	$(BIN)/python -m perf.plot --check
-	$(BIN)/python -m pytest --doctest-modules triton_sp perf -p no:cacheprovider
+	$(BIN)/python -m pytest --doctest-modules triton_sp perf tools -p no:cacheprovider
 
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:

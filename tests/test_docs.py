@@ -1,0 +1,62 @@
+"""What the documents name exists: files, links, make targets, and names of the library."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("perf/*.md")]
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+WRITTEN = {"reports/faults.csv", "reports/demo.csv", "reports/demo.png"}  # by the commands that the text is about
+
+
+def quoted(text: str) -> Iterator[str]:
+    """What stands between backticks, on one line."""
+    return (found[1] for found in re.finditer(r"(?<!`)`([^`\n]+)`", text))
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_and_links(name: str) -> None:
+    text, folder = TEXTS[name], (ROOT / name).parent
+    links = [link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) if "://" not in link]
+    missing = [link for link in links if not (folder / link).exists()]
+    files = {path for path in quoted(text) if re.fullmatch(r"[\w.-]+(/[\w.-]+)+(\.\w+|/)", path)} - WRITTEN
+    missing += [path for path in files if not (ROOT / path).exists() and not (folder / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_make_targets(name: str) -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = re.findall(r"(?:`|^    )make ([a-z-]+)", TEXTS[name], re.MULTILINE)
+    assert set(asked) <= targets
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_names_of_the_library(name: str) -> None:
+    """`triton_sp.x.y` with or without a call, wherever a document speaks of it; the changelog also has old ones."""
+    if name == "CHANGELOG.md":
+        return
+    dotted = {path for text in quoted(TEXTS[name]) for path in re.findall(r"\btriton_sp(?:\.[A-Za-z_]\w*)+", text)}
+    assert not [path for path in dotted if not exists(path)]
+
+
+def exists(path: str) -> bool:
+    """Whether a dotted name can be imported, or got from what can be."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[end:]:
+            if not hasattr(found, attribute):
+                return False
+            found = getattr(found, attribute)
+        return True
+    return False

@@ -51,7 +51,7 @@ def test_legs_of_a_route(dim: int, dtype: torch.dtype) -> None:
 
     received = torch.randn(sum(way.arrivals.sizes), dim, device=DEVICE).to(dtype)
     table = pack.box_table(way.arrivals.boxes, DEVICE)
-    shapes = [s for i in way.share for s in [(len(i.rows), len(i.q))] + [(len(i.keys), len(i.kv))] * 2]
+    shapes = [s for i in way.tasks for s in [(len(i.rows), len(i.q))] + [(len(i.keys), len(i.kv))] * 2]
     assert len(shapes) == 6  # two items: two launches
     for one, other in zip(
         pack.unpack(received, table, shapes),

@@ -33,22 +33,22 @@ interpreter: .venv/.ready
 
 # Long: every model with every plan.
 all-plans: .venv/.ready
-	cd tests && ../$(BIN)/python -m kit.all_plans
+	PYTHONPATH=tests $(BIN)/python tests/promises/all_plans.py
 
 # Long: DeepSpeed, with every ZeRO stage, and more of the suite's engines and PEFT. DeepSpeed is built against the torch
 # that is there; what it compiles for CPUs, it compiles at the first use, which takes minutes.
 engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8'
-	$(BIN)/python -m pytest -m "long or not long" tests/engines tests/wrappers/test_torch_compile.py
+	$(BIN)/python -m pytest -m "long or not long" tests/engines
 
 # Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
 faults: .venv/.ready
-	cd tests && ../$(BIN)/python -m kit.faults
+	PYTHONPATH=tests $(BIN)/python tests/ranks/faults.py
 
 # 10,000 small steps of all kinds, all parity with every fresh buffer filled with NaN, and memory of every family.
 soak: .venv/.ready
 	$(BIN)/python -m pytest -n 2 -m long tests/promises/test_poison.py tests/promises/test_memory.py
-	cd tests && ../$(BIN)/python -m kit.fuzz 10000
+	PYTHONPATH=tests $(BIN)/python tests/promises/fuzz.py 10000
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready

@@ -28,44 +28,16 @@ FROZEN = json.loads((Path(__file__).parent / "data" / "state_dict_keys.json").re
 VARIED = ["qwen2_5_vl", "llava", "vit", "llama"]
 
 
-def build(name: str) -> nn.Module:
-    return zoo.CASES[name].build(zoo.CASES[name].dtype)
-
-
-def batch_of(name: str, batch: str | None = None) -> zoo.Batch:
-    case = zoo.CASES[name]
-    return case.batches[batch or next(iter(case.batches))](case.dtype)
-
-
 def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
     """Heads exchanged, whatever the cost model thinks of models this small."""
     return triton_sp.wrap(model, group, SPConfig(plan="heads", **options))
-
-
-def train(model: nn.Module, batch: zoo.Batch, group: Any = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and all gradients of one step, on all ranks or those of a group."""
-    model.zero_grad()
-    out = model(**batch)
-    loss = zoo.loss_of(out)
-    loss.backward()
-    if "_triton_sp" in model.__dict__:
-        triton_sp.sync_gradients(model, group)
-    return loss.detach(), parity.gradients(model)
-
-
-def assert_same_step(found: Any, expected: Any, tolerance: float = 0.0) -> None:
-    assert relative_error(found[0], expected[0]) <= max(tolerance, 1e-6 if tolerance else 0.0)
-    if tolerance:
-        assert parity.gradient_error(found[1], expected[1])[0] <= tolerance
-    else:
-        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
 
 
 # --- nothing changes but the forward -------------------------------------------------------------------------------
 
 
 def names_before_and_after(name: str) -> None:
-    model = build(name)
+    model = zoo.CASES[name].model()
     parameters = list(dict(model.named_parameters()))
     classes = [type(module) for module in model.modules()]
     assert sorted(model.state_dict()) == FROZEN[name]
@@ -74,7 +46,7 @@ def names_before_and_after(name: str) -> None:
         assert sorted(model.state_dict()) == FROZEN[name]
         assert list(dict(model.named_parameters())) == parameters
         assert [type(module) for module in model.modules()] == classes
-        train(model, batch_of(name))
+        parity.step(model, zoo.CASES[name].batch())
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -83,19 +55,19 @@ def test_names_are_frozen(ranks, name: str) -> None:
 
 
 def wrap_and_unwrap(name: str) -> None:
-    model, batch = build(name), batch_of(name)
-    expected = train(model, batch)
+    model, batch = zoo.CASES[name].model(), zoo.CASES[name].batch()
+    expected = parity.step(model, batch)
     attributes = {path: dict(module.__dict__) for path, module in model.named_modules()}
     assert wrap(model) is model
-    train(model, batch)
+    parity.step(model, batch)
     assert triton_sp.unwrap(model) is model
     for path, module in model.named_modules():
         assert module.__dict__.keys() == attributes[path].keys(), path
         assert "forward" not in module.__dict__, path
         assert module.__dict__.get("config") is attributes[path].get("config"), path
-    assert_same_step(train(model, batch), expected)
+    parity.assert_close(parity.step(model, batch), expected, 0.0)
     assert triton_sp.unwrap(model) is model
-    assert_same_step(train(wrap(model), batch), expected, 1e-5)
+    parity.assert_close(parity.step(wrap(model), batch), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", VARIED)
@@ -104,7 +76,7 @@ def test_unwrap_restores(ranks, name: str) -> None:
 
 
 def wrap_twice() -> None:
-    model = wrap(build("llama"))
+    model = wrap(zoo.CASES["llama"].model())
     forwards = {path: module.forward for path, module in model.named_modules()}
     assert wrap(model) is model
     assert wrap(model, dist.group.WORLD) is model
@@ -112,18 +84,18 @@ def wrap_twice() -> None:
 
 
 def two_models_of_one_config() -> None:
-    batch, config = batch_of("llava"), build("llava").config
-    model, other = (type(build("llava"))(config).double() for _ in range(2))
+    batch, config = zoo.CASES["llava"].batch(), zoo.CASES["llava"].model().config
+    model, other = (type(zoo.CASES["llava"].model())(config).double() for _ in range(2))
     other.load_state_dict(model.state_dict())
-    expected = train(other, batch)
+    expected = parity.step(other, batch)
     wrap(model)
-    assert_same_step(train(other, batch), expected)
-    assert_same_step(train(model, batch), expected, 1e-5)
-    assert_same_step(train(other, batch), expected)
+    parity.assert_close(parity.step(other, batch), expected, 0.0)
+    parity.assert_close(parity.step(model, batch), expected, 1e-5)
+    parity.assert_close(parity.step(other, batch), expected, 0.0)
 
 
 def inner_modules_run_plain() -> None:
-    model, batch = build("llava"), batch_of("llava")
+    model, batch = zoo.CASES["llava"].model(), zoo.CASES["llava"].batch()
     embeds = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64)
 
     def inner() -> list[Tensor]:
@@ -146,7 +118,7 @@ def inner_modules_run_plain() -> None:
 
 def inner_modules_refuse_training() -> None:
     """They would train unsharded, and nobody would know."""
-    model, batch = wrap(build("llava")), batch_of("llava")
+    model, batch = wrap(zoo.CASES["llava"].model()), zoo.CASES["llava"].batch()
     embeds, inner = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64), model.model
     batch.pop("labels")
     calls = {
@@ -164,7 +136,7 @@ def inner_modules_refuse_training() -> None:
 
 def covered(first: bool) -> None:
     """A forward of a trainer's own, which calls the base model past ours: put there before wrap, or after it."""
-    model, batch = build("llama"), batch_of("llama")
+    model, batch = zoo.CASES["llama"].model(), zoo.CASES["llama"].batch()
 
     def fused(self: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
         return self.base_model(**kwargs).last_hidden_state[:, :-1][labels[:, 1:] != -100] if fused_lm_head else None
@@ -192,10 +164,10 @@ def test_others_stay_as_they_are(ranks, job: Callable[[], None]) -> None:
 
 
 def one_rank_is_bitwise(name: str) -> None:
-    model = build(name)
+    model = zoo.CASES[name].model()
     for batch in zoo.CASES[name].batches:
-        expected = train(triton_sp.unwrap(model), batch_of(name, batch))
-        assert_same_step(train(wrap(model), batch_of(name, batch)), expected)
+        expected = parity.step(triton_sp.unwrap(model), zoo.CASES[name].batch(batch))
+        parity.assert_close(parity.step(wrap(model), zoo.CASES[name].batch(batch)), expected, 0.0)
 
 
 @pytest.mark.parametrize("name", [*VARIED, "qwen3_vl", "dinov2", "phi3_longrope"])
@@ -207,21 +179,21 @@ def test_one_rank_is_bitwise(ranks, name: str) -> None:
 
 
 def copies(name: str) -> None:
-    model, batch = build(name), batch_of(name)
-    expected = train(copy.deepcopy(model), batch)
+    model, batch = zoo.CASES[name].model(), zoo.CASES[name].batch()
+    expected = parity.step(copy.deepcopy(model), batch)
     wrap(model)
     early = copy.deepcopy(model)
     buffer = io.BytesIO()  # before the first forward: transformers puts hooks into LLaVA then that do not pickle
     torch.save(model, buffer)
     buffer.seek(0)
-    assert_same_step(train(model, batch), expected, 1e-5)
+    parity.assert_close(parity.step(model, batch), expected, 1e-5)
     late = copy.deepcopy(model)
     loaded = torch.load(buffer, weights_only=False)
     for twin in (early, late, loaded):
-        assert_same_step(train(twin, batch), expected, 1e-5)
+        parity.assert_close(parity.step(twin, batch), expected, 1e-5)
     triton_sp.unwrap(late)
-    assert_same_step(train(late, batch), expected)
-    assert_same_step(train(model, batch), expected, 1e-5)
+    parity.assert_close(parity.step(late, batch), expected, 0.0)
+    parity.assert_close(parity.step(model, batch), expected, 1e-5)
     shared = {id(p) for p in model.parameters()} & {id(p) for p in early.parameters()}
     assert not shared
 
@@ -232,7 +204,7 @@ def test_copy_and_pickle(ranks, name: str) -> None:
 
 
 def saved_config(folder: str) -> None:
-    model = build("llava")
+    model = zoo.CASES["llava"].model()
     files = []
     for state in ("plain", "wrapped"):
         target = Path(folder) / state
@@ -251,14 +223,14 @@ def test_save_pretrained(ranks, tmp_path: Path) -> None:
 
 
 def generation(name: str) -> None:
-    model = build(name).eval()
-    batch = {key: value for key, value in batch_of(name).items() if key != "labels"}
+    model = zoo.CASES[name].model().eval()
+    batch = {key: value for key, value in zoo.CASES[name].batch().items() if key != "labels"}
     options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
     expected = model.generate(**batch, **options)
     wrap(model)
     if dist.get_rank() == 0:  # alone: nothing waits for the others
         assert torch.equal(model.generate(**batch, **options), expected)
-    train(model.train(), batch_of(name))
+    parity.step(model.train(), zoo.CASES[name].batch())
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "llama"])
@@ -270,7 +242,7 @@ def test_generate(ranks, name: str) -> None:
 
 
 def gathered_logits(name: str, batch_name: str) -> None:
-    model, batch = build(name).eval(), batch_of(name, batch_name)
+    model, batch = zoo.CASES[name].model().eval(), zoo.CASES[name].batch(batch_name)
     labels = batch.pop("labels")
     with torch.no_grad():
         expected = model(**batch).logits
@@ -294,7 +266,7 @@ def test_gather_logits(ranks) -> None:
 
 def headless(gather: bool) -> None:
     """The base model, whose loss the caller forms from all hidden states."""
-    model, batch = build("llama").model, batch_of("llama")
+    model, batch = zoo.CASES["llama"].model().model, zoo.CASES["llama"].batch()
     del batch["labels"]
     reference = copy.deepcopy(model)
     expected = reference(**batch).last_hidden_state
@@ -313,7 +285,7 @@ def test_base_model(ranks, gather: bool) -> None:
 
 
 def hidden_states_of_a_tower(gradient: str) -> None:
-    model, batch = build("clip_vision"), batch_of("clip_vision")
+    model, batch = zoo.CASES["clip_vision"].model(), zoo.CASES["clip_vision"].batch()
     reference = copy.deepcopy(model)
     wrap(model, gradient=gradient)
     found, expected = (m(**batch, output_hidden_states=True).hidden_states for m in (model, reference))
@@ -340,14 +312,14 @@ def test_gradient_sum(ranks, reference, name: str) -> None:
 
 def losses() -> None:
     """num_items_in_batch, no label at all, and fewer tokens than ranks."""
-    model, batch = build("llama"), batch_of("llama", "left_pad")
+    model, batch = zoo.CASES["llama"].model(), zoo.CASES["llama"].batch("left_pad")
     reference = copy.deepcopy(model)
     wrap(model)
     for items in (7, torch.tensor(7)):
         counted = batch | {"num_items_in_batch": items}
-        assert_same_step(train(model, counted), train(reference, counted), 1e-5)
+        parity.assert_close(parity.step(model, counted), parity.step(reference, counted), 1e-5)
 
-    loss, grads = train(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+    loss, grads = parity.step(model, batch | {"labels": torch.full_like(batch["labels"], -100)})
     assert loss == 0
     assert not any(grad.any() for grad in grads.values())
 
@@ -358,7 +330,7 @@ def test_losses(ranks) -> None:
 
 def fewer_tokens_than_ranks(name: str) -> None:
     """Two tokens of text; of an image a single merged patch."""
-    model = build(name)
+    model = zoo.CASES[name].model()
     ids = torch.tensor([[11, 7]])
     batch = {"input_ids": ids, "labels": ids}
     if name == "qwen2_5_vl":
@@ -366,10 +338,10 @@ def fewer_tokens_than_ranks(name: str) -> None:
         batch = {"input_ids": ids, "labels": ids, "mm_token_type_ids": (ids == zoo.IMAGE).int()}
         batch["image_grid_thw"] = torch.tensor([[1, 2, 2]])
         batch["pixel_values"] = zoo.pixels(4, 3 * 2 * zoo.PATCH**2, dtype=torch.float64)
-    expected = train(copy.deepcopy(model), batch)
-    assert_same_step(train(wrap(model), batch), expected, 1e-5)
+    expected = parity.step(copy.deepcopy(model), batch)
+    parity.assert_close(parity.step(wrap(model), batch), expected, 1e-5)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same_step(train(model, batch), expected, 1e-5)
+    parity.assert_close(parity.step(model, batch), expected, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2_5_vl"])
@@ -400,10 +372,10 @@ def data_and_sequence_parallel(how: str) -> None:
     else:
         own = [dist.new_group([0, 1]), dist.new_group([2, 3])][pair]
         group = Mpu(own) if how == "mpu" else own
-    model, batch = build("llava"), batch_of("llava", ["plain", "right_pad"][pair])
-    expected = train(copy.deepcopy(model), batch)
+    model, batch = zoo.CASES["llava"].model(), zoo.CASES["llava"].batch(["plain", "right_pad"][pair])
+    expected = parity.step(copy.deepcopy(model), batch)
     own = groups.resolve_group(group).process_group
-    assert_same_step(train(wrap(model, group), batch, own), expected, 1e-5)
+    parity.assert_close(parity.step(wrap(model, group), batch, own), expected, 1e-5)
 
 
 @pytest.mark.parametrize("how", ["mesh", "axis", "mpu", "group"])
@@ -416,17 +388,17 @@ def test_groups(ranks, how: str) -> None:
 
 def checkpointed_decoder(first: bool) -> None:
     """torch's checkpoint_wrapper around decoder layers, put on before wrap or after; the tower has none."""
-    model, batch = build("llava"), batch_of("llava", "right_pad")
-    expected = train(copy.deepcopy(model), batch)
+    model, batch = zoo.CASES["llava"].model(), zoo.CASES["llava"].batch("right_pad")
+    expected = parity.step(copy.deepcopy(model), batch)
     layers = {id(layer) for layer in model.model.language_model.layers}
     for step in ("checkpoint", "wrap") if first else ("wrap", "checkpoint"):
         if step == "wrap":
             wrap(model)
         else:
             apply_activation_checkpointing(model, check_fn=lambda module: id(module) in layers)
-    loss, grads = train(model, batch)
+    loss, grads = parity.step(model, batch)
     plain = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
-    assert_same_step((loss, plain), expected, 1e-5)
+    parity.assert_close((loss, plain), expected, 1e-5)
 
 
 @pytest.mark.parametrize("first", [True, False])

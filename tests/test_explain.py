@@ -30,10 +30,6 @@ TABLES = {
 }
 
 
-def build(name: str) -> nn.Module:
-    return zoo.CASES[name].build(zoo.CASES[name].dtype)
-
-
 def table(explanation: Explanation) -> list[tuple]:
     assert {row.decision for row in explanation.rows} <= {"sharded", "features routed"}
     return [(row.part, row.kind, row.layers, row.heads, row.heads_per_rank) for row in explanation.rows]
@@ -42,7 +38,7 @@ def table(explanation: Explanation) -> list[tuple]:
 @pytest.mark.parametrize("name", TABLES)
 def test_before_wrap(name: str) -> None:
     """It needs no process group, and leaves the model alone."""
-    model = build(name)
+    model = zoo.CASES[name].model()
     attributes = [dict(vars(module)) for module in model.modules()]
     explanation = triton_sp.explain(model, ranks=3)
     assert table(explanation) == TABLES[name]
@@ -56,14 +52,14 @@ def test_before_wrap(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if case.kind == "vlm"])
 def test_every_seam_is_known(name: str) -> None:
     """So that parity is parity of what is routed; one that is not known is told, see test_memory.py."""
-    seams = [row for row in triton_sp.explain(build(name), ranks=2).rows if row.kind.startswith("fusion")]
+    seams = [row for row in triton_sp.explain(zoo.CASES[name].model(), ranks=2).rows if row.kind.startswith("fusion")]
     assert [row.decision for row in seams] == [
         "features gathered" if name in zoo.FEATURES_GATHERED else "features routed"
     ]
 
 
 def explained_when_wrapped(name: str) -> Explanation:
-    return triton_sp.explain(triton_sp.wrap(build(name)))
+    return triton_sp.explain(triton_sp.wrap(zoo.CASES[name].model()))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -79,8 +75,8 @@ def test_on_one_rank(ranks) -> None:
 
 
 def test_table_is_aligned() -> None:
-    title, header, *lines = str(triton_sp.explain(build("llava"))).splitlines()
-    for line, row in zip(lines, triton_sp.explain(build("llava")).rows, strict=False):
+    title, header, *lines = str(triton_sp.explain(zoo.CASES["llava"].model())).splitlines()
+    for line, row in zip(lines, triton_sp.explain(zoo.CASES["llava"].model()).rows, strict=False):
         assert line.index(row.why) == header.index("why")
         assert line.index(row.decision) == header.index("decision")
     assert "Llava" in title
@@ -140,7 +136,7 @@ def test_dual_encoder(ranks, gradient: str) -> None:
 
 
 def test_refused() -> None:
-    model = build("vit")
+    model = zoo.CASES["vit"].model()
     model.layers[1].mlp.conv = nn.Conv1d(48, 48, 3, padding=1)
     explanation = triton_sp.explain(model)
     assert [row.decision for row in explanation.rows] == ["refused"]
@@ -152,10 +148,9 @@ def test_refused() -> None:
 
 
 def explained_after_a_batch(name: str, plan: str) -> list[tuple[str, str]]:
-    case = zoo.CASES[name]
-    model = triton_sp.wrap(build(name), config=triton_sp.SPConfig(plan=plan))
+    model = triton_sp.wrap(zoo.CASES[name].model(), config=triton_sp.SPConfig(plan=plan))
     assert all(row.last_batch == "" for row in triton_sp.explain(model).rows)
-    model(**case.batches["plain"](case.dtype))
+    model(**zoo.CASES[name].batch("plain"))
     explanation = triton_sp.explain(model)
     assert all(f"last batch, {row.part}: {row.last_batch}" in str(explanation) for row in explanation.rows)
     return [(row.part, row.last_batch) for row in explanation.rows]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -19,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from kit import parity, zoo
+from kit.interpreter import interpret
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,38 +139,19 @@ def test_head(transform: str, bias: bool) -> None:
 # --- wrapped models ------------------------------------------------------------------------------------------------
 
 
-def build(name: str) -> nn.Module:
-    return zoo.CASES[name].build(zoo.CASES[name].dtype)
-
-
-def batch_of(name: str, batch: str) -> zoo.Batch:
-    return zoo.CASES[name].batches[batch](zoo.CASES[name].dtype)
-
-
-def assert_parity(model: nn.Module, batch: zoo.Batch, config: SPConfig, tolerance: float) -> Any:
+def assert_parity(model: nn.Module, batch: zoo.Batch, config: SPConfig, tolerance: float) -> None:
     """The loss and gradients of a wrapped model against those of a copy in one process."""
-    single = copy.deepcopy(model)
-    out = single(**{key: value for key, value in batch.items() if key != "labels"})
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-    expected = F.cross_entropy(
-        out.logits.flatten(0, 1), targets.flatten(), label_smoothing=config.label_smoothing, ignore_index=-100
-    )
-    expected.backward()
-    triton_sp.wrap(model, config=config)
-    out = model(**batch)
-    out.loss.backward()
-    triton_sp.sync_gradients(model)
-    assert relative_error(out.loss, expected) < max(tolerance, 1e-12)
-    error, worst = parity.gradient_error(parity.gradients(model), parity.gradients(single))
-    assert error < tolerance, (error, worst)
-    return out
+    expected = parity.exact_step(copy.deepcopy(model), batch, config.label_smoothing)
+    parity.assert_close(parity.step(triton_sp.wrap(model, config=config), batch), expected, tolerance)
 
 
 def chunked_parity(name: str, batch: str, smoothing: float) -> None:
     with chunks_of(4, zoo.VOCAB):
         config = SPConfig(chunked_loss=True, label_smoothing=smoothing, plan="heads")
-        out = assert_parity(build(name), batch_of(name, batch), config, parity.TOLERANCE[zoo.CASES[name].dtype])
-    assert out.logits is None
+        case = zoo.CASES[name]
+        model = case.model()
+        assert_parity(model, case.batch(batch), config, parity.TOLERANCE[case.dtype])
+        assert model(**case.batch(batch)).logits is None
 
 
 # gemma2 caps its logits; llama, with fewer tokens than a chunk in some shards, smooths its labels.
@@ -229,7 +208,7 @@ def heads_of_all_makes() -> None:
             torch.manual_seed(0)
             tolerance = 1e-6 if kind == "scaled" else 1e-10  # Cohere's norms round to float32
             config = SPConfig(chunked_loss=True, plan="heads")
-            assert_parity(variant(kind), batch_of("llama", "plain"), config, tolerance)
+            assert_parity(variant(kind), zoo.CASES["llama"].batch("plain"), config, tolerance)
 
 
 def test_heads_of_all_makes(ranks) -> None:
@@ -238,7 +217,7 @@ def test_heads_of_all_makes(ranks) -> None:
 
 def sharded_head(own_unit: bool) -> None:
     """FSDP2: the head's weight is gathered while the head runs and while its backward does, and only then."""
-    model, batch = build("llama"), batch_of("llama", "plain")
+    model, batch = zoo.CASES["llama"].model(), zoo.CASES["llama"].batch("plain")
     single = copy.deepcopy(model)
     single(**batch).loss.backward()
     for layer in [*model.model.layers, *([model.lm_head] if own_unit else [])]:
@@ -280,12 +259,12 @@ def test_no_tensor_of_all_logits(ranks) -> None:
 
 def smoothing_as_transformers_has_it() -> None:
     """What Trainer does with label_smoothing_factor, on gathered logits, is what SPConfig(label_smoothing=) does."""
-    batch, smoother = batch_of("llama", "right_pad"), LabelSmoother(0.1)
+    batch, smoother = zoo.CASES["llama"].batch("right_pad"), LabelSmoother(0.1)
     labels = batch.pop("labels")
     results = []
     for config in (SPConfig(gather_logits=True), SPConfig(label_smoothing=0.1)):
         for items in (None, 7):
-            model = build("llama")
+            model = zoo.CASES["llama"].model()
             triton_sp.wrap(model, config=config)
             if config.gather_logits:
                 total = smoother(model(**batch), labels, shift_labels=True, num_items_in_batch=items)
@@ -296,8 +275,7 @@ def smoothing_as_transformers_has_it() -> None:
             results.append((total.detach(), parity.gradients(model)))
     for expected, found in zip(results[:2], results[2:], strict=True):
         # The smoother sums in float32 whatever the logits are.
-        assert relative_error(found[0], expected[0]) < 1e-6
-        assert parity.gradient_error(found[1], expected[1])[0] < 1e-5
+        parity.assert_close(found, expected, 1e-5)
     with pytest.raises(SPError, match="label_smoothing_factor"):
         model(**batch, num_items_in_batch=7)
     with pytest.raises(SPError, match="label_smoothing_factor"):
@@ -323,7 +301,7 @@ def refused(kind: str) -> None:
         model = variant("scaled")
         model.logit_scale = 0.5  # not what the configuration says
     triton_sp.wrap(model, config=SPConfig(chunked_loss=True))
-    model(**batch_of("llama", "plain"))
+    model(**zoo.CASES["llama"].batch("plain"))
 
 
 @pytest.mark.parametrize("kind", ["odd", "changed"])
@@ -336,7 +314,7 @@ def test_logits_that_are_changed_otherwise(ranks, kind: str) -> None:
 
 def nothing_valid() -> None:
     """Ranks without targets, and a batch without any: 0, and gradients of 0."""
-    model, batch = build("llama"), batch_of("llama", "plain")
+    model, batch = zoo.CASES["llama"].model(), zoo.CASES["llama"].batch("plain")
     triton_sp.wrap(model, config=SPConfig(chunked_loss=True))
     assert model(**batch | {"labels": batch["labels"].index_fill(1, torch.arange(2, 37), -100)}).loss > 0
     empty = model(**batch | {"labels": torch.full_like(batch["labels"], -100)}).loss
@@ -360,12 +338,5 @@ def test_nothing_valid(ranks) -> None:
 
 @pytest.mark.skipif(find_spec("liger_kernel") is None, reason="needs Liger-Kernel: pip install -e '.[dev]'")
 def test_liger() -> None:
-    """The package as it is, on the CPU. In a process of its own: the switch must be set before Triton is imported."""
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    command = [sys.executable, "-m", "pytest", "liger_cases.py", "-x", "--noconftest"]
-    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    """The package as it is, on the CPU."""
+    interpret(Path(__file__).parent, "liger_cases.py")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ import test_engines
 import torch
 import torch.distributed as dist
 from kit import zoo
+from kit.launch import torchrun_environment
 from kit.parity import weights_error
 
 import triton_sp
@@ -31,17 +31,16 @@ AUTO = CONFIG | dict.fromkeys(
 @contextmanager
 def deepspeed() -> Iterator[Any]:
     """DeepSpeed on the CPU, with torchrun's environment; what it keeps of a process group is taken away again."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    os.environ.update(DS_ACCELERATOR="cpu", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, DEEPSPEED_LOG_LEVEL="error")
-    import deepspeed
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from deepspeed.utils import groups
+    with torchrun_environment(DS_ACCELERATOR="cpu", DEEPSPEED_LOG_LEVEL="error"):
+        import deepspeed
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+        from deepspeed.utils import groups
 
-    try:
-        yield deepspeed
-    finally:
-        groups.mpu = groups._WORLD_GROUP = deepspeed.comm.comm.cdb = None
-        parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
+        try:
+            yield deepspeed
+        finally:
+            groups.mpu = groups._WORLD_GROUP = deepspeed.comm.comm.cdb = None
+            parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
 
 
 def start(deepspeed: Any, model: torch.nn.Module, stage: int, mpu: Any) -> Any:
@@ -73,10 +72,9 @@ def divide(deepspeed: Any, whose: str) -> tuple[Any, Any]:
 def train(name: str, whose_mpu: str) -> dict[int, float]:
     """By ZeRO stage the worst relative difference of a weight's change, against one process."""
     case, size = zoo.CASES[name], dist.get_world_size()
-    model, errors = case.build(torch.float32), {}
+    model, errors = case.model(torch.float32), {}
     before, reference = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
-    inputs = [{k: v.float() if v.is_floating_point() else v for k, v in b.items()} for b in test_engines.batches(case)]
-    inputs = inputs[: size // 2]
+    inputs = test_engines.batches(case)[: size // 2]
     test_engines.train(reference, inputs)
     with deepspeed() as library:
         for stage in (0, 1, 2, 3):
@@ -93,17 +91,13 @@ def train(name: str, whose_mpu: str) -> dict[int, float]:
     return errors
 
 
-def batch_of(case: zoo.Case) -> zoo.Batch:
-    return {k: v.float() if v.is_floating_point() else v for k, v in test_engines.batches(case)[0].items()}
-
-
 def save(name: str, stage: int, folder: str) -> float:
     """Train a step, save, and return the loss after it."""
     case = zoo.CASES[name]
-    batch = batch_of(case)
+    batch = test_engines.batches(case)[0]
     with deepspeed() as library:
         mpu = triton_sp.mpu()
-        engine = start(library, triton_sp.wrap(case.build(torch.float32), mpu), stage, mpu)
+        engine = start(library, triton_sp.wrap(case.model(torch.float32), mpu), stage, mpu)
         engine.backward(engine(**batch).loss)
         engine.step()
         engine.save_checkpoint(folder, tag="last")
@@ -116,19 +110,19 @@ def load(name: str, stage: int, folder: str) -> float:
     case = zoo.CASES[name]
     with deepspeed() as library:
         state = library.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(folder, tag="last")
-        model = case.build(torch.float32)
+        model = case.model(torch.float32)
         model.load_state_dict(state)
         mpu = triton_sp.mpu()
         engine = start(library, triton_sp.wrap(model, mpu), stage, mpu)
         with torch.no_grad():
-            return float(engine(**batch_of(case)).loss)
+            return float(engine(**test_engines.batches(case)[0]).loss)
 
 
 def load_unwrapped(name: str, folder: str) -> float:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     case = zoo.CASES[name]
-    model = case.build(torch.float32)
+    model = case.model(torch.float32)
     model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(folder, tag="last"))
     with torch.no_grad():
-        return float(model(**batch_of(case)).loss)
+        return float(model(**test_engines.batches(case)[0]).loss)

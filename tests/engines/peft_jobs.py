@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import torch
@@ -15,14 +14,9 @@ from triton_sp.testing import relative_error
 
 def compare(reference: nn.Module, model: nn.Module, batch: zoo.Batch, autocast: bool = False) -> float:
     """The worse of the loss's and the gradients' relative errors."""
-    losses = []
-    for each in (reference, model):
-        with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
-            losses.append(each(**batch).loss)
-        losses[-1].backward()
-    triton_sp.sync_gradients(model)
-    error, _ = parity.gradient_error(parity.gradients(model), parity.gradients(reference))
-    return max(error, relative_error(losses[1], losses[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        (expected, gradients), (loss, found) = parity.step(reference, batch), parity.step(model, batch)
+    return max(parity.gradient_error(found, gradients)[0], relative_error(loss, expected))
 
 
 FROZEN = {
@@ -38,7 +32,7 @@ def frozen(name: str, what: str, checkpointing: str = "none", autocast: bool = F
     """With some parts that don't learn: ranks still wait in the backward for what goes through them."""
     case = zoo.CASES[name]
     dtype = torch.float32 if autocast else case.dtype
-    reference, batch = case.build(dtype), next(iter(case.batches.values()))(dtype)
+    reference, batch = case.model(dtype), case.batch(dtype=dtype)
     for path, parameter in reference.named_parameters():
         if what != "nothing" and any(part in path for part in FROZEN[what]):
             parameter.requires_grad_(False)
@@ -53,10 +47,10 @@ def lora(name: str, order: str, checkpointing: str, targets: str) -> float:
 
     case = zoo.CASES[name]
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, lora_dropout=0.0)
-    batch = case.batches["left_pad"](case.dtype)
+    batch = case.batch("left_pad")
     torch.manual_seed(1)
-    reference = get_peft_model(case.build(case.dtype), config).to(case.dtype)
-    model = case.build(case.dtype)
+    reference = get_peft_model(case.model(), config).to(case.dtype)
+    model = case.model()
     parity.set_checkpointing(model, checkpointing)
     if order == "wrap_first":
         triton_sp.wrap(model)

@@ -10,7 +10,7 @@ from triton_sp.testing import RankPool
 
 pytest.importorskip("deepspeed", reason="make engines installs it")
 import deepspeed_jobs
-from kit import trainer
+import trainer_jobs
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_weights_after_training(ranks, size: int, whose_mpu: str) -> None:
 @pytest.mark.parametrize(("groups", "stage"), [(1, 2), (2, 2), (1, 3)])
 def test_trainer(ranks, groups: int, stage: int) -> None:
     """The Hugging Face Trainer with DeepSpeed in it: as in test_trainer.py."""
-    for error in ranks.run(trainer.train, groups, 8, stage, ranks=2 * groups, timeout=1000):
+    for error in ranks.run(trainer_jobs.train, groups, 8, stage, ranks=2 * groups, timeout=1000):
         assert error["steps"] == 0
         assert error["weights"] < 1e-4 and error["loss"] < 1e-4 and error["eval"] < 1e-4, error
 

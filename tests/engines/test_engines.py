@@ -23,9 +23,9 @@ STEPS, RATE = 3, 0.1
 
 
 def batches(case: zoo.Case) -> list[zoo.Batch]:
-    """One for each data rank. They have as many labels as one another, so that the mean of losses is the loss."""
-    name = "image_and_video" if "image_and_video" in case.batches else "left_pad"
-    first = case.batches[name](case.dtype)
+    """One for each data rank, in float32. They have as many labels as one another, so that the mean of losses is the
+    loss."""
+    first = case.batch("image_and_video" if "image_and_video" in case.batches else "left_pad", torch.float32)
     second = {key: value.clone() for key, value in first.items()}
     text = (second["labels"] != -100) & (second["labels"] >= zoo.FIRST_TEXT)
     second["input_ids"][text] = zoo.FIRST_TEXT + (second["input_ids"][text] + 7) % (zoo.VOCAB - zoo.FIRST_TEXT)
@@ -46,10 +46,10 @@ def train(model: nn.Module, inputs: list[zoo.Batch], after_backward=lambda: None
 def run(name: str, engine: str) -> float:
     """The worst relative difference of a weight's change after training."""
     case = zoo.CASES[name]
-    model = case.build(torch.float32)
+    model = case.model(torch.float32)
     before = copy.deepcopy(model.state_dict())
     reference = copy.deepcopy(model)
-    inputs = [{k: v.float() if v.is_floating_point() else v for k, v in b.items()} for b in batches(case)]
+    inputs = batches(case)
     train(reference, inputs)
 
     data_ranks = dist.get_world_size() // 2

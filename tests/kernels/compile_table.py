@@ -141,6 +141,26 @@ def assemble(ptx: str, target: str) -> dict:
     return {"registers": registers, "spill_bytes": stores + loads, "stack_bytes": stack, "warnings": warnings}
 
 
+def assert_no_spill(compiled, target: str, registers: int = 255) -> None:
+    """No register spilled, no stack, and at most so many registers (on NVIDIA's chips)."""
+    if target == "gfx942":
+        assert re.search(r"\.vgpr_spill_count:\s+0\b", compiled.asm["amdgcn"])
+    else:
+        report = assemble(compiled.asm["ptx"], target)
+        assert report["spill_bytes"] == report["stack_bytes"] == 0, report
+        assert report["registers"] <= registers, report
+
+
+def assert_whole_accesses(compiled, target: str) -> None:
+    """Loads and stores of 16 bytes, and none of 2."""
+    if target == "gfx942":
+        assert re.search(r"(?:global|buffer)_store_dwordx4", compiled.asm["amdgcn"])
+    else:
+        accesses = re.findall(r"(?:ld|st)\.global((?:\.\w+)*)", compiled.asm["ptx"])
+        assert sum(".v4.b32" in kind for kind in accesses) >= 2
+        assert not any(".b16" in kind or ".u16" in kind for kind in accesses)
+
+
 def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -> dict:
     """One row of the table."""
     choice, row = None, dict.fromkeys(FIELDS, "")

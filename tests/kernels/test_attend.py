@@ -1,29 +1,21 @@
 """varlen_attention: the kernels in Triton's interpreter, and the choice between them and the reference."""
 
-import os
-import pathlib
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit.interpreter import interpret, needs_triton
 
 from triton_sp.errors import InputError
 from triton_sp.kernels.mask import Mask
 from triton_sp.ops import dispatch, varlen
 
-HERE = pathlib.Path(__file__).parent
 
-
-@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="needs Triton, of which there is none for this platform")
+@needs_triton
 def test_kernels_in_the_interpreter():
-    # In a process of its own: the switch must be set before Triton is imported.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "attend_cases.py", "attend_properties.py", "-x", "--noconftest"]
-    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpret(Path(__file__).parent, "attend_cases.py", "attend_properties.py")
 
 
 def test_cpu_runs_the_reference(monkeypatch):

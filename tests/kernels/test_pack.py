@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from kit.interpreter import interpret, needs_triton
 
-from triton_sp.ops import dispatch, pack
+from triton_sp.ops import pack
 
 # Two tensors of (3, 2, D) and (2, 1, D); row 1 of head 1 of the first is in two boxes.
 BOXES = [(0, 0, 3, 0, 2, 0, 3), (1, 0, 2, 0, 1, 2, 3), (0, 1, 1, 1, 1, 8, 1)]
 SIZE = 9
-HERE = pathlib.Path(__file__).parent
 
 
 def table(boxes: list[tuple[int, ...]] = BOXES) -> torch.Tensor:
@@ -64,18 +61,9 @@ def test_gradients_with_norm_and_rotation(rope: bool, norm: bool, interleaved: b
     assert torch.autograd.gradcheck(run, (*xs, *weights))
 
 
-needs_triton = pytest.mark.skipif(
-    not dispatch.HAS_TRITON, reason="needs Triton, of which there is none for this platform"
-)
-
-
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    # In a process of its own: the switch must be set before Triton is imported.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "pack_cases.py", "-x", "--noconftest"]
-    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpret(Path(__file__).parent, "pack_cases.py")
 
 
 @needs_triton
@@ -100,13 +88,6 @@ def test_compiled(target: str, dim: int, tmp_path, monkeypatch) -> None:
         pack.unpack(flat, boxes, [32] * 2, [3] * 2, xs, *extras)
     assert plain.keys() == full.keys() == {"pack_boxes", "unpack_boxes"}
     for kernel in (*plain.values(), *full.values()):
-        if target == "gfx942":
-            assert re.search(r"\.vgpr_spill_count:\s+0\b", kernel.asm["amdgcn"])
-        else:
-            report = ct.assemble(kernel.asm["ptx"], target)
-            assert report["spill_bytes"] == report["stack_bytes"] == 0, report
-    if target != "gfx942":
-        for kernel in plain.values():
-            accesses = re.findall(r"(?:ld|st)\.global((?:\.\w+)*)", kernel.asm["ptx"])
-            assert sum(".v4.b32" in kind for kind in accesses) >= 2
-            assert not any(".b16" in kind or ".u16" in kind for kind in accesses)
+        ct.assert_no_spill(kernel, target)
+    for kernel in plain.values():
+        ct.assert_whole_accesses(kernel, target)

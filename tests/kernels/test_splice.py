@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import pathlib
-import re
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from kit.interpreter import interpret, needs_triton
 
 from triton_sp.errors import InputError
-from triton_sp.ops import dispatch, splice
+from triton_sp.ops import splice
 
-HERE = pathlib.Path(__file__).parent
 INDEX = torch.tensor([-1, 2, -4, 0, -6])  # visual row 1 and most rows of text have no token; the last is 0
 
 
@@ -44,18 +41,9 @@ def test_what_does_not_fit_raises(text: torch.Tensor, visual: torch.Tensor, inde
         splice.splice(text, visual, index)
 
 
-needs_triton = pytest.mark.skipif(
-    not dispatch.HAS_TRITON, reason="needs Triton, of which there is none for this platform"
-)
-
-
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
-    # In a process of its own: the switch must be set before Triton is imported.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "splice_cases.py", "-x", "--noconftest"]
-    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpret(Path(__file__).parent, "splice_cases.py")
 
 
 @needs_triton
@@ -73,14 +61,7 @@ def test_compiled(target: str, tmp_path, monkeypatch) -> None:
         with ct.compiling_for(target, compiled):
             splice.splice(text, x, index)
         kernel = compiled["splice_rows"]
-        if target == "gfx942":
-            assert re.search(r"\.vgpr_spill_count:\s+0\b", kernel.asm["amdgcn"])
-            assert re.search(r"(?:global|buffer)_store_dwordx4", kernel.asm["amdgcn"])
-            continue
-        report = ct.assemble(kernel.asm["ptx"], target)
-        assert report["spill_bytes"] == report["stack_bytes"] == 0, report
-        assert report["registers"] <= 64, report
-        accesses = re.findall(r"(?:ld|st)\.global((?:\.\w+)*)", kernel.asm["ptx"])
-        assert sum(".v4.b32" in kind for kind in accesses) >= 2
-        assert not any(".b16" in kind or ".u16" in kind for kind in accesses)
-        assert "atom" not in kernel.asm["ptx"] and "red.global" not in kernel.asm["ptx"]
+        ct.assert_no_spill(kernel, target, registers=64)
+        ct.assert_whole_accesses(kernel, target)
+        if target != "gfx942":
+            assert "atom" not in kernel.asm["ptx"] and "red.global" not in kernel.asm["ptx"]

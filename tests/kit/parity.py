@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import triton_sp
-from triton_sp.testing import relative_error
+from triton_sp.testing import RankPool, relative_error
+from triton_sp.wrappers.install import installation_of
 
 transformers.logging.set_verbosity_error()
 CHECKPOINTING = {"none": None, "reentrant": True, "non_reentrant": False}
@@ -60,11 +61,39 @@ class Parity:
         assert not self.on_some, self
 
 
-def loss_of(out: Any, labels: Tensor | None) -> Tensor:
+def loss_of(out: Any, labels: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
     if labels is None:
         return zoo.loss_of(out)
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
+
+
+Step = tuple[Tensor, dict[str, Tensor]]  # a loss, and the gradients by the names of the parameters
+
+
+def step(model: nn.Module, batch: zoo.Batch, group: Any = None) -> Step:
+    """A step with the loss that the model itself forms; of a wrapped model, with gradients synchronised."""
+    model.zero_grad()
+    loss = zoo.loss_of(model(**batch))
+    loss.backward()
+    if installation_of(model) is not None:
+        triton_sp.sync_gradients(model, group)
+    return loss.detach(), gradients(model)
+
+
+def exact_step(model: nn.Module, batch: zoo.Batch, label_smoothing: float = 0.0) -> Step:
+    """A step of a model in one process, with a loss in the dtype of the logits: transformers' own is in float32."""
+    out = model(**{key: value for key, value in batch.items() if key != "labels"})
+    loss = loss_of(out, batch["labels"], label_smoothing)
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def assert_close(found: Step, expected: Step, tolerance: float) -> None:
+    """Within a relative error; of the loss, which models form in float32, at most 1e-6. 0 is bit for bit."""
+    assert relative_error(found[0], expected[0]) <= min(tolerance, 1e-6)
+    error, worst = gradient_error(found[1], expected[1])
+    assert error <= tolerance, (error, worst)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -98,7 +127,7 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
 
 def write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
     """Loss, outputs and gradients of the unwrapped model, in this process."""
-    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+    model, batch = case.model(), case.batch(batch_name)
     labels = batch.pop("labels", None)
     out = model(**batch)
     loss = loss_of(out, labels)
@@ -119,7 +148,7 @@ def set_checkpointing(model: nn.Module, kind: str) -> None:
 
 def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
     """Forward and backward of the wrapped model, on this rank."""
-    model, batch = case.build(case.dtype), case.batches[plan.batch](case.dtype)
+    model, batch = case.model(), case.batch(plan.batch)
     if prepare is not None:
         prepare(model)
     set_checkpointing(model, plan.checkpointing)
@@ -176,13 +205,34 @@ def run_all(name: str, plans: list[Plan], references: dict[str, Path]) -> list[P
     return [run(zoo.CASES[name], plan, references[plan.batch]) for plan in plans]
 
 
+def heads(size: int, **options: Any) -> triton_sp.SPConfig:
+    """Heads exchanged, whatever would be faster for models this small. On three ranks gradients are added, not
+    averaged: the norms of most models round to float32, in which 3 g and g do not have the same digits."""
+    return triton_sp.SPConfig(**{"gradient": "sum" if size == 3 else "mean", "plan": "heads"} | options)
+
+
+def hold(
+    ranks: RankPool,
+    reference: Callable[[str, str], Path],
+    name: str,
+    plans: list[Plan],
+    size: int,
+    tolerance: float | None = None,
+) -> None:
+    """Each of these runs of a case is, on every rank, within the tolerance of the reference."""
+    references = {plan.batch: reference(name, plan.batch) for plan in plans}
+    for found in ranks.run(run_all, name, plans, references, ranks=size):
+        for result in found:
+            result.assert_within(tolerance or TOLERANCE[zoo.CASES[name].dtype])
+
+
 def run_bitwise(name: str) -> list[str]:
     """On one rank: what differs by a bit from the model itself, over two batches."""
     case, different = zoo.CASES[name], []
     for batch_name in list(case.batches)[:2]:
         grads = []
         for wrapped in (False, True):
-            model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+            model, batch = case.model(), case.batch(batch_name)
             out = (triton_sp.wrap(model) if wrapped else model)(**batch)
             loss = zoo.loss_of(out)
             loss.backward()

@@ -49,6 +49,14 @@ class Case:
     suite: tuple[int, ...] = (2, 3, 4)
     dtype: torch.dtype = torch.float64
 
+    def model(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model with its weights, the same in every process; in the widest dtype, or the one asked for."""
+        return self.build(dtype or self.dtype)
+
+    def batch(self, name: str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """A batch by its name, or the first."""
+        return self.batches[name or next(iter(self.batches))](dtype or self.dtype)
+
 
 def build(model: str, config: Any, attention: str, dtype: torch.dtype) -> nn.Module:
     """The same weights in every process. Noise on every parameter, so that zeros (CLS tokens, biases) and ones (norms)
@@ -495,6 +503,18 @@ FEATURES_GATHERED = (
 )
 
 
+def odd_head_cases() -> list[Case]:
+    """Head counts that no group of 2, 3 or 4 ranks divides, or whose query groups straddle ranks."""
+    mixed = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "use_sliding_window": True}
+    wide = {"num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 28 * 8}
+    return [
+        vision_case("vit_25", "ViT", num_attention_heads=25, hidden_size=100),
+        text_case("llama_28_4", "Llama", **wide),
+        text_case("qwen2_28_4", "Qwen2", layers=3, sliding_window=7, **mixed, **wide),
+        text_case("llama_5_1", "Llama", num_attention_heads=5, num_key_value_heads=1, hidden_size=40),
+    ]
+
+
 def vision_cases() -> list[Case]:
     return [
         vision_case("vit", "ViT"),
@@ -529,5 +549,6 @@ CASES = {
         *packed_cases(),
         *vision_cases(),
         *text_cases(),
+        *odd_head_cases(),
     )
 }

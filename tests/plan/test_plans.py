@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import host_reads
 import pytest
-from kit import host_reads, parity, zoo
-from kit.parity import TOLERANCE, Plan, run_all
+from kit import parity, zoo
+from kit.parity import Plan
 
 import triton_sp
 from triton_sp.ranks import collectives
@@ -18,17 +19,14 @@ MODELS = ["qwen2_5_vl", "qwen3_vl", "internvl", "vit", "llama"]
 def test_parity(ranks, reference, name: str, plan: str, size: int) -> None:
     """("heads" is forced in test_parity.py, for all models; `make all-plans` has all models, plans and sizes.)"""
     case = zoo.CASES[name]
-    config = triton_sp.SPConfig(gradient="sum" if size == 3 else "mean", plan=plan)
+    config = parity.heads(size, plan=plan)
     batches = [b for b in case.batches if b in ("plain", "many_images", "image_and_video", "left_pad", "packed")]
     plans = [Plan(batch, config=config) for batch in batches]
     plans.append(Plan(batches[-1], checkpointing="non_reentrant", config=config))
-    references = {batch: reference(name, batch) for batch in batches}
     # Replicated, a tower's backward runs on each rank's share of the gradient, which Qwen's rotation and RMSNorm round
     # to float32: their sum has other digits than the whole.
     rounds = name.startswith("qwen") and plan != "segments"
-    for found in ranks.run(run_all, name, plans, references, ranks=size):
-        for result in found:
-            result.assert_within(1e-6 if rounds else TOLERANCE[case.dtype])
+    parity.hold(ranks, reference, name, plans, size, 1e-6 if rounds else None)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -36,20 +34,17 @@ def test_parity(ranks, reference, name: str, plan: str, size: int) -> None:
 def test_parity_in_chunks(ranks, reference, name: str, size: int) -> None:
     """12 heads in 3 chunks on 2 ranks, in 4 on 3."""
     case = zoo.CASES[name]
-    config = triton_sp.SPConfig(gradient="sum" if size == 3 else "mean", plan="heads", chunks=4)
+    config = parity.heads(size, chunks=4)
     batches = list(case.batches)[:2]
     plans = [Plan(batch, config=config) for batch in batches]
     plans.append(Plan(batches[0], checkpointing="reentrant", config=config))
-    references = {batch: reference(name, batch) for batch in batches}
-    for found in ranks.run(run_all, name, plans, references, ranks=size):
-        for result in found:
-            result.assert_within(TOLERANCE[case.dtype])
+    parity.hold(ranks, reference, name, plans, size)
 
 
 def ledger(name: str, batch_name: str, plan: str, chunks: int = 1) -> list[tuple[str, int]]:
     """What a forward and backward of the wrapped model sends from this rank."""
     case = zoo.CASES[name]
-    model, batch = case.build(case.dtype), case.batches[batch_name](case.dtype)
+    model, batch = case.model(), case.batch(batch_name)
     triton_sp.wrap(model, config=triton_sp.SPConfig(plan=plan, chunks=chunks))
     with collectives.record() as record:
         parity.loss_of(model(**batch), None).backward()

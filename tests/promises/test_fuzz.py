@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kit import fuzz
+import fuzz
 
 
 def test_fuzz(ranks) -> None:

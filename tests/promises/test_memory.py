@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import memory
 import pytest
-from kit import memory, zoo
+from kit import zoo
 
 # How much larger a rank's largest tensor may be than that of one process over P: the buffer that q, k and v travel in
 # is three times as wide as a hidden state, which is the widest that many of these small models have in one process.

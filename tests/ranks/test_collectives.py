@@ -34,7 +34,7 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
 
 def step(name: str, batch_name: str, **options: bool) -> Sent:
     case = zoo.CASES[name]
-    model, batch = wrap(case.build(case.dtype)), case.batches[batch_name](case.dtype)
+    model, batch = wrap(case.model()), case.batch(batch_name)
     with collectives.record() as forward:
         loss = zoo.loss_of(model(**batch, **options))
     with collectives.record() as backward:
@@ -91,9 +91,9 @@ def test_tower_of_a_composite(ranks) -> None:
 
 def hidden_states_read(count: int) -> int:
     case = zoo.CASES["clip_vision"]
-    model = wrap(case.build(case.dtype))
+    model = wrap(case.model())
     with collectives.record() as ledger:
-        out = model(**case.batches["plain"](case.dtype), output_hidden_states=True)
+        out = model(**case.batch("plain"), output_hidden_states=True)
         for index in range(count):
             out.hidden_states[1 + 0 * index]
     return ledger.count("gather")

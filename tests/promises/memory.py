@@ -58,7 +58,7 @@ def long_batch(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """One row: the family's image of the parity suite and its text, `REPEATED` times; where images are of any size, all
     of it is one image behind the text."""
     case = zoo.CASES[name]
-    once = case.batches["plain"](dtype)
+    once = case.batch("plain", dtype)
 
     def repeated(dtype: torch.dtype) -> dict[str, Tensor]:
         # Idefics' and SmolVLM's pictures are (B, most of a sample, ...).
@@ -75,7 +75,7 @@ def long_batch(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def held(name: str, wrapped: bool) -> Held:
     case = zoo.CASES[name]
-    model, batch = case.build(torch.float32), long_batch(name, torch.float32)
+    model, batch = case.model(torch.float32), long_batch(name, torch.float32)
     if wrapped:
         triton_sp.wrap(model)
     with saved_activations(model) as saved:

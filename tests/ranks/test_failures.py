@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import faults
 import pytest
-from kit import faults
 
 SLOW = ("a slow rank", "killed", "stopped", "beside")
 QUICK = [name for name in faults.FAULTS if not any(word in name for word in SLOW)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ParallelismConfig
 from kit import zoo
+from kit.launch import torchrun_environment
 from kit.parity import weights_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,15 +31,10 @@ RATE, EPOCHS, ACCUMULATION = 0.1, 2, 2
 @contextmanager
 def as_torchrun() -> Iterator[None]:
     """The environment of torchrun, and afterwards none of what accelerate keeps between runs."""
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    before = dict(os.environ)
-    os.environ.update(names)
     try:
-        yield
+        with torchrun_environment():
+            yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
 
@@ -117,7 +112,7 @@ def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
     from transformers import Trainer, TrainingArguments  # here: seconds on every rank, which accelerate does not need
 
     case = zoo.CASES["llava"]
-    model, data, held_out = case.build(torch.float32), samples(count), samples(5, seed=1)
+    model, data, held_out = case.model(torch.float32), samples(count), samples(5, seed=1)
     if zero == 3 or (zero and groups > 1):  # see docs/engines.md: a picture in each step, on each rank
         data = [row for row in samples(3 * count) if "pixel_values" in row][:count]
     before, reference = copy.deepcopy(model.state_dict()), copy.deepcopy(model)
@@ -172,7 +167,7 @@ def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
 def accelerate() -> float:
     """A plain accelerate loop with gradient accumulation, on 2 x 2 ranks; the worst relative error of the weights."""
     case = zoo.CASES["llava"]
-    model, data = case.build(torch.float32), [row for row in samples(8) if "pixel_values" in row][:4]
+    model, data = case.model(torch.float32), [row for row in samples(8) if "pixel_values" in row][:4]
     for row in data:  # accelerate takes the mean of the batches' losses: all have as many labels
         row["labels"][:-4] = -100
         row["labels"][-4:] = row["input_ids"][-4:]

@@ -1,4 +1,4 @@
-"""Many small steps of all kinds, one after another: `python -m kit.fuzz 10000` (make soak).
+"""Many small steps of all kinds, one after another: `python fuzz.py 10000` (make soak).
 
 Each has 0 to 8 images and 1 to 1000 tokens in 1 to 3 rows, padded or not, with labels or without. Ranks compare
 their losses, and now and then one step with the model in one process. Memory must not grow.
@@ -61,7 +61,7 @@ def used() -> float:
 def run(steps: int, longest: int) -> Fuzzed:
     """Train on so many batches."""
     generator = torch.Generator().manual_seed(0)
-    reference = zoo.CASES["llava"].build(torch.float32)
+    reference = zoo.CASES["llava"].model(torch.float32)
     model: nn.Module = triton_sp.wrap(copy.deepcopy(reference))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     loss_error = gradient_error = before = 0.0

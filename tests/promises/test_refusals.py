@@ -113,7 +113,7 @@ def test_arguments(ranks, name: str) -> None:
 
 
 def tower_with_conv() -> nn.Module:
-    model = zoo.CASES["vit"].build(torch.float64)
+    model = zoo.CASES["vit"].model()
     model.layers[1].mlp.conv = nn.Conv1d(48, 48, 3, padding=1)
     return model
 
@@ -334,8 +334,8 @@ def test_one_rank_with_a_bad_batch(ranks, name: str) -> None:
 
 
 def run_bad_call() -> None:
-    model = triton_sp.wrap(zoo.CASES["vit"].build(torch.float64))
-    batch = zoo.CASES["vit"].batches["plain"](torch.float64)
+    model = triton_sp.wrap(zoo.CASES["vit"].model())
+    batch = zoo.CASES["vit"].batch("plain")
     if dist.get_rank() == 1:
         model(batch["pixel_values"], None, None, None, None, None)
     model(**batch)
@@ -350,7 +350,7 @@ def test_one_rank_with_a_bad_call(ranks) -> None:
 def different(what: str) -> None:
     """The same on all ranks but for one thing on the last."""
     case, last = zoo.CASES["llava"], dist.get_rank() == dist.get_world_size() - 1
-    model, batch = case.build(case.dtype), case.batches["right_pad"](case.dtype)
+    model, batch = case.model(), case.batch("right_pad")
     config = SPConfig(gather_logits=last and what == "config")
     model.train(not (last and what == "training"))
     triton_sp.wrap(model, config=config)
@@ -365,7 +365,7 @@ def different(what: str) -> None:
     if what == "num_items_in_batch":
         batch[what] = torch.tensor(7 + last)
     if last and what == "batch":
-        batch = case.batches["plain"](case.dtype)
+        batch = case.batch("plain")
     model(**batch)
 
 
@@ -387,14 +387,14 @@ def test_ranks_that_differ(ranks, what: str) -> None:
 
 def run_dropout(where: str) -> None:
     case = zoo.CASES["llava"]
-    model = case.build(case.dtype)
+    model = case.model()
     part = model.model.vision_tower if where == "tower" else model.model.language_model
     for module in part.modules():
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.5)
     triton_sp.wrap(model)
-    batch = case.batches["plain"](case.dtype)
+    batch = case.batch("plain")
     model.eval()(**batch)
     model.train()(**batch)
 
@@ -408,7 +408,7 @@ def test_attention_dropout(ranks, where: str) -> None:
 
 def run_checkpoint_wrapper(first: bool) -> None:
     case = zoo.CASES["vit"]
-    model, batch = case.build(case.dtype), case.batches["plain"](case.dtype)
+    model, batch = case.model(), case.batch("plain")
     blocks = {id(block) for block in model.layers}
     config = SPConfig(plan="heads")
     if not first:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kit import parity, zoo
-from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from triton_sp import wrap
@@ -11,19 +10,13 @@ from triton_sp import wrap
 CASE = zoo.CASES["llama"]
 
 
-def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    loss = model(**CASE.batches["plain"](CASE.dtype)).loss
-    loss.backward()
-    return loss.detach(), parity.gradients(model)
-
-
 def compare_with_compiled_layers() -> None:
-    plain, layered = wrap(CASE.build(CASE.dtype)), wrap(CASE.build(CASE.dtype))
-    expected = step(plain)
+    plain, layered = wrap(CASE.model()), wrap(CASE.model())
+    expected = parity.step(plain, CASE.batch("plain"))
     for layer in layered.get_submodule("model.layers").children():
         layer.compile(backend="eager")
     counters.clear()
-    torch.testing.assert_close(step(layered), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(parity.step(layered, CASE.batch("plain")), expected, rtol=1e-12, atol=1e-14)
     assert counters["stats"]["unique_graphs"] > 0
 
 

@@ -1,5 +1,5 @@
 """The catalogue of what can go wrong on a rank. Each case returns the right result on every rank, or raises an error on
-every rank that is left. `python -m kit.faults` runs all of them on 2 and 4 ranks and writes reports/faults.csv."""
+every rank that is left. `make faults` runs all of them on 2 and 4 ranks and writes reports/faults.csv."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ CASE = zoo.CASES["llava"]
 
 
 def fresh() -> nn.Module:
-    return CASE.build(CASE.dtype)
+    return CASE.model()
 
 
 def batch(name: str = "plain") -> zoo.Batch:
-    return CASE.batches[name](CASE.dtype)
+    return CASE.batch(name)
 
 
 def text(length: int, rows: int = 1) -> zoo.Batch:
@@ -163,7 +163,7 @@ def stopped() -> None:
 
 
 def other_order() -> None:
-    models = [triton_sp.wrap(fresh()), triton_sp.wrap(zoo.CASES["llama"].build(torch.float64))]
+    models = [triton_sp.wrap(fresh()), triton_sp.wrap(zoo.CASES["llama"].model())]
     for model in reversed(models) if culprit() else models:
         step(model, text(20))
 
@@ -188,7 +188,7 @@ def other_config() -> None:
 
 
 def other_model() -> None:
-    step(triton_sp.wrap(zoo.CASES["llama"].build(torch.float64) if culprit() else fresh()), text(20))
+    step(triton_sp.wrap(zoo.CASES["llama"].model() if culprit() else fresh()), text(20))
 
 
 def other_batch() -> None:

@@ -64,7 +64,7 @@ def steps() -> list[Step]:
         Step("tests of the kernels", [*cases, "-k", f"not {LARGE}", "--durations=5"], 150, test=True),
         Step("kernels", _sweep("kernels", "cuda", 115), 125),
         Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/promises/test_gpu.py"], 90, test=True),
-        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 45, gluon=True),
+        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.hopper.check"], 45, gluon=True),
         Step("tests on gluon", [*CASES, "-k", ON_GLUON], 40, test=True, gluon=True),
         Step("large tensors", [*CASES, "-k", LARGE], 25, test=True),
         Step("tests of the splice", [*CASES[:-1], "tests/kernels/splice_cases.py"], 30, test=True),
@@ -85,7 +85,7 @@ def rehearsal() -> list[Step]:
         Step("tests of the kernels", [*CASES, "-k", "test_lse"], 120, test=True, environment=interpreter),
         Step("kernels", _sweep("kernels", "cpu", 10), 90),
         Step("parity of two processes on one GPU", [*PYTEST, "-m", "gpu", "tests/promises/test_gpu.py"], 60, test=True),
-        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.gluon_check"], 60, gluon=True),
+        Step("gluon's self-check", [PYTHON, "-m", "triton_sp.kernels.hopper.check"], 60, gluon=True),
         Step("single rank", _sweep("single_rank", "cpu", 30), 120),
     ]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
-from triton_sp.errors import SPError
+from triton_sp.errors import InputError, require
+
+_FIX = "correct the argument"
 
 
 @dataclass(frozen=True)
@@ -47,27 +49,14 @@ class SPConfig:
     chunks: int = 1
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("gradient", ("auto", "mean", "sum")),
-            ("check", ("always", "first", "off")),
-            ("plan", ("auto", "heads", "segments", "replicate")),
-            ("link", ("auto", "nvlink", "pcie", "gloo")),
+        """Raise an InputError for a setting that is none of the allowed ones."""
+        for name, kind in get_type_hints(type(self)).items():
+            found, allowed = getattr(self, name), get_args(kind)
+            require(
+                not allowed or found in allowed, InputError, f"SPConfig.{name}", f"one of {allowed}", repr(found), _FIX
+            )
+        for name, fits, expected in (
+            ("label_smoothing", 0 <= self.label_smoothing <= 1, "0 to 1"),
+            ("chunks", isinstance(self.chunks, int) and self.chunks >= 1, "1 or more"),
         ):
-            if getattr(self, name) not in allowed:
-                raise SPError(
-                    f"SPConfig.{name}",
-                    expected=f"one of {allowed}",
-                    found=repr(getattr(self, name)),
-                    remedy="correct the argument",
-                )
-        if not 0 <= self.label_smoothing <= 1:
-            raise SPError(
-                "SPConfig.label_smoothing",
-                expected="0 to 1",
-                found=repr(self.label_smoothing),
-                remedy="correct the argument",
-            )
-        if not isinstance(self.chunks, int) or self.chunks < 1:
-            raise SPError(
-                "SPConfig.chunks", expected="1 or more", found=repr(self.chunks), remedy="correct the argument"
-            )
+            require(fits, InputError, f"SPConfig.{name}", expected, repr(getattr(self, name)), _FIX)

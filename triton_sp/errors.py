@@ -24,6 +24,21 @@ class SPError(ValueError):
         return _rebuild, (type(self), self.field, self.expected, self.found, self.remedy, self.rank)
 
 
+def require(ok: object, kind: type[SPError], field: str, expected: str, found: object, remedy: str) -> None:
+    """Raise an error unless `ok` is true.
+
+    Args:
+        found: what there is instead, shown by `str`.
+
+    >>> require(1 < 2, InputError, "labels", "one per token", "none", "pass labels")
+    >>> require(False, InputError, "labels", "one per token", "none", "pass labels")
+    Traceback (most recent call last):
+    triton_sp.errors.InputError: labels: expected one per token, found none. Remedy: pass labels.
+    """
+    if not ok:
+        raise kind(field, expected=expected, found=str(found), remedy=remedy)
+
+
 def _rebuild(cls: type[SPError], field: str, expected: str, found: str, remedy: str, rank: int | None) -> SPError:
     return cls(field, expected=expected, found=found, remedy=remedy, rank=rank)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_heads import segments_of
 
+from triton_sp.errors import InputError
 from triton_sp.plan.cost import LINKS, Layers, choose_plan, find_link, store_link
 from triton_sp.plan.segments import Segments, shard_segments
 
@@ -84,3 +85,14 @@ def test_calibrated_links_are_found(tmp_path, monkeypatch) -> None:
     store_link(LINKS["pcie"], "cpu", 4)
     assert find_link("auto", "cpu", 4) == LINKS["pcie"]
     assert find_link("auto", "cpu", 2) == LINKS["gloo"] == find_link("gloo", "cpu", 4)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"name": "x"}', '{"name": "x", "latency": 1, "bandwidth": 0, "compute": 1}']
+)
+def test_a_damaged_calibration_is_named(tmp_path, monkeypatch, content: str) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    store_link(LINKS["pcie"], "cpu", 4).write_text(content)
+    with pytest.raises(InputError, match="triton-sp calibrate") as raised:
+        find_link("auto", "cpu", 4)
+    assert raised.value.field == str(tmp_path / "triton_sp" / "link-cpu-4.json")

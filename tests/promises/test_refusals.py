@@ -85,9 +85,9 @@ def mpu_that_adds_in_part() -> None:
 ARGUMENTS: dict[str, tuple[Callable[[], Any], type[errors.SPError], str, str]] = {
     "model": (lambda: triton_sp.wrap("llama"), InputError, "model", "str"),
     "config": (lambda: triton_sp.wrap(tiny("Llama"), None, "mean"), InputError, "config", "str"),
-    "gradient": (lambda: SPConfig(gradient="average"), errors.SPError, "SPConfig.gradient", "average"),
+    "gradient": (lambda: SPConfig(gradient="average"), InputError, "SPConfig.gradient", "average"),
     "mpu": (mpu_that_adds_in_part, InputError, "SPConfig.gradient", "'auto'"),
-    "check": (lambda: SPConfig(check=True), errors.SPError, "SPConfig.check", "True"),
+    "check": (lambda: SPConfig(check=True), InputError, "SPConfig.check", "True"),
     "group": (lambda: triton_sp.wrap(tiny("Llama"), 2), GroupError, "group", "int"),
     "foreign_group": (foreign_group, GroupError, "group", "a group of other ranks"),
     "wrong_mesh": (wrong_mesh, GroupError, "group", "'dp', 'tp'"),

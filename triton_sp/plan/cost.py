@@ -11,14 +11,14 @@ both: the windowed layers exchange nothing, the others exchange heads (see Strea
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+from triton_sp import cache
+from triton_sp.errors import InputError
 from triton_sp.plan.segments import Segments, shard_segments
 from triton_sp.plan.shards import Shards, shard_tokens
 
@@ -49,34 +49,43 @@ LINKS = {
 }
 
 
-def calibration_file(device: str, ranks: int) -> Path:
-    """Where what was measured on this machine is kept, for a device type and a group size."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "triton_sp" / f"link-{device}-{ranks}.json"
-
-
 def find_link(name: str, device: str, ranks: int) -> Link:
     """The link by name; for "auto" the calibrated one, or the default of the device type ("cpu" or "cuda").
+
+    Raises:
+        InputError: the file that holds what was measured on this machine is damaged.
 
     >>> find_link("pcie", "cuda", 8).bandwidth
     20000000000.0
     """
     if name != "auto":
         return LINKS[name]
-    return _calibrated(calibration_file(device, ranks)) or LINKS["gloo" if device == "cpu" else "nvlink"]
+    return _calibrated(cache.cache_file(f"link-{device}-{ranks}")) or LINKS["gloo" if device == "cpu" else "nvlink"]
 
 
-@cache
-def _calibrated(file: Path) -> Link | None:
-    """What a file holds, read once in a process: each forward asks, several times."""
-    return Link(**json.loads(file.read_text())) if file.exists() else None
+@functools.cache
+def _calibrated(path: Path) -> Link | None:
+    """What was measured, read once in a process, because each forward asks several times; None if nothing was."""
+    try:
+        link = Link(**cache.load(path))
+        if min(link.latency, link.bandwidth, link.compute) > 0:
+            return link
+        found = str(link)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        found = f"{type(error).__name__}: {error}"
+    raise InputError(
+        str(path),
+        expected="a link with positive numbers, as triton-sp calibrate writes it",
+        found=found,
+        remedy="delete the file, or run triton-sp calibrate again",
+    )
 
 
 def store_link(link: Link, device: str, ranks: int) -> Path:
-    """Keep a measured link for `find_link`, and say where."""
-    file = calibration_file(device, ranks)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(link), indent=1))
+    """Keep a measured link for `find_link`, for this type of device and size of group, and say where."""
+    file = cache.store(cache.cache_file(f"link-{device}-{ranks}"), asdict(link))
     _calibrated.cache_clear()
     return file
 

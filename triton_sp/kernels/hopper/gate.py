@@ -11,12 +11,12 @@ import importlib
 import json
 import os
 import pathlib
-import tempfile
 from typing import NamedTuple
 
 import torch
 import triton
 
+from triton_sp import cache
 from triton_sp._version import __version__
 
 MISSING = "no self-check ran on this machine with these versions: python -m triton_sp.kernels.hopper.check"
@@ -104,16 +104,15 @@ def driver() -> str:
 
 
 def path_of(where: dict[str, str]) -> pathlib.Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]
-    return pathlib.Path(base) / "triton_sp" / f"gluon-{name}.json"
+    """The file in which a verdict is kept."""
+    return cache.cache_file(f"gluon-{hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]}")
 
 
 def read(where: dict[str, str]) -> Verdict:
     """The recorded verdict. A file that is not one in every part counts as none."""
     path = path_of(where)
     try:
-        record = json.loads(path.read_text())
+        record = cache.load(path)
         fits = record["machine"] == where and type(record["passed"]) is bool and isinstance(record["reason"], str)
     except FileNotFoundError:
         return Verdict(False, MISSING)
@@ -123,10 +122,5 @@ def read(where: dict[str, str]) -> Verdict:
 
 
 def write(where: dict[str, str], found: Verdict) -> pathlib.Path:
-    """Records a verdict; whoever reads meanwhile finds the old one or the new one, whole."""
-    path = path_of(where)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({"machine": where, **found._asdict()}, file, indent=1)
-    os.replace(file.name, path)
-    return path
+    """Record a verdict, and say where."""
+    return cache.store(path_of(where), {"machine": where, **found._asdict()})

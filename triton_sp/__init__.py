@@ -2,7 +2,7 @@
 
 >>> import triton_sp
 >>> sorted(name for name in triton_sp.__all__ if name[0].islower())
-['errors', 'explain', 'mpu', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
+['errors', 'explain', 'log_probs', 'mpu', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
 """
 
 from triton_sp import errors
@@ -13,9 +13,11 @@ from triton_sp.engines.loaders import share_batches
 from triton_sp.engines.mpu import mpu
 from triton_sp.explain import explain
 from triton_sp.kernels.mask import Mask
+from triton_sp.log_probs import log_probs
 from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.ops.varlen import varlen_attention
+from triton_sp.scores import TokenScores
 
 __all__ = [
     "FusionAdapter",
@@ -24,10 +26,12 @@ __all__ = [
     "Mask",
     "Qwen2VLFusionAdapter",
     "SPConfig",
+    "TokenScores",
     "UlyssesSPViTAttention",
     "__version__",
     "errors",
     "explain",
+    "log_probs",
     "mpu",
     "share_batches",
     "sync_gradients",

@@ -34,7 +34,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
 
     Returns:
         The same object. Parameter names, state_dict keys and classes are unchanged. Wrapping it again with the same
-        group and settings does nothing.
+        group and settings does nothing, but for a forward that a trainer has put over ours: ours comes to the front.
 
     Raises:
         GroupError: no usable group. InputError: not a module, or wrapped with other settings before.
@@ -60,6 +60,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     present = installation_of(model_)
     if present is not None:
         if (present.group, present.config) == (resolved, config):
+            present.return_to_front()
             return model_
         raise InputError(
             "model",

@@ -106,7 +106,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, label_smoothing: float =
     return _CrossEntropy.apply(logits_TV, targets_T, label_smoothing)  # type: ignore[no-any-return]
 
 
-def _chunk_rows(vocabulary: int) -> int:
+def chunk_rows(vocabulary: int) -> int:
     return max(CHUNK_ELEMENTS // max(vocabulary, 1), 1)
 
 
@@ -119,7 +119,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         norm_T = torch.empty(tokens, dtype=wide, device=logits_TV.device)
         total = torch.zeros((), dtype=wide, device=logits_TV.device)
-        step = _chunk_rows(vocabulary)
+        step = chunk_rows(vocabulary)
         for own in (slice(start, start + step) for start in range(0, tokens, step)):
             logits, targets = logits_TV[own].to(wide), targets_T[own]
             norm = norm_T[own] = logits.logsumexp(-1)
@@ -137,7 +137,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits_TV, targets_T, norm_T = ctx.saved_tensors
         vocabulary = logits_TV.shape[1]
         grads_TV = torch.empty_like(logits_TV)
-        chunks = (x.split(_chunk_rows(vocabulary)) for x in (logits_TV, targets_T, norm_T, grads_TV))
+        chunks = (x.split(chunk_rows(vocabulary)) for x in (logits_TV, targets_T, norm_T, grads_TV))
         for logits, targets, norm, out in zip(*chunks, strict=True):
             share = (logits.to(norm.dtype) - norm[:, None]).exp_()
             if ctx.smoothing:
@@ -183,7 +183,7 @@ def head_cross_entropy(
         return cross_entropy(transform(forward(hidden)), targets, label_smoothing)
 
     with torch.no_grad():
-        rows = _chunk_rows(forward(hidden_TC[:0]).shape[-1])
+        rows = chunk_rows(forward(hidden_TC[:0]).shape[-1])
     # A rank without targets has a chunk too, an empty one: engines wait for the gradient of its head.
     chunks = zip(hidden_TC.split(rows), targets_T.split(rows), strict=True)
     return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()

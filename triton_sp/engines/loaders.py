@@ -64,6 +64,10 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
             found=f"{trainer.label_smoother.epsilon}",
             remedy="use SPConfig(label_smoothing=...) instead",
         )
+    for model in (trainer.model, getattr(trainer, "ref_model", None)):
+        wrapped = None if model is None else installation_of(model)
+        if wrapped is not None:
+            wrapped.return_to_front()  # of the fused head that TRL's trainers put on the model
     _adapt(trainer.accelerator, group, limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
     return trainer

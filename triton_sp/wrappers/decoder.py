@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from triton_sp import stages
 from triton_sp.anatomy.parts import Spans, Stack
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.loss import IGNORE
@@ -23,6 +24,7 @@ from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.plan.stream import Stream
+from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
@@ -306,3 +308,13 @@ def _run_rotary(override: Override, x: Tensor, position_ids: Tensor, *args: Any,
     extra = scope.longest_position.expand(*position_ids.shape[:-1], 1).to(position_ids.dtype)
     tables = override.original(x, torch.cat([position_ids, extra], -1), *args, **kwargs)
     return tuple(table[..., :-1, :] for table in tables)
+
+
+def gather_tokens(local: Tensor, call: TextCall, installation: Installation) -> Tensor:
+    """(1, T, V) of this rank -> (B, S, V) of the batch, 0 at padding."""
+    whole = stages.gather(local[0], call.stream)
+    rows, length = call.shape
+    out = whole.new_zeros(rows * length, whole.shape[-1]).index_copy(0, call.index, whole).view(rows, length, -1)
+    return collectives.scale_gradient(
+        out, 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size
+    )

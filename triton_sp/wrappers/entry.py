@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sp import stages
 from triton_sp._version import __version__
 from triton_sp.anatomy.families import reads_documents_from_ids
 from triton_sp.anatomy.parts import Spans, device_of
@@ -23,11 +22,12 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree
 from triton_sp.ranks.failures import BackwardWatcher, reporting_failures
 from triton_sp.wrappers.composite import check_rows, needed_rows
-from triton_sp.wrappers.decoder import TextCall, lay_out
+from triton_sp.wrappers.decoder import TextCall, gather_tokens, lay_out
 from triton_sp.wrappers.head import HeadLoss, causal_lm_loss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.planning import plan_decoder
 from triton_sp.wrappers.scope import Call, active
+from triton_sp.wrappers.scores import answer, requested
 
 # Integer tensors up to so many elements are compared by value, others by shape. With check="first" grids of images
 # still are: towers make their plans of them.
@@ -60,7 +60,7 @@ def _watch(out: Any, hook: BackwardWatcher) -> None:
     elif isinstance(out, Mapping):
         for value in out.values():
             _watch(value, hook)
-    elif type(out) in (list, tuple):
+    elif isinstance(out, list | tuple):
         for value in out:
             _watch(value, hook)
 
@@ -168,7 +168,6 @@ def _refuse(arguments: dict[str, Any], *names: str) -> None:
         "output_hidden_states": "take last_hidden_state of the model without its head",
         "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
         "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
-        "fused_lm_head": "let the trainer take the model's own loss: its head would be given this rank's tokens",
         "output_router_logits": "the router's auxiliary loss of a shard is not that of the batch",
     }
     for name in names:
@@ -193,7 +192,6 @@ def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, in
         "logits_to_keep",
         "shift_labels",
         "output_router_logits",
-        "fused_lm_head",
     )
     for name in ("use_cache", *_CACHES):
         if arguments.get(name) not in (None, False):
@@ -276,7 +274,7 @@ def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
 
 
 def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
-    installation = override.installation
+    installation, request = override.installation, requested(override, arguments)
     laid_out: list[tuple[TextCall, Tensor | None]] = []
     assert installation.anatomy.decoder is not None
     spans = installation.anatomy.decoder.spans
@@ -285,6 +283,8 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         shape = _check_batch(override, arguments)
         labels = arguments.get("labels")
         targets = None if labels is None else shift(labels)
+        if request is not None and targets is None:
+            raise InputError("labels", expected="them, -100 where no score is wanted", found="none", remedy="pass them")
         mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
         device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
         plan = partial(plan_decoder, installation, device)
@@ -296,17 +296,19 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
             call = replace(call, needed=needed_rows(fusion, tokens, call.index, call.stream.shards))
             check_rows(installation, arguments, call.needed)
         laid_out.append((call, targets))
-        return f"{call.choice.plan} {call.stream.shards.sizes} {call.stream.host_segments}"
+        return f"{call.choice.plan} {call.stream.shards.sizes} {call.stream.host_segments} {request or ''}"
 
     _agree(installation, arguments, check)
     call, targets = laid_out[0]
     as_tuple = arguments.pop("return_dict", getattr(override.module.config, "return_dict", True)) is False
-    items = arguments.pop("num_items_in_batch", None)
-    arguments.pop("labels", None)
+    labels = arguments.pop("labels", None)
     if spans is not None:  # it would make a mask (B, 1, S, S) otherwise
         arguments.pop("token_type_ids", None)
         arguments["attention_mask"] = call.mask
     arguments["use_cache"] = False
+    if request is not None and targets is not None:
+        return answer(override, arguments, call, labels, targets, request)
+    items = arguments.pop("num_items_in_batch", None)
     local_T = None if targets is None else targets.flatten()[call.local_index]
     deferred = _head_loss(override, local_T)
     with active(call), deferred.active() if deferred else nullcontext():
@@ -325,7 +327,7 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         fields = {"loss": loss, **fields}
     if config.gather_logits and deferred is None:
         name = "logits" if "logits" in fields else "last_hidden_state"
-        fields[name] = _gather_outputs(fields[name], call, installation)
+        fields[name] = gather_tokens(fields[name], call, installation)
     out = type(out)(**fields)
     return out.to_tuple() if as_tuple else out
 
@@ -337,13 +339,3 @@ def _head_loss(override: Override, targets_T: Tensor | None) -> HeadLoss | None:
     if targets_T is None or not config.chunked_loss or not model.training:
         return None
     return HeadLoss(model.get_output_embeddings(), targets_T, logit_transform(model), config.label_smoothing)
-
-
-def _gather_outputs(local: Tensor, call: TextCall, installation: Installation) -> Tensor:
-    """(1, T, V) of this rank -> (B, S, V) of the batch, 0 at padding."""
-    whole = stages.gather(local[0], call.stream)
-    rows, length = call.shape
-    out = whole.new_zeros(rows * length, whole.shape[-1]).index_copy(0, call.index, whole).view(rows, length, -1)
-    return collectives.scale_gradient(
-        out, 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size
-    )

@@ -65,6 +65,7 @@ class HeadLoss:
     transform: LogitTransform
     label_smoothing: float
     share: Tensor | None = None
+    wish, remedy = "SPConfig.chunked_loss", "leave out chunked_loss for this model"
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -87,13 +88,15 @@ class HeadLoss:
                 "a head that is called once, on every token",
                 "a second call" if self.share is not None else f"{len(states)} of {len(self.targets_T)} tokens",
             )
-        self.share = head_cross_entropy(
-            self.head, states, self.targets_T, self.transform, self.label_smoothing, original
-        )
+        self.share = self.form(states, original)
         return _Ticket.apply(self.share, self.share.new_tensor(PROBE)[None, None])
 
+    def form(self, states: Tensor, original: Callable[..., Any]) -> Tensor:
+        """What is wanted in the place of logits, from this rank's hidden states (T, C)."""
+        return head_cross_entropy(self.head, states, self.targets_T, self.transform, self.label_smoothing, original)
+
     def take(self, logits: Tensor, *, check: bool) -> Tensor:
-        """This rank's share of the loss, once the model has returned what its head gave it.
+        """What `form` gave, this rank's share of the loss, once the model has returned what its head gave it.
 
         Args:
             check: whether to read it, which waits for the device: what a model does to its logits does not change.
@@ -115,10 +118,7 @@ class HeadLoss:
 
     def _refuse(self, expected: str, found: str) -> None:
         raise UnsupportedModelError(
-            f"SPConfig.chunked_loss, {type(self.head).__name__}",
-            expected=expected,
-            found=found,
-            remedy="leave out chunked_loss for this model",
+            f"{self.wish}, {type(self.head).__name__}", expected=expected, found=found, remedy=self.remedy
         )
 
 
@@ -127,11 +127,12 @@ class _Ticket(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, probe: Tensor) -> Tensor:
+        ctx.shape = share.shape
         return probe.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad.new_zeros(()), None
+        return grad.new_zeros(ctx.shape), None
 
 
 class _Redeem(torch.autograd.Function):

@@ -43,6 +43,7 @@ class Installation:
     agreed: set[int] = field(default_factory=set)  # digests of the kinds of batches that ranks have agreed on
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
+    front: Override | None = None  # that of the model's own forward
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
 
     @property
@@ -57,7 +58,25 @@ class Installation:
 
     def override(self, module: nn.Module, run: Callable[..., Any], method: str = "forward") -> None:
         """Let `run(override, *args, **kwargs)` stand for `module.forward`, or for another method."""
-        self.set(module, method, Override(module, run, self, method))
+        override = Override(module, run, self, method)
+        self.set(module, method, override)
+        if module is self.anatomy.entry:
+            self.front = override
+
+    def return_to_front(self) -> None:
+        """Put the model's forward in front of one that a trainer has put over it since; do nothing if it is there.
+
+        Ours stays behind theirs as well, where it passes calls on.
+        """
+        entry, covering = self.anatomy.entry, self.anatomy.entry.__dict__.get("forward")
+        if self.idle or isinstance(covering, Override):
+            return
+        assert self.front is not None
+        index = max(i for i, (module, name, _) in enumerate(self.edits) if module is entry and name == "forward")
+        self.edits[index] = (entry, "forward", covering)  # what undo will leave
+        front = Override(entry, self.front.run, self, "forward")
+        self.front.run = Override.original
+        self.front = entry.forward = front
 
     def undo(self) -> None:
         for module, name, old in reversed(self.edits):

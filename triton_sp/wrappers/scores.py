@@ -1,0 +1,132 @@
+"""Per-token scores of a wrapped model, on every rank, in the place of a loss: for `triton_sp.log_probs`, and for
+trainers that have put a fused head on the model and ask for it by `fused_lm_head=True`, as TRL's do.
+
+A fused head of a trainer's own keeps what it was made with, its temperature and kernels: it runs on this rank's tokens,
+and what it answers for each of them is gathered.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_sp.loss import IGNORE
+from triton_sp.scores import TokenScores, head_scores
+from triton_sp.wrappers.decoder import TextCall, gather_tokens
+from triton_sp.wrappers.head import HeadLoss, logit_transform
+from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.scope import active
+
+FUSED = "fused_lm_head"
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """That a call shall return scores. `by_trainer`: those of the fused head that a trainer has put on the model."""
+
+    temperature: float = 1.0
+    by_trainer: bool = False
+
+
+_asked: ContextVar[ScoreRequest | None] = ContextVar("triton_sp_scores", default=None)
+
+
+@contextmanager
+def asking(request: ScoreRequest) -> Iterator[None]:
+    """What is called meanwhile returns scores, whatever engine the model is in."""
+    token = _asked.set(request)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def requested(override: Override, arguments: dict[str, Any]) -> ScoreRequest | None:
+    """The scores that a call of the wrapped model asks for."""
+    if not arguments.get(FUSED):
+        arguments.pop(FUSED, None)
+        return _asked.get()
+    theirs = override.shadowed
+    by_trainer = theirs is not None and FUSED in inspect.signature(theirs, follow_wrapped=False).parameters
+    return ScoreRequest(by_trainer=by_trainer)
+
+
+def answer(
+    override: Override,
+    arguments: dict[str, Any],
+    call: TextCall,
+    labels: Tensor,
+    targets: Tensor,
+    request: ScoreRequest,
+) -> Any:
+    """Run the model on this rank's tokens; return their scores and those of the other ranks', (B, S - 1).
+
+    Args:
+        labels: (B, S). targets: (B, S), shifted.
+    """
+    local_T = targets.flatten()[call.local_index]
+    installation, mask = override.installation, labels[:, 1:] != IGNORE
+    if request.by_trainer:
+        return _by_trainer(override, arguments, call, local_T, mask)
+    arguments.pop(FUSED, None)
+    arguments.pop("num_items_in_batch", None)
+    scores = HeadScores.of(override.module, local_T, request.temperature)
+    with active(call), scores.active():
+        out = override.original(**arguments, return_dict=True)
+    local = scores.take(out.logits, check=not installation.head_verified)
+    installation.head_verified = True
+    return as_fields(gather_tokens(local[None], call, installation)[:, :-1], mask)
+
+
+def _by_trainer(override: Override, arguments: dict[str, Any], call: TextCall, local_T: Tensor, mask: Tensor) -> Any:
+    items = arguments.pop("num_items_in_batch", None)
+    with active(call):
+        out = override.original(**arguments, shift_labels=local_T[None])
+    fields = dict(out.items())
+    names = [name for name, value in fields.items() if value.shape == (1, len(local_T)) and name != "label_mask"]
+    local = torch.stack([fields[name].to(fields["log_probs"].dtype) for name in names], -1)
+    whole = gather_tokens(local, call, override.installation)[:, :-1]
+    gathered = {name: whole[..., i].to(fields[name].dtype) for i, name in enumerate(names)}
+    loss = -gathered["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
+    return type(out)(**fields | gathered | {"loss": loss, "label_mask": mask})
+
+
+def as_fields(scores: Tensor, mask: Tensor) -> TokenScores:
+    """(B, S - 1, 3) by name."""
+    log_probs, entropy, top1 = scores.unbind(-1)
+    return TokenScores(log_probs, entropy, top1.bool(), mask)
+
+
+@dataclass(eq=False)
+class HeadScores(HeadLoss):
+    """The scores of one call, formed where the model calls its head: `take` returns them, (T, 3)."""
+
+    temperature: float = 1.0
+    wish, remedy = "log_probs", "take SPConfig(gather_logits=True), and form them of out.logits"
+
+    @classmethod
+    def of(cls, entry: nn.Module, targets_T: Tensor, temperature: float) -> HeadScores:
+        model: Any = entry
+        return cls(model.get_output_embeddings(), targets_T, logit_transform(entry), 0.0, temperature=temperature)
+
+    def form(self, states: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
+        return head_scores(original, states, self.targets_T, self.transform, self.temperature)
+
+
+def score_alone(installation: Installation, model: nn.Module, batch: dict[str, Any], request: ScoreRequest) -> Any:
+    """On one rank, where the model's forward is its own. `model` is the entry or what an engine has put around it."""
+    labels = batch["labels"]
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    scores = HeadScores.of(installation.anatomy.entry, targets, request.temperature)
+    rest = {name: value for name, value in batch.items() if name != "labels"}
+    with scores.active():
+        out = model(**rest | {"use_cache": False, "return_dict": True})
+    local = scores.take(out.logits, check=True)
+    return as_fields(local.view(*labels.shape, 3)[:, :-1], labels[:, 1:] != IGNORE)

@@ -152,9 +152,7 @@ def refuse_lost_scope(override: Override) -> None:
         remedy = f"call the wrapped {type(entry).__name__}; under torch.no_grad() or in eval mode its parts run plain"
         if covered:
             found += f": {_origin(entry.forward)} stands in front of the forward that wrap installed"
-            remedy = (
-                "wrap the model after that, e.g. after the trainer has been made: triton_sp.wrap(trainer.model, ...)"
-            )
+            remedy = "call triton_sp.share_batches(trainer, group), or wrap again, after the trainer has been made"
         raise UnsupportedModelError(
             f"{name}.{override.method}",
             expected=f"to be reached through the wrapped {type(entry).__name__}",

@@ -113,7 +113,7 @@ def draw() -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"svg.hashsalt": "triton_sp", "font.family": "sans-serif"})
+    plt.rcParams.update({"svg.hashsalt": "triton_sp", "svg.fonttype": "none", "font.family": "sans-serif"})
     shown = [room for room in rooms() if room not in (*EVERYWHERE, *ALONE)]
     links = direct(shown)
     place = places(shown, links)

@@ -26,7 +26,7 @@ from perf.engines import ALST, OURS, start_deepspeed
 from perf.model import CORRECT, RANKS, attempt
 from perf.rows import Row
 from triton_sp import Mask, stages
-from triton_sp.ops import reference
+from triton_sp.ops import attend_cpu
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import groups
@@ -87,7 +87,7 @@ def measure(provider: str, case: AttentionCase, repeats: int) -> dict[str, dict[
     starts = list(case.segments.starts)
     leaves = [x.clone().requires_grad_() for x in whole[:3]]
     mask = Mask(torch.tensor(starts), causal=case.causal)
-    exact = reference.attend(*leaves, mask, softmax_scale=case.dim**-0.5)
+    exact, _ = attend_cpu.attend_exactly(*leaves, mask, softmax_scale=case.dim**-0.5)
     grads = torch.autograd.grad(exact, leaves, whole[3])
 
     share = shard_tokens(case.tokens, dist.get_world_size()).range(dist.get_rank())

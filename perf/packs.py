@@ -13,7 +13,7 @@ from perf.cases import AttentionCase
 from perf.clock import Clock
 from perf.contest import Entry, Rates, Settings, compete, failure
 from perf.rows import Report, Row
-from triton_sp.ops import pack, reference
+from triton_sp.ops import pack
 from triton_sp.plan.heads import assign_heads, route
 from triton_sp.plan.shards import shard_tokens
 
@@ -38,8 +38,6 @@ class Layer:
         self.states = [torch.randn(self.rows, h, case.dim, **new) for h in heads]
         self.size, self.back = sum(self.route.inputs.sizes), sum(self.route.results.sizes)
         self.arrived = torch.randn(self.back, case.dim, **new)
-        self.turn = (torch.randn(self.rows, case.dim, **new), torch.randn(self.rows, case.dim, **new))
-        self.norm = (torch.randn(case.dim, **new), torch.randn(case.dim, **new))
         self.inputs = pack.box_table(self.route.inputs.boxes, settings.device)
         self.results = pack.box_table(self.route.results.boxes, settings.device)
         self.whole = case.heads % RANKS == case.kv_heads % RANKS == 0
@@ -52,41 +50,33 @@ class Layer:
             place.copy_(x)
         return out.flatten(0, 2)
 
-    def rotated_by_torch(self) -> Tensor:
-        """norm, rotation and pack by PyTorch, step after step."""
-        q, k, v = self.states
-        q, k = (reference.norm_and_rotate(x, self.turn, w, 1e-6, False) for x, w in zip((q, k), self.norm, strict=True))
-        return replace_states(self, [q, k, v]).by_copies()
-
     def back_by_copies(self) -> Tensor:
         """unpack by PyTorch, where heads divide."""
         return self.arrived.view(RANKS, self.rows, -1, self.case.dim).transpose(0, 1).flatten(1, 2).contiguous()
 
     def stages(self) -> dict[str, tuple[int, dict[str, Callable[[], Any]]]]:
         """stage -> (vectors read and written, provider -> what it runs)."""
-        rotated = {"tables": self.turn, "weights": self.norm}
         found: dict[str, tuple[int, dict[str, Callable[[], Any]]]] = {
-            "pack": (2 * self.size, {"triton_sp": lambda: pack.pack(self.states, self.inputs, self.size)}),
-            "pack with norm and rotation": (
-                2 * self.size + 2 * self.rows,
-                {"triton_sp": lambda: pack.pack_rotated(*self.states, self.inputs, self.size, **rotated)},
-            ),
-            "unpack": (
-                2 * self.back,
-                {"triton_sp": lambda: pack.unpack(self.arrived, self.results, [(self.rows, self.case.heads)])[0]},
-            ),
+            "pack": (2 * self.size, {"triton_sp": self.pack}),
+            "unpack": (2 * self.back, {"triton_sp": self.unpack}),
         }
         if self.whole:
-            for stage, run in zip(found, (self.by_copies, self.rotated_by_torch, self.back_by_copies), strict=True):
+            for stage, run in zip(found, (self.by_copies, self.back_by_copies), strict=True):
                 found[stage][1]["torch"] = run
         return found
 
+    def pack(self) -> Tensor:
+        if self.whole:
+            return pack.pack_heads(self.states, RANKS)
+        return pack.pack_boxes(self.states, self.inputs, self.size)
 
-def replace_states(layer: Layer, states: list[Tensor]) -> Layer:
-    """The same layer with other q, k, v, nothing of it made anew."""
-    found = object.__new__(Layer)
-    found.__dict__.update(layer.__dict__, states=states)
-    return found
+    def unpack(self) -> Tensor:
+        out = self.arrived.new_empty(self.rows, self.case.heads, self.case.dim)
+        if self.whole:
+            pack.unpack_heads(self.arrived, [out], RANKS)
+        else:
+            pack.unpack_boxes(self.arrived, self.results, [out])
+        return out
 
 
 def _case(settings: Settings, name: str, heads: int, kv_heads: int, dim: int, causal: bool = False) -> AttentionCase:
@@ -106,8 +96,7 @@ def contests(settings: Settings) -> Iterator[tuple[str, Callable[[Settings, Cloc
 
 
 def measure(case: AttentionCase, settings: Settings, clock: Clock, rates: Rates, report: Report) -> None:
-    """All stages of a layer, each beside PyTorch's copies where heads divide; results must agree bit for bit or, with
-    norm and rotation, to two roundings."""
+    """Both stages of a layer, each beside PyTorch's copies where heads divide; results must agree bit for bit."""
     layer = Layer(case, settings)
     base = Row("", "", ranks=RANKS, **{**case.columns(), **settings.columns()})
     for stage, (vectors, runs) in layer.stages().items():
@@ -121,11 +110,7 @@ def measure(case: AttentionCase, settings: Settings, clock: Clock, rates: Rates,
                 entries.append(Entry(rows[name], run, vectors * case.dim * settings.dtype.itemsize))
             except Exception as error:
                 failed.append(replace(rows[name], status=failure(error)))
-        if len(results) == 2 and not _agree(*results.values(), exact="norm" not in stage):
+        if len(results) == 2 and not torch.equal(*results.values()):
             for entry in entries:
                 entry.row = replace(entry.row, status="wrong", note="triton_sp and torch differ")
         report.add(failed + compete(entries, clock, rates, settings))
-
-
-def _agree(a: Tensor, b: Tensor, exact: bool) -> bool:
-    return torch.equal(a, b) if exact else torch.allclose(a, b, rtol=2 * torch.finfo(a.dtype).eps, atol=1e-2)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from triton_sp.ops.differentiable import once_differentiable
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 
@@ -132,7 +133,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, targets_T, norm_T = ctx.saved_tensors
         vocabulary = logits_TV.shape[1]

@@ -14,25 +14,42 @@ Shape letters: T local tokens, S tokens of the whole stream, H heads, K key/valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from triton_sp.ops import pack, varlen
+from triton_sp.ops import varlen
+from triton_sp.ops.differentiable import once_differentiable
+from triton_sp.plan.route import HeadRoute, States
 from triton_sp.plan.shards import Shards, moves
-from triton_sp.plan.stream import RouteOnDevice, Stream, chunks
+from triton_sp.plan.stream import Stream, chunks
 from triton_sp.ranks import collectives
+from triton_sp.ranks.collectives import Pending, begin_all_to_all, finish
 from triton_sp.ranks.groups import Group
 
 
 def shard(x: Tensor, stream: Stream, dim: int = 0) -> Tensor:
     """This rank's tokens of a tensor whose `dim` is the whole stream. The adjoint of a slice is zero padding."""
-    own = stream.shards.range(stream.group.rank)
-    return x.narrow(dim, own.start, len(own))
+    return x.narrow(dim, stream.own.start, len(stream.own))
 
 
+class Layer(NamedTuple):
+    """What the layers of a stream that attend in one way have in common."""
+
+    causal: bool
+    window: int | None
+    softcap: float
+    softmax_scale: float
+
+    @property
+    def factors(self) -> dict[str, float]:
+        return {"softcap": self.softcap, "softmax_scale": self.softmax_scale}
+
+
+@torch.compiler.disable(reason="the exchange of heads is one eager operator a layer")
 def attention(
     q_THD: Tensor,
     k_TKD: Tensor,
@@ -48,73 +65,102 @@ def attention(
     exchange where shards end with segments.
 
     Args:
-        q_THD, k_TKD, v_TKD: this rank's tokens, all heads; position embeddings applied.
+        q_THD, k_TKD, v_TKD: this rank's tokens, all heads, in one dtype; position embeddings applied.
 
     Returns:
         (T, H, D), this rank's tokens, all heads.
     """
-    attend = partial(varlen.varlen_attention, softcap=softcap, softmax_scale=softmax_scale)
     if stream.is_local:
-        own = stream.shards.range(stream.group.rank)
-        return attend(q_THD, k_TKD, v_TKD, stream.mask(own, own, causal, window))
-    count = chunks(stream.chunks, q_THD.shape[1], k_TKD.shape[1], stream.group.size)
-    parts = list(zip(*(x.chunk(count, 1) for x in (q_THD, k_TKD, v_TKD)), strict=True))
-    routes = [stream.route(q.shape[1], k.shape[1], causal, window) for q, k, _ in parts]
-
-    outs: list[Callable[[], Tensor]] = []
-    arriving = _send(parts[0], routes[0], stream.group)
-    for index, route in enumerate(routes):
-        arrived = arriving
-        if index + 1 < count:  # travels while this one is attended to
-            arriving = _send(parts[index + 1], routes[index + 1], stream.group)
-        outs.append(_attend(arrived(), route, stream.group, attend))
-    results = [
-        pack.unpack(out(), route.results, [(q.shape[0], q.shape[1])])[0]
-        for out, route, (q, _, _) in zip(outs, routes, parts, strict=True)
-    ]
-    return results[0] if count == 1 else torch.cat(results, 1)
+        mask = stream.mask(stream.own, stream.own, causal, window)
+        return varlen.varlen_attention(q_THD, k_TKD, v_TKD, mask, softcap=softcap, softmax_scale=softmax_scale)
+    dim, v_dim = q_THD.shape[-1], v_TKD.shape[-1]
+    if v_dim < dim:  # q, k and v travel in one buffer
+        v_TKD = F.pad(v_TKD, (0, dim - v_dim))
+    layer = Layer(causal, window, softcap or 0.0, dim**-0.5 if softmax_scale is None else softmax_scale)
+    with torch.autocast(q_THD.device.type, enabled=False):
+        out = _ExchangeHeads.apply(q_THD, k_TKD, v_TKD, stream, layer)
+    return out if v_dim == dim else out[..., :v_dim]  # type: ignore[no-any-return]
 
 
-def _send(states: tuple[Tensor, ...], route: RouteOnDevice, group: Group) -> Callable[[], Tensor]:
-    """pack and the first exchange."""
-    host = route.host
-    packed = pack.pack(states, route.inputs, sum(host.inputs.sizes))
-    return collectives.begin_exchange(packed, host.inputs.sizes, host.arrivals.sizes, group)
+class _ExchangeHeads(torch.autograd.Function):
+    """The stages of one layer as one operator, and their adjoints in the opposite order.
+
+    With `stream.chunks` heads are done in parts: one part travels while another is attended to. Kept for the backward
+    are the receive buffer (q, k and v of this rank's heads), the outputs and the log-sum-exp.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, stream: Stream, layer: Layer) -> Tensor:
+        group, parts = stream.group, _parts((q, k, v), stream, layer)
+        result, kept, returning = q.new_empty(q.shape), [], []
+
+        def send(part: _Part) -> Pending:  # pack, exchange
+            return begin_all_to_all(part.route.pack(part.states), part.route.sent, part.route.received, group)
+
+        arriving = send(parts[0])
+        for part, following in zip_longest(parts, parts[1:]):
+            received = finish(arriving)
+            if following is not None:
+                arriving = send(following)
+            route = part.route
+            attended = [  # attend
+                varlen.forward(*states, mask, **layer.factors)
+                for states, mask in zip(route.states(received), route.masks, strict=True)
+            ]
+            outs = route.join([out for out, _ in attended], received)
+            returning.append(begin_all_to_all(outs, route.returned, route.results, group))  # exchange
+            kept += [received, *(x for pair in attended for x in pair)]
+        for part, coming in zip(parts, returning, strict=True):
+            part.route.unpack(finish(coming), result[:, part.heads])  # unpack
+        ctx.stream, ctx.layer, ctx.shapes = stream, layer, (q.shape, k.shape, v.shape)
+        ctx.save_for_backward(*kept)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        stream, layer, kept = ctx.stream, ctx.layer, iter(ctx.saved_tensors)
+        dq, dk, dv = grads = tuple(dout.new_empty(shape) for shape in ctx.shapes)
+        group, parts, returning = stream.group, _parts((dq, dk, dv), stream, layer), []
+
+        def send(part: _Part) -> Pending:  # the adjoints of unpack and of the exchange before it
+            flat = part.route.pack_gradients(dout[:, part.heads])
+            return begin_all_to_all(flat, part.route.results, part.route.returned, group)
+
+        arriving = send(parts[0])
+        for part, following in zip_longest(parts, parts[1:]):
+            douts = part.route.split(finish(arriving))
+            if following is not None:
+                arriving = send(following)
+            route, received = part.route, next(kept)
+            buffer, places = route.places(received)
+            for states, place, mask, own in zip(route.states(received), places, route.masks, douts, strict=True):
+                forward = (*states, next(kept), next(kept))
+                varlen.backward(own, None, forward, mask, **layer.factors, grads=place)  # of attend
+            flat = route.join_gradients(buffer, places)
+            returning.append(begin_all_to_all(flat, route.received, route.sent, group))  # of the exchange
+        for part, coming in zip(parts, returning, strict=True):
+            part.route.unpack_gradients(finish(coming), part.states)  # of pack
+        return *grads, None, None
 
 
-def _attend(
-    received: Tensor, route: RouteOnDevice, group: Group, attend: Callable[..., Tensor]
-) -> Callable[[], Tensor]:
-    """attend and the second exchange."""
-    host = route.host
-    outs = [attend(q, k, v, mask) for (q, k, v), mask in zip(_items(received, route), route.masks, strict=True)]
-    return collectives.begin_exchange(_join(outs, received, route), host.outputs.sizes, host.results.sizes, group)
+class _Part(NamedTuple):
+    """The heads that are exchanged at a time: all, or a chunk."""
+
+    route: HeadRoute
+    states: States
+    heads: slice  # of the queries and the outputs
 
 
-def _items(received: Tensor, route: RouteOnDevice) -> list[list[Tensor]]:
-    """q, k and v of each task. Sources arrive in rank order and shards are contiguous, so that a buffer for one task of
-    whole heads already is its stream in order, and is only viewed."""
-    tasks = route.host.tasks
-    if route.host.in_place:
-        (task,) = tasks
-        packed = received.unflatten(0, (len(task.rows), -1))
-        return [list(packed.split([len(task.q), len(task.kv), len(task.kv)], 1))]
-    shapes = [
-        shape
-        for task in tasks
-        for shape in ((len(task.rows), len(task.q)), (len(task.keys), len(task.kv)), (len(task.keys), len(task.kv)))
-    ]
-    parts = pack.unpack(received, route.arrivals, shapes)
-    return [parts[i : i + 3] for i in range(0, len(parts), 3)]
-
-
-def _join(outs: list[Tensor], received: Tensor, route: RouteOnDevice) -> Tensor:
-    """The tasks' outputs as the send buffer: one task's already is."""
-    if not outs:  # a rank without work sends nothing, but must take part in the backward
-        return received[:0]
-    if len(outs) == 1:
-        return outs[0].flatten(0, 1)
-    return pack.pack(outs, route.outputs, sum(route.host.outputs.sizes))
+def _parts(states: States, stream: Stream, layer: Layer) -> list[_Part]:
+    q, k, v = states
+    count = chunks(stream.chunks, q.shape[1], k.shape[1], stream.group.size)
+    heads, kv_heads = q.shape[1] // count, k.shape[1] // count
+    route = stream.route(heads, kv_heads, layer.causal, layer.window)
+    if count == 1:
+        return [_Part(route, (q, k, v), slice(None))]
+    parts = zip(q.split(heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1), strict=True)
+    return [_Part(route, states, slice(i * heads, (i + 1) * heads)) for i, states in enumerate(parts)]
 
 
 def gather(x: Tensor, stream: Stream, unit: int = 1) -> Tensor:

@@ -122,13 +122,16 @@ def buffers(xs: list[torch.Tensor], leg, ranks: int) -> list[torch.Tensor]:
     """The send buffer cut by rank."""
     if not xs:
         return [torch.empty(0, 1)] * ranks
-    return list(pack.pack(xs, pack.box_table(leg.boxes, xs[0].device), sum(leg.sizes)).split(leg.sizes))
+    return list(pack.pack_boxes(xs, pack.box_table(leg.boxes, xs[0].device), sum(leg.sizes)).split(leg.sizes))
 
 
 def unpacked(parts: list[torch.Tensor], leg, shapes: list[tuple[int, int]]) -> list[torch.Tensor]:
     assert tuple(len(part) for part in parts) == leg.sizes
     flat = torch.cat(parts)
-    return pack.unpack(flat, pack.box_table(leg.boxes, flat.device), shapes) if shapes else []
+    ys = [flat.new_empty(*shape, flat.shape[-1]) for shape in shapes]
+    if ys:
+        pack.unpack_boxes(flat, pack.box_table(leg.boxes, flat.device), ys)
+    return ys
 
 
 def shapes_of(way: Route) -> list[tuple[int, int]]:

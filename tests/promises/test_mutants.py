@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from kit import parity, zoo
 from torch import Tensor
 
-from triton_sp import SPConfig, loss
+from triton_sp import SPConfig, loss, stages
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks import collectives
 from triton_sp.wrappers import entry
@@ -26,12 +26,15 @@ def gather_without_gradient(x: Tensor, sizes: Any, group: Any) -> Tensor:
     return torch.cat([whole[: own.start], x, whole[own.stop :]])
 
 
-def backward_of_exchange_does_not_exchange(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    transfer = ctx.transfer
-    transfer.pending = grad.new_zeros(sum(transfer.send), *grad.shape[1:])
-    rows = min(len(transfer.pending), len(grad))
-    transfer.pending[:rows] = grad[:rows]
-    return grad.new_empty(0), None
+def backward_of_exchange_does_not_exchange(x: Tensor, send: Any, receive: Any, group: Any) -> Any:
+    """In the backward, where no gradient is recorded, a rank keeps what it should have sent."""
+    pending = begin_all_to_all(x, send, receive, group)
+    if torch._C._current_graph_task_id() == -1:
+        return pending
+    kept = x.new_zeros(sum(receive), *x.shape[1:])
+    rows = min(len(kept), len(x))
+    kept[:rows] = x[:rows]
+    return collectives.Pending(kept, pending.group)
 
 
 def gather_whose_backward_only_slices(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,12 +57,13 @@ def total_with_an_all_reduce_in_its_backward(ctx: Any, grad: Tensor) -> tuple[Te
     return grad, None
 
 
-gather, sharded_cross_entropy = collectives.gather, loss.sharded_cross_entropy
+gather, begin_all_to_all = collectives.gather, collectives.begin_all_to_all
+sharded_cross_entropy = loss.sharded_cross_entropy
 # name: the model that shows it, and what is replaced by what
 MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
     "gather": ("vit", collectives, "gather", gather_without_gradient),
     "gather_backward": ("vit", collectives._Gather, "backward", staticmethod(gather_whose_backward_only_slices)),
-    "exchange": ("llama", collectives._Finish, "backward", staticmethod(backward_of_exchange_does_not_exchange)),
+    "exchange": ("llama", stages, "begin_all_to_all", backward_of_exchange_does_not_exchange),
     "total": ("llama", collectives._TotalOfShares, "backward", staticmethod(total_with_an_all_reduce_in_its_backward)),
     "count": ("llama", entry, "sharded_cross_entropy", loss_of_a_local_count),
     "shift": ("llama", entry, "sharded_cross_entropy", labels_shifted_on_the_shard),

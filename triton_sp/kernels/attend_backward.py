@@ -212,15 +212,17 @@ def backward(
     *,
     softmax_scale: float,
     softcap: float = 0.0,
+    grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend.forward`: dq (T, H, D), dk and dv (T_k, K, D), in the dtypes of q, k and v.
 
     Args: `dout_THD` and `dlse_HT`, the gradients of both results (None: the log-sum-exp was not used), then the
-    arguments and results of the forward. Any strides are read; a `dout` that is not contiguous along D is copied.
+    arguments and results of the forward; `grads`, strided places to write dq, dk and dv to. Any strides are read; a
+    `dout` that is not contiguous along D is copied.
     """
     rows, heads, dim = q_THD.shape
     q, k, v, out, dout = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD, out_THD, dout_THD))
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = grads or (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dlse_HT = None if dlse_HT is None else dlse_HT.contiguous()
     cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
     segments = mask.cu_seqlens_q.numel() - 1

@@ -1,10 +1,9 @@
-"""pack and unpack: boxes of rows x heads between tensors and one flat buffer, each byte read and written once.
+"""pack and unpack where heads divide: one launch for q, k and v, addresses in closed form, each byte read and written
+once.
 
-Shapes: tensors (rows, heads, D), strided but along D; the buffer (size, D); boxes int32 (boxes, 7) as `heads.Box`
-has them: tensor, row, rows, head, heads, start, stride. On the way a tensor may be normed (RMSNorm over D, weight
-(D,)) and rotated (rotary embeddings by tables (rows, D)); unpack is the adjoint of that. One launch a tensor: pointers
-that are chosen inside a kernel do not compile for AMD (Triton 3.6.0).
-MODE: 0 no rotation, 1 the halves of D form pairs (rotate-half), 2 neighbours do (interleaved).
+Shapes: up to three tensors x (T, heads, D), strided but along D. Each of P ranks gets `n` neighbouring heads of each:
+n = heads / P, or 1 where there are fewer heads than ranks, one head then going to `copies` = P / heads of them. The
+buffer is (P, T, slot, D), slot = the sum of n over the tensors: token by token, as the receiver's stream wants it.
 """
 
 import torch
@@ -14,169 +13,132 @@ from torch import Tensor
 
 from triton_sp.kernels import launch
 
-RUNTIME = ["x_row", "x_head", "tensor", "boxes", "rows", "heads"]
-ROWS = 16  # of a tile: at D = 128 in bf16 4 KiB, so that one warp has eight 16-byte loads in flight
+RUNTIME = ["rows", "slot", *(f"{name}{i}" for name in ("row", "head", "n", "copies") for i in range(3))]
+ROWS, UNITS = 16, 16  # a tile: 16 rows of 16 units of 8 elements, two 16-byte accesses a thread of 4 warps
 
 
 @triton.jit
-def partner(d, D: tl.constexpr, MODE: tl.constexpr):
-    """The column that a column is rotated with, and the sign: rotated[d] = x[d] cos[d] + sign x[partner] sin[d].
+def places(start, rows, rank, at, offset, n, slot, row_stride, head_stride, first,
+           D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr):  # fmt: skip
+    """Offsets of a tile in a tensor and in the buffer, and which of it exist: (BM, BU, STRIDE) each.
 
-    For D = 4: halves pair (0, 2), (1, 3), neighbours (0, 1), (2, 3); the first of a pair has sign -1.
+    A row of `n` heads is n * D / STRIDE units, of which the tile has those from `at` on. Counted in units of 8
+    elements, every address is seen to be a multiple of 16 bytes, at any head dim and stride.
     """
-    if MODE == 1:
-        return tl.where(d < D // 2, d + D // 2, d - D // 2), tl.where(d < D // 2, -1.0, 1.0)
-    return d ^ 1, tl.where(d % 2 == 0, -1.0, 1.0)
+    t = (start + tl.arange(0, BM))[:, None, None].to(tl.int64)
+    unit = (at + tl.arange(0, BU))[None, :, None]
+    inside = tl.arange(0, STRIDE)[None, None, :]
+    units: tl.constexpr = D // STRIDE
+    here = (t < rows) & (unit < n * units) & (inside >= 0)
+    x = t * row_stride + (first + unit // units) * head_stride.to(tl.int64) + unit % units
+    flat = ((rank.to(tl.int64) * rows + t) * slot + offset) * units + unit
+    return x * STRIDE + inside, flat * STRIDE + inside, here
+
+
+@triton.jit
+def send(x_ptr, flat_ptr, rows, rank, offset, n, copies, slot, row_stride, head_stride,
+         D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr):  # fmt: skip
+    """A tile of rows of one tensor to one rank's part of the buffer."""
+    for at in range(0, n * (D // STRIDE), BU):
+        x, flat, here = places(
+            tl.program_id(0) * BM, rows, rank, at, offset, n, slot, row_stride, head_stride, rank * n // copies,
+            D, STRIDE, BM, BU,
+        )  # fmt: skip
+        tl.store(flat_ptr + flat, tl.load(x_ptr + x, mask=here, other=0.0), mask=here)
+
+
+@triton.jit
+def collect(x_ptr, flat_ptr, rows, group, offset, n, copies, slot, row_stride, head_stride,
+            D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The adjoint: a tile of rows of the heads that `copies` ranks have had, summed over them."""
+    for at in range(0, n * (D // STRIDE), BU):
+        total = tl.zeros([BM, BU, STRIDE], WIDE)
+        for copy in range(copies):
+            rank = group * copies + copy
+            x, flat, here = places(
+                tl.program_id(0) * BM, rows, rank, at, offset, n, slot, row_stride, head_stride, group * n,
+                D, STRIDE, BM, BU,
+            )  # fmt: skip
+            total += tl.load(flat_ptr + flat, mask=here, other=0.0).to(WIDE)
+        x, flat, here = places(
+            tl.program_id(0) * BM, rows, group, at, offset, n, slot, row_stride, head_stride, group * n,
+            D, STRIDE, BM, BU,
+        )  # fmt: skip
+        tl.store(x_ptr + x, total.to(x_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def pack_boxes(
-    x_ptr, flat_ptr, boxes_ptr, cos_ptr, sin_ptr, w_ptr, eps, tensor, x_row, x_head,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr,
+def pack_heads(
+    x0, x1, x2, flat, rows, slot, row0, head0, row1, head1, row2, head2, n0, n1, n2, copies0, copies1, copies2,
+    D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """One program a box of this tensor and tile of its rows.
+    """One program a tile of rows, rank and tensor.
 
-    Example: x = ((0, 1), (2, 3)), D = 1, boxes "head 1 of both rows, then head 0" -> flat = (1, 3, 0, 2).
+    Example: q = ((0, 1), (2, 3)), D = 1, no k and v, 2 ranks -> flat = (0, 2, 1, 3).
     """
-    box = boxes_ptr + tl.program_id(1) * 7
-    row, rows = tl.load(box + 1), tl.load(box + 2)
-    head, heads, start, stride = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5), tl.load(box + 6)
-    if (tl.load(box) != tensor) | (tl.program_id(0) * BM >= rows):
-        return
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    d = tl.arange(0, DP)
-    here = (r < rows)[:, None] & (d < D)[None, :]
-    step = x_head.to(tl.int64) * UNIT
-    x_ptr += (row + r)[:, None].to(tl.int64) * (x_row.to(tl.int64) * UNIT) + head * step
-    to = flat_ptr + (start + r.to(tl.int64) * stride)[:, None] * D + d[None, :]
-    for h in range(heads):
-        x = tl.load(x_ptr + h * step + d[None, :], mask=here, other=0.0)
-        if MODE > 0 or NORM:
-            y, scale = x.to(tl.float32), 1.0
-            if NORM:
-                scale = 1.0 / tl.sqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-                y = y * scale * tl.load(w_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-            if MODE > 0:
-                p, sign = partner(d, D, MODE)
-                z = tl.load(x_ptr + h * step + p[None, :], mask=here, other=0.0).to(tl.float32)
-                if NORM:
-                    z = z * scale * tl.load(w_ptr + p, mask=d < D, other=0.0).to(tl.float32)[None, :]
-                angle = (row + r)[:, None].to(tl.int64) * D + d[None, :]
-                cos = tl.load(cos_ptr + angle, mask=here, other=0.0).to(tl.float32)
-                sin = tl.load(sin_ptr + angle, mask=here, other=0.0).to(tl.float32)
-                y = y * cos + sign[None, :] * z * sin
-            x = y.to(flat_ptr.dtype.element_ty)
-        tl.store(to + h * D, x, mask=here)
+    rank = tl.program_id(1)
+    if tl.program_id(2) == 0:
+        send(x0, flat, rows, rank, 0, n0, copies0, slot, row0, head0, D, STRIDE, BM, BU)
+    elif tl.program_id(2) == 1:
+        send(x1, flat, rows, rank, n0, n1, copies1, slot, row1, head1, D, STRIDE, BM, BU)
+    else:
+        send(x2, flat, rows, rank, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BM, BU)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def unpack_boxes(
-    flat_ptr, boxes_ptr, y_ptr, x_ptr, dw_ptr, cos_ptr, sin_ptr, w_ptr, eps, tensor, boxes, rows, heads, x_row, x_head,
-    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, MODE: tl.constexpr, NORM: tl.constexpr,
-    WIDE: tl.constexpr,
+def unpack_heads(
+    x0, x1, x2, flat, rows, slot, row0, head0, row1, head1, row2, head2, n0, n1, n2, copies0, copies1, copies2,
+    D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of rows and head of a tensor (y, contiguous): the sum of what boxes hold of it.
+    """The adjoint of pack_heads: what ranks have had twice is added up. A permutation where none has.
 
-    Rotation and norm are undone as gradients: y = J^T sum, where J is what pack_boxes does to x. Example: two boxes
-    with (1, 2) and (3,), the second for row 1 again, D = 1 -> y = (1, 5).
+    Example: flat = (1, 2, 3, 4), one head for 2 ranks, D = 1 -> x = (1 + 3, 2 + 4).
     """
-    h, first = tl.program_id(1), tl.program_id(0) * BM
-    r = first + tl.arange(0, BM)
-    d = tl.arange(0, DP)
-    p, sign = partner(d, D, MODE)
-    total = tl.zeros([BM, DP], WIDE)
-    other = tl.zeros([BM, DP], WIDE)  # the same of each column's partner
-    for i in range(boxes):
-        box = boxes_ptr + i * 7
-        row, count, head = tl.load(box + 1), tl.load(box + 2), tl.load(box + 3)
-        mine = (tl.load(box) == tensor) & (h >= head) & (h < head + tl.load(box + 4))
-        if mine & (row < first + BM) & (row + count > first):
-            here = ((r >= row) & (r < row + count))[:, None] & (d < D)[None, :]
-            at = flat_ptr + (tl.load(box + 5) + (r - row).to(tl.int64) * tl.load(box + 6) + h - head)[:, None] * D
-            total += tl.load(at + d[None, :], mask=here, other=0.0).to(WIDE)
-            if MODE > 0:
-                other += tl.load(at + p[None, :], mask=here, other=0.0).to(WIDE)
-    here = (r < rows)[:, None] & (d < D)[None, :]
-    if MODE > 0:
-        # The adjoint of y[d] += sign[d] x[p] sin[d]: x's column d was the partner of p, under p's sign and angle.
-        angle = r[:, None].to(tl.int64) * D
-        cos = tl.load(cos_ptr + angle + d[None, :], mask=here, other=0.0).to(WIDE)
-        sin = tl.load(sin_ptr + angle + p[None, :], mask=here, other=0.0).to(WIDE)
-        total = total * cos - sign[None, :] * other * sin
-    if NORM:
-        at = x_ptr + r[:, None].to(tl.int64) * (x_row.to(tl.int64) * UNIT) + h * (x_head.to(tl.int64) * UNIT)
-        x = tl.load(at + d[None, :], mask=here, other=0.0).to(WIDE)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        unit = x * scale
-        dw = dw_ptr + (h * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * D + d
-        tl.store(dw, tl.sum(total * unit, 0), mask=d < D)
-        total = total * tl.load(w_ptr + d, mask=d < D, other=0.0).to(WIDE)[None, :]
-        total = scale * (total - unit * (tl.sum(total * unit, 1) / D)[:, None])
-    to = y_ptr + (r[:, None].to(tl.int64) * heads + h) * D + d[None, :]
-    tl.store(to, total.to(y_ptr.dtype.element_ty), mask=here)
+    group, ranks = tl.program_id(1), tl.num_programs(1)
+    if tl.program_id(2) == 0:
+        if group * copies0 < ranks:
+            collect(x0, flat, rows, group, 0, n0, copies0, slot, row0, head0, D, STRIDE, BM, BU, WIDE)
+    elif tl.program_id(2) == 1:
+        if group * copies1 < ranks:
+            collect(x1, flat, rows, group, n0, n1, copies1, slot, row1, head1, D, STRIDE, BM, BU, WIDE)
+    else:
+        if group * copies2 < ranks:
+            collect(x2, flat, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BM, BU, WIDE)
 
 
-def _options(dim: int, turned: bool, normed: bool, mode: int) -> dict[str, int]:
-    sizes = {"D": dim, "DP": triton.next_power_of_2(dim), "BM": ROWS, "num_warps": 4}
-    return sizes | {"MODE": mode if turned else 0, "NORM": normed}
+def _arguments(xs: list[Tensor], flat: Tensor, ranks: int) -> tuple[tuple[int, int, int], list, dict[str, int]]:
+    """The grid, the arguments and the constants of a launch."""
+    x, dim = xs[0], xs[0].shape[-1]
+    stride, strides = launch.strides(*xs)
+    if dim % stride:
+        stride, strides = 1, [size * stride for size in strides]
+    heads = [max(1, x.shape[1] // ranks) for x in xs]
+    copies = [max(1, ranks // x.shape[1]) for x in xs]
+    missing = 3 - len(xs)
+    arguments = [
+        *xs, *[x] * missing, flat, x.shape[0], sum(heads), *strides, *[0] * (2 * missing),
+        *heads, *[0] * missing, *copies, *[1] * missing,
+    ]  # fmt: skip
+    grid = (triton.cdiv(x.shape[0], ROWS), ranks, len(xs))
+    return grid, arguments, {"D": dim, "STRIDE": stride, "BM": ROWS, "BU": UNITS, "num_warps": 4}
 
 
-def pack(
-    xs: list[Tensor],
-    boxes: Tensor,
-    size: int,
-    tables: tuple[Tensor, Tensor] | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    mode: int = 1,
-) -> Tensor:
-    """(size, D) of the dtype of xs. The first two of xs are normed by `weights` and rotated by `tables`, if given."""
-    dim, flat = xs[0].shape[-1], xs[0].new_empty(size, xs[0].shape[-1])
-    cos, sin = tables or (flat, flat)
-    with torch.cuda.device_of(flat):
-        for i, x in enumerate(map(launch.dense_rows, xs)):
-            unit, strides = launch.strides(x)
-            turned, normed = tables is not None and i < 2, weights is not None and i < 2
-            grid = (triton.cdiv(x.shape[0], ROWS), len(boxes))
-            if all(grid):
-                pack_boxes[grid](
-                    x, flat, boxes, cos, sin, weights[i] if normed else flat, eps, i, *strides,
-                    UNIT=unit, **_options(dim, turned, normed, mode),
-                )  # fmt: skip
+def pack(xs: list[Tensor], ranks: int) -> Tensor:
+    """(P * T * slot, D): each rank's heads of up to three tensors of one dtype."""
+    xs = [launch.dense_rows(x) for x in xs]
+    slot = sum(max(1, x.shape[1] // ranks) for x in xs)
+    flat = xs[0].new_empty(ranks * xs[0].shape[0] * slot, xs[0].shape[-1])
+    grid, arguments, constants = _arguments(xs, flat, ranks)
+    if grid[0]:
+        with torch.cuda.device_of(flat):
+            pack_heads[grid](*arguments, **constants)
     return flat
 
 
-def unpack(
-    flat: Tensor,
-    boxes: Tensor,
-    rows: list[int],
-    heads: list[int],
-    xs: list[Tensor] | None = None,
-    tables: tuple[Tensor, Tensor] | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
-    eps: float = 0.0,
-    mode: int = 1,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Tensors (rows, heads, D) of the dtype of flat; the gradients of what was packed, if `xs` are given, and then
-    those of `weights` too, in fp32."""
-    flat, dim = flat.contiguous(), flat.shape[-1]
-    ys = [flat.new_empty(t, h, dim) for t, h in zip(rows, heads, strict=True)]
-    cos, sin = tables or (flat, flat)
+def unpack(flat: Tensor, xs: list[Tensor], ranks: int) -> None:
+    """Write the tensors that `pack` has read, which may be strided but along D; sums are formed in fp32 or wider."""
+    grid, arguments, constants = _arguments(xs, flat.contiguous(), ranks)
     wide = tl.float64 if flat.dtype == torch.float64 else tl.float32
-    dws: list[Tensor] = []
-    with torch.cuda.device_of(flat):
-        for i, y in enumerate(ys):
-            x = y if xs is None else launch.dense_rows(xs[i])
-            unit, strides = launch.strides(x)
-            turned, normed = tables is not None and i < 2, weights is not None and i < 2
-            grid = (triton.cdiv(y.shape[0], ROWS), y.shape[1])
-            dw = flat.new_empty(*grid, dim, dtype=torch.float32) if normed else flat
-            if all(grid):
-                unpack_boxes[grid](
-                    flat, boxes, y, x, dw, cos, sin, weights[i] if normed else flat, eps, i, len(boxes),
-                    y.shape[0], y.shape[1], *strides,
-                    UNIT=unit, WIDE=wide, **_options(dim, turned, normed, mode),
-                )  # fmt: skip
-            if normed:
-                dws.append(dw.sum((0, 1)))
-    return ys, dws
+    if grid[0]:
+        with torch.cuda.device_of(flat):
+            unpack_heads[grid](*arguments, WIDE=wide, **constants)

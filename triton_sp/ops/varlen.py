@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
-from triton_sp.ops import dispatch, reference
+from triton_sp.ops import attend_cpu, dispatch
 from triton_sp.ops.checks import check_call, check_values
+from triton_sp.ops.differentiable import once_differentiable
 
 
 @overload
@@ -91,21 +93,88 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
-    factors = {
-        "softmax_scale": q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        "softcap": softcap or 0.0,
-    }
-    if dispatch.portable(q_THD.device) != "reference":
-        out, lse_HT = attend(q_THD, k_TKD, v_TKD, present(mask), mask.causal, mask.window, **factors)
-        return (out, lse_HT.transpose(0, 1)) if return_lse else out
-    check_values(len(q_THD), len(k_TKD), mask)
+    factors = (q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, softcap or 0.0)
+    settings = (present(mask), mask.causal, mask.window, *factors)
+    run = attend if torch.compiler.is_compiling() else _Attend.apply
     with torch.autocast(device, enabled=False):
-        if return_lse:
-            return reference.attend_exactly(q_THD, k_TKD, v_TKD, mask, **factors)
-        return reference.attend(q_THD, k_TKD, v_TKD, mask, **factors)
+        out, lse_HT = run(q_THD, k_TKD, v_TKD, *settings)
+    return (out, lse_HT.transpose(0, 1)) if return_lse else out
 
 
-# --- the kernels as registered operators -----------------------------------------------------------------------------
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softmax_scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """out (T, H, D) and the log-sum-exp (H, T), without a gradient, by the implementation that is chosen here."""
+    chosen = dispatch.implementation(q.device)
+    check_values(len(q), len(k), mask)
+    if chosen == "reference":
+        return attend_cpu.attend(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+    from triton_sp.kernels import attend as kernel  # here, so that the package imports without Triton
+
+    if chosen == "gluon":
+        from triton_sp.kernels.hopper import attend as hopper
+
+        if hopper.takes(q, k, v, mask, softcap):
+            return hopper.forward(q, k, v, mask, softmax_scale=softmax_scale)
+    return kernel.forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+
+
+def backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    states: Sequence[Tensor],
+    mask: Mask,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    grads: Three | None = None,
+) -> Three:
+    """dq, dk and dv of `forward`, whose q, k, v, out and log-sum-exp are `states`; in `grads` where these are given."""
+    q, k, v, out, lse = states
+    factors = {"softmax_scale": softmax_scale, "softcap": softcap, "grads": grads}
+    if dispatch.portable(q.device) == "reference":
+        with torch.autocast(q.device.type, enabled=False):
+            return attend_cpu.attend_backward(dout, dlse, (q, k, v, out, lse), mask, **factors)
+    from triton_sp.kernels import attend_backward as kernel
+
+    return kernel.backward(dout, dlse, q, k, v, out, lse, mask, **factors)
+
+
+class _Attend(torch.autograd.Function):
+    """The eager way: a registered operator costs the host 50 to 160 us more (measured on a CPU)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+        tables, causal, window, softmax_scale, softcap = settings
+        mask = _mask(tables, causal, window)
+        output = forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+        _setup(ctx, (q, k, v, *settings), output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        states, mask, factors, dout = _restore(ctx, dout)
+        return *backward(dout, dlse, states, mask, **factors), None, None, None, None, None
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
+    q, k, v, tables, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables)
+
+
+def _restore(ctx: Any, dout: Tensor | None) -> tuple[list[Tensor], Mask, dict[str, Any], Tensor]:
+    saved = list(ctx.saved_tensors)  # once: a checkpoint gives each tensor a single time
+    causal, window, softmax_scale, softcap = ctx.settings
+    mask, dout = _mask(saved[5:], causal, window), torch.zeros_like(saved[3]) if dout is None else dout
+    return saved[:5], mask, {"softmax_scale": softmax_scale, "softcap": softcap}, dout
+
+
+# --- the same as registered operators, for torch.compile -------------------------------------------------------------
 
 
 @torch.library.custom_op("triton_sp::attend", mutates_args=())
@@ -120,16 +189,7 @@ def attend(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) and the log-sum-exp (H, T), of a mask with these tables, see `present`."""
-    from triton_sp.kernels import attend as kernel  # here, so that the package imports without Triton
-
-    mask = _mask(tables, causal, window)
-    check_values(len(q), len(k), mask)
-    if dispatch.implementation(q.device) == "gluon":
-        from triton_sp.kernels.hopper import attend as hopper
-
-        if hopper.takes(q, k, v, mask, softcap):
-            return hopper.forward(q, k, v, mask, softmax_scale=softmax_scale)
-    return kernel.forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+    return forward(q, k, v, _mask(tables, causal, window), softmax_scale=softmax_scale, softcap=softcap)
 
 
 def present(mask: Mask) -> list[Tensor]:
@@ -148,7 +208,8 @@ def _mask(tables: list[Tensor], causal: bool, window: int | None) -> Mask:
 
 @attend.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    lse_HT = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(*q.shape[:2], v.shape[2]), lse_HT
 
 
 @torch.library.custom_op("triton_sp::attend_backward", mutates_args=())
@@ -163,11 +224,8 @@ def attend_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv of `attend`; `states` are its q, k, v, out and log-sum-exp."""
-    from triton_sp.kernels import attend_backward as kernel
-
     mask = _mask(tables, causal, window)
-    q, k, v, out, lse = states
-    return kernel.backward(dout, dlse, q, k, v, out, lse, mask, softmax_scale=softmax_scale, softcap=softcap)
+    return backward(dout, dlse, states, mask, softmax_scale=softmax_scale, softcap=softcap)
 
 
 @attend_backward.register_fake
@@ -176,18 +234,11 @@ def _(dout: Tensor, dlse: Tensor | None, states: list[Tensor], *_: Any, **__: An
     return q, k, v
 
 
-def _setup_attend(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
-    q, k, v, tables, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
-
-
-def _attend_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    saved = list(ctx.saved_tensors)  # once: a checkpoint gives each tensor a single time
-    states, tables = saved[:5], saved[5:]
-    dout = torch.zeros_like(states[3]) if dout is None else dout
-    grads = attend_backward(dout, dlse, states, tables, *ctx.settings)
+def _registered_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    states, mask, factors, dout = _restore(ctx, dout)
+    tables = present(mask)
+    grads = attend_backward(dout, dlse, states, tables, mask.causal, mask.window, **factors)
     return *grads, [None] * len(tables), None, None, None, None
 
 
-attend.register_autograd(_attend_backward, setup_context=_setup_attend)
+attend.register_autograd(_registered_backward, setup_context=_setup)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
-from triton_sp.ops import pack
 from triton_sp.plan.cost import PlanName
-from triton_sp.plan.heads import Route, assign_heads, assign_whole_heads, describe_tasks, route
+from triton_sp.plan.heads import assign_heads, assign_whole_heads, describe_tasks, route
+from triton_sp.plan.route import CutHeads, HeadRoute, WholeHeads
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
@@ -42,12 +42,16 @@ class Stream:
     chunks: int = 1
     _masks: dict[tuple[range, range, bool, int | None], Mask] = field(default_factory=dict, repr=False)
     _ranges: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
-    _routes: dict[tuple[int, int, bool, int | None], RouteOnDevice] = field(default_factory=dict, repr=False)
+    _routes: dict[tuple[int, int, bool, int | None], HeadRoute] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def own(self) -> range:
+        """This rank's tokens."""
+        return self.shards.range(self.group.rank)
 
     @property
     def local(self) -> slice:
-        own = self.shards.range(self.group.rank)
-        return slice(own.start, own.stop)
+        return slice(self.own.start, self.own.stop)
 
     @cached_property
     def segments(self) -> Segments:
@@ -62,19 +66,26 @@ class Stream:
         """How the layers that have run attended on this rank."""
         if self.is_local:
             return "no exchange"
-        tasks = {describe_tasks(route.host.tasks, self.shards.total) for route in self._routes.values()}
+        tasks = {describe_tasks(route.tasks, self.shards.total) for route in self._routes.values()}
         return " or ".join(sorted(tasks))
 
-    def route(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> RouteOnDevice:
+    def route(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> HeadRoute:
         """How layers with these heads and this mask exchange."""
         key = (num_heads, num_kv_heads, causal, window)
         if key not in self._routes:
-            ranks = self.group.size
-            # Whole heads need not know the segments, which may still be on the device.
-            tasks = assign_whole_heads(num_heads, num_kv_heads, ranks, self.shards.total)
-            tasks = tasks or assign_heads(num_heads, num_kv_heads, ranks, self.segments.work(causal, window))
-            self._routes[key] = RouteOnDevice(self, route(self.shards, tasks, self.group.rank), causal, window)
+            self._routes[key] = self._find_route(*key)
         return self._routes[key]
+
+    def _find_route(self, num_heads: int, num_kv_heads: int, causal: bool, window: int | None) -> HeadRoute:
+        ranks, rank = self.group.size, self.group.rank
+        # Whole heads need not know the segments, which may still be on the device.
+        whole = assign_whole_heads(num_heads, num_kv_heads, ranks, self.shards.total)
+        if whole is not None:
+            (task,) = whole[rank]
+            return WholeHeads(self.shards, rank, whole[rank], self.mask(task.rows, task.keys, causal, window))
+        tasks = assign_heads(num_heads, num_kv_heads, ranks, self.segments.work(causal, window))
+        masks = [self.mask(task.rows, task.keys, causal, window) for task in tasks[rank]]
+        return CutHeads(route(self.shards, tasks, rank), masks, self.cu_seqlens.device)
 
     def mask(self, rows: range, keys: range, causal: bool, window: int | None) -> Mask:
         """What some rows see of the keys that any of them sees. Nothing is read from the device."""
@@ -113,18 +124,6 @@ class Stream:
         if self.seqused_k is None:
             return cu_q, cu_k, None
         return cu_q, cu_k, self.seqused_k[touched.start : touched.stop].minimum(cu_k.diff())
-
-
-class RouteOnDevice:
-    """A route with its tables on the device, and the mask of each of its tasks."""
-
-    def __init__(self, stream: Stream, host: Route, causal: bool, window: int | None) -> None:
-        self.host = host
-        device = stream.cu_seqlens.device
-        self.inputs, self.arrivals, self.outputs, self.results = (
-            pack.box_table(buffer.boxes, device) for buffer in (host.inputs, host.arrivals, host.outputs, host.results)
-        )
-        self.masks = [stream.mask(task.rows, task.keys, causal, window) for task in host.tasks]
 
 
 def chunks(wanted: int, num_heads: int, num_kv_heads: int, ranks: int) -> int:

@@ -7,16 +7,17 @@ uneven parts, because that is the one collective which gloo and NCCL both run wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
 from torch.distributed.distributed_c10d import _get_process_group_store
 
+from triton_sp.ops.differentiable import once_differentiable
 from triton_sp.ranks.failures import FailureBoard
 from triton_sp.ranks.groups import Group, resolve_group, world_rank
 
@@ -107,69 +108,41 @@ def _issue(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group,
     return getattr(out, "elem", out)  # without the subclass that waits at the first touch: autograd touches it
 
 
-@dataclass(eq=False)
-class _Transfer:
-    """An all-to-all between its beginning and its end, and what is on the way: data, in the backward gradients.
+class Pending(NamedTuple):
+    """An all-to-all on its way, without a gradient."""
 
-    Both ends hold this object; through the graph goes an empty tensor. Autograd would hold the gradient of what is on
-    the way to its own shape, but that travels back in the sizes that were sent.
-    """
-
-    send: tuple[int, ...]
-    receive: tuple[int, ...]
+    arriving: Tensor
     group: Group
-    pending: Tensor | None = None
-
-    def take(self) -> Tensor:
-        assert self.pending is not None
-        arrived, self.pending = _wait(self.pending, self.group), None
-        return arrived
 
 
-class _Begin(torch.autograd.Function):
-    """Issues an all-to-all. Its backward is the end of the adjoint, which `_Finish` has issued."""
+def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Pending:
+    """Send `send[p]` rows of x (dim 0, in rank order) to each rank p, and return at once."""
+    return Pending(_issue(x, send, receive, group, "exchange"), group)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        transfer.pending = _issue(x, transfer.send, transfer.receive, transfer.group, "exchange")
-        return x.new_empty(0)
+
+def finish(pending: Pending) -> Tensor:
+    """What came, in rank order. On a GPU it is the device that waits."""
+    return _wait(*pending)
+
+
+class _Exchange(torch.autograd.Function):
+    """An all-to-all; its adjoint sends everything back."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, ticket: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.transfer.take(), None
-
-
-class _Finish(torch.autograd.Function):
-    """Waits for what `_Begin` has issued; issues the adjoint in the backward."""
+    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = (receive, send), group
+        return finish(begin_all_to_all(x, send, receive, group))
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, transfer: _Transfer) -> Tensor:
-        ctx.transfer = transfer
-        return transfer.take()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        transfer = ctx.transfer
-        transfer.pending = _issue(grad, transfer.receive, transfer.send, transfer.group, "exchange")
-        return grad.new_empty(0), None
+        send, receive = ctx.sizes
+        return finish(begin_all_to_all(grad, send, receive, ctx.group)), None, None, None
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
     """Send `send[p]` rows of x (dim 0, in rank order) to each rank p; return what came, in rank order."""
-    return begin_exchange(x, send, receive, group)()
-
-
-def begin_exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Callable[[], Tensor]:
-    """Like `exchange`, but return at once; calling what is returned waits for the result.
-
-    What is computed in between runs while the data travels, and so does its backward.
-    """
-    transfer = _Transfer(tuple(send), tuple(receive), group)
-    ticket = _Begin.apply(x, transfer)
-    return lambda: _Finish.apply(ticket, transfer)  # type: ignore[no-any-return]
+    return _Exchange.apply(x, tuple(send), tuple(receive), group)  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):
@@ -182,7 +155,7 @@ class _Gather(torch.autograd.Function):
         return _all_to_all(everywhere, [len(x)] * group.size, sizes, group, "gather")
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         group: Group = ctx.group
         own = ctx.sizes[group.rank]

@@ -97,7 +97,9 @@ def attention_forward(
     out = stages.attention(
         q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
     )
-    return F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))[None], None
+    if query.shape[2] > tokens:  # the row of `_with_a_row`
+        out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))
+    return out[None], None
 
 
 def _packed(*states: Tensor) -> list[Tensor]:

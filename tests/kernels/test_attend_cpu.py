@@ -1,0 +1,55 @@
+"""attend on the CPU: its own backward against autograd of the textbook, in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from triton_sp.errors import InputError
+from triton_sp.kernels.mask import Mask
+from triton_sp.ops import attend_cpu
+from triton_sp.ops.varlen import varlen_attention
+
+ROWS, KEYS = torch.tensor([0, 9, 9, 30]), torch.tensor([0, 12, 15, 36])
+RANGES = torch.stack([torch.arange(33) // 2, torch.arange(33) + 5])
+MASKS = {
+    "whole": Mask(ROWS),
+    "causal": Mask(ROWS, causal=True),
+    "window": Mask(ROWS, causal=True, window=4),
+    "window both ways": Mask(ROWS, window=3),
+    "more keys than rows": Mask(ROWS, KEYS, causal=True),
+    "keys left out": Mask(ROWS, KEYS, seqused_k=torch.tensor([0, 3, 19]), causal=True),
+    "ranges": Mask(ROWS, key_ranges=RANGES),
+    "no segment": Mask(torch.tensor([0])),
+}
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("name", MASKS)
+def test_backward_is_that_of_the_textbook(name: str, softcap: float) -> None:
+    mask, factors = MASKS[name], {"softmax_scale": 0.4, "softcap": softcap}
+    keys = 30 if mask.cu_seqlens_k is None else 40
+    torch.manual_seed(0)
+    shapes = [(33, 4, 5), (keys + 3, 2, 5), (keys + 3, 2, 5)]
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    expected, lse_HT = attend_cpu.attend_exactly(q, k, v, mask, **factors)
+    out, lse_TH = varlen_attention(q, k, v, mask, softmax_scale=0.4, softcap=softcap or None, return_lse=True)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse_TH.T, lse_HT, rtol=1e-12, atol=1e-12)
+    dout, weight = torch.randn_like(out), torch.randn_like(lse_HT)
+    for with_lse in (False, True):
+        wanted, found = ((x * dout).sum() for x in (expected, out))
+        wanted = wanted + 0 * (q.sum() + k.sum() + v.sum())  # without a segment the textbook has no gradient
+        if with_lse:
+            seen = torch.isfinite(lse_HT)
+            wanted = wanted + (lse_HT.where(seen, 0.0) * weight).sum()
+            found = found + (lse_TH.T.where(seen, 0.0) * weight).sum()
+        grads = [torch.autograd.grad(x, (q, k, v), retain_graph=True) for x in (wanted, found)]
+        for one, other in zip(*grads, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
+
+
+def test_a_second_derivative_raises() -> None:
+    q = torch.randn(5, 1, 4, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(InputError, match="create_graph"):
+        torch.autograd.grad(varlen_attention(q, q, q, Mask(torch.tensor([0, 5]))).sum(), q, create_graph=True)

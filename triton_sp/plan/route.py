@@ -1,0 +1,157 @@
+"""How the layers of one stream exchange: what is packed for whom, where it lies on arrival, and the way back.
+
+Each method has its adjoint beside it, which runs in the backward. Two classes with one face: `WholeHeads` where heads
+divide between the ranks, so that every buffer is a stream or a view of one, and `CutHeads` where they do not.
+
+    forward     pack -> (exchange) -> states, attend -> join -> (exchange) -> unpack
+    backward    unpack_gradients <- (exchange) <- places, attend <- split <- (exchange) <- pack_gradients
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from triton_sp.kernels.mask import Mask
+from triton_sp.ops import pack
+from triton_sp.plan.heads import Buffer, Route, Tasks
+from triton_sp.plan.shards import Shards
+
+States = tuple[Tensor, Tensor, Tensor]  # q, k and v of some heads, or their gradients
+
+
+class WholeHeads:
+    """Every rank attends with whole heads of the whole stream: one task, no table, nothing is copied on arrival.
+
+    Sources arrive in rank order and shards are contiguous, so that the receive buffer, token by token, is the stream.
+
+    Attributes:
+        tasks: the heads, and rows of them, that this rank attends with; `masks` has the mask of each.
+        sent, received: how many vectors go to, and come from, each rank in the first exchange. The second one sends
+            `returned` and gets `results`. The exchanges of the backward run the other way.
+    """
+
+    def __init__(self, shards: Shards, rank: int, tasks: Tasks, mask: Mask) -> None:
+        (self.task,) = self.tasks = tasks
+        self.masks = (mask,)
+        self.ranks, own = len(shards.sizes), shards.sizes[rank]
+        self.counts = [len(self.task.q), len(self.task.kv), len(self.task.kv)]
+        slot = sum(self.counts)
+        self.sent, self.received = (own * slot,) * self.ranks, tuple(size * slot for size in shards.sizes)
+        self.returned = tuple(size * len(self.task.q) for size in shards.sizes)
+        self.results = (own * len(self.task.q),) * self.ranks
+
+    def pack(self, states: States) -> Tensor:
+        """This rank's q, k and v (T, heads, D) as the send buffer (vectors, D)."""
+        return pack.pack_heads(states, self.ranks)
+
+    def unpack_gradients(self, flat: Tensor, grads: States) -> None:
+        """The adjoint of `pack`, written to `grads`."""
+        pack.unpack_heads(flat, grads, self.ranks)
+
+    def states(self, received: Tensor) -> list[States]:
+        """q, k and v of each task, from the receive buffer."""
+        q, k, v = received.view(len(self.task.rows), sum(self.counts), -1).split(self.counts, 1)
+        return [(q, k, v)]
+
+    def places(self, received: Tensor) -> tuple[Tensor, list[States]]:
+        """Where the gradients of `states` are to be written, and before that the buffer behind all of these places."""
+        buffer = received.new_empty(received.shape)
+        return buffer, self.states(buffer)
+
+    def join_gradients(self, buffer: Tensor, places: list[States]) -> Tensor:
+        """The adjoint of `states`: what the second exchange of the backward sends."""
+        return buffer
+
+    def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
+        """The tasks' outputs as the send buffer of the second exchange."""
+        return outs[0].flatten(0, 1)
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """The adjoint of `join`: the gradient of each task's output."""
+        return [flat.view(len(self.task.rows), len(self.task.q), -1)]
+
+    def unpack(self, flat: Tensor, out: Tensor) -> None:
+        """This rank's outputs (T, H, D), written to `out`."""
+        pack.unpack_heads(flat, [out], self.ranks)
+
+    def pack_gradients(self, dout: Tensor) -> Tensor:
+        """The adjoint of `unpack`."""
+        return pack.pack_heads([dout], self.ranks)
+
+
+class CutHeads:
+    """Rows of heads are cut between ranks by work, and tables of boxes say what goes where. See WholeHeads."""
+
+    def __init__(self, host: Route, masks: Sequence[Mask], device: torch.device) -> None:
+        self.host, self.tasks, self.masks, self.device = host, host.tasks, masks, device
+        self.sent, self.received = host.inputs.sizes, host.arrivals.sizes
+        self.returned, self.results = host.outputs.sizes, host.results.sizes
+
+    @cached_property
+    def inputs(self) -> Tensor:
+        return self._table(self.host.inputs)
+
+    @cached_property
+    def arrivals(self) -> Tensor:
+        return self._table(self.host.arrivals)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        return self._table(self.host.outputs)
+
+    @cached_property
+    def outcomes(self) -> Tensor:
+        return self._table(self.host.results)
+
+    def _table(self, buffer: Buffer) -> Tensor:
+        return pack.box_table(buffer.boxes, self.device)
+
+    def pack(self, states: States) -> Tensor:
+        return pack.pack_boxes(states, self.inputs, sum(self.sent))
+
+    def unpack_gradients(self, flat: Tensor, grads: States) -> None:
+        pack.unpack_boxes(flat, self.inputs, grads)
+
+    def states(self, received: Tensor) -> list[States]:
+        _, places = self.places(received)
+        if places:
+            pack.unpack_boxes(received, self.arrivals, [x for states in places for x in states])
+        return places
+
+    def places(self, received: Tensor) -> tuple[Tensor, list[States]]:
+        dim = received.shape[-1]
+        return received[:0], [
+            (
+                received.new_empty(len(task.rows), len(task.q), dim),
+                received.new_empty(len(task.keys), len(task.kv), dim),
+                received.new_empty(len(task.keys), len(task.kv), dim),
+            )
+            for task in self.tasks
+        ]
+
+    def join_gradients(self, buffer: Tensor, places: list[States]) -> Tensor:
+        if not places:  # a rank without work returns nothing, but takes part in the exchange
+            return buffer
+        return pack.pack_boxes([x for states in places for x in states], self.arrivals, sum(self.received))
+
+    def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
+        return pack.pack_boxes(outs, self.outputs, sum(self.returned)) if outs else received[:0]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        outs = [flat.new_empty(len(task.rows), len(task.q), flat.shape[-1]) for task in self.tasks]
+        if outs:
+            pack.unpack_boxes(flat, self.outputs, outs)
+        return outs
+
+    def unpack(self, flat: Tensor, out: Tensor) -> None:
+        pack.unpack_boxes(flat, self.outcomes, [out])
+
+    def pack_gradients(self, dout: Tensor) -> Tensor:
+        return pack.pack_boxes([dout], self.outcomes, sum(self.results))
+
+
+HeadRoute = WholeHeads | CutHeads

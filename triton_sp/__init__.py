@@ -7,17 +7,16 @@
 
 from triton_sp import errors
 from triton_sp._version import __version__
-from triton_sp.api import sync_gradients, unwrap, wrap
+from triton_sp.api import log_probs, sync_gradients, unwrap, wrap
 from triton_sp.config import SPConfig
 from triton_sp.engines.loaders import share_batches
 from triton_sp.engines.mpu import mpu
 from triton_sp.explain import explain
 from triton_sp.kernels.mask import Mask
-from triton_sp.log_probs import log_probs
 from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.ops.varlen import varlen_attention
-from triton_sp.scores import TokenScores
+from triton_sp.wrappers.scores import TokenScores
 
 __all__ = [
     "FusionAdapter",

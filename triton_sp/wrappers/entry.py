@@ -186,12 +186,7 @@ def _shown(value: Any) -> str:
 def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, int]:
     """(B, S) of a batch whose fields fit one another."""
     _refuse(
-        arguments,
-        "output_attentions",
-        "output_hidden_states",
-        "logits_to_keep",
-        "shift_labels",
-        "output_router_logits",
+        arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
     )
     for name in ("use_cache", *_CACHES):
         if arguments.get(name) not in (None, False):
@@ -283,8 +278,6 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
         shape = _check_batch(override, arguments)
         labels = arguments.get("labels")
         targets = None if labels is None else shift(labels)
-        if request is not None and targets is None:
-            raise InputError("labels", expected="them, -100 where no score is wanted", found="none", remedy="pass them")
         mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
         device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
         plan = partial(plan_decoder, installation, device)

@@ -12,19 +12,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from triton_sp.loss import IGNORE
-from triton_sp.scores import TokenScores, head_scores
+from triton_sp.errors import InputError
+from triton_sp.loss import IGNORE, LogitTransform, chunk_rows
 from triton_sp.wrappers.decoder import TextCall, gather_tokens
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.scope import active
 
 FUSED = "fused_lm_head"
+
+
+class TokenScores(NamedTuple):
+    """Of each label of a batch but the first of a row, (B, S - 1): 0 where the label is -100.
+
+    Attributes:
+        log_probs: the logarithm of its probability, in fp32 or wider.
+        entropy: of the distribution that it is one of, likewise.
+        is_top1: bool, whether it is the likeliest.
+        label_mask: bool, whether it is not -100.
+    """
+
+    log_probs: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+    label_mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,18 @@ def requested(override: Override, arguments: dict[str, Any]) -> ScoreRequest | N
     if not arguments.get(FUSED):
         arguments.pop(FUSED, None)
         return _asked.get()
-    theirs = override.shadowed
-    by_trainer = theirs is not None and FUSED in inspect.signature(theirs, follow_wrapped=False).parameters
-    return ScoreRequest(by_trainer=by_trainer)
+    if arguments.get("labels") is None:
+        raise InputError("labels", expected="them, -100 where no score is wanted", found="none", remedy="pass them")
+    theirs: Any = override.shadowed
+    takes = () if theirs is None else inspect.signature(theirs, follow_wrapped=False).parameters
+    if FUSED in takes and "shift_labels" not in takes:
+        raise InputError(
+            FUSED,
+            expected="a fused head whose forward takes shift_labels, those of the tokens that it is given",
+            found=f"one that takes {', '.join(takes)}",
+            remedy="wrap the model without it, and call triton_sp.log_probs",
+        )
+    return ScoreRequest(by_trainer=FUSED in takes)
 
 
 def answer(
@@ -130,3 +156,50 @@ def score_alone(installation: Installation, model: nn.Module, batch: dict[str, A
         out = model(**rest | {"use_cache": False, "return_dict": True})
     local = scores.take(out.logits, check=True)
     return as_fields(local.view(*labels.shape, 3)[:, :-1], labels[:, 1:] != IGNORE)
+
+
+# --- the numbers: only a chunk of (tokens x vocabulary) is ever formed -----------------------------------------------
+
+
+def head_scores(
+    head: Callable[[Tensor], Tensor],
+    hidden_TC: Tensor,
+    targets_T: Tensor,
+    transform: LogitTransform | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """(T, 3), in fp32 or wider: log-probability, entropy, 1.0 where the target is the likeliest; 0 without a target.
+
+    Args:
+        head: hidden states (T, C) to logits (T, V), token by token; it runs on tokens with a target only.
+        transform: what the model does to logits.
+        temperature: what they are divided by then.
+
+    >>> scores = head_scores(torch.nn.Identity(), torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.tensor([1, -100]))
+    >>> scores.tolist()[0][:2], scores.tolist()[1]                                     # log 1/2 and log 2; no target
+    ([-0.6931471824645996, 0.6931471824645996], [0.0, 0.0, 0.0])
+    """
+    transform = transform or LogitTransform()
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return _scores(transform(head(hidden)), targets, temperature)
+
+    labelled = targets_T != IGNORE
+    hidden, targets = hidden_TC[labelled], targets_T[labelled]
+    with torch.no_grad():
+        rows = chunk_rows(head(hidden[:0]).shape[-1])
+    # A rank without targets has a chunk too, an empty one: engines wait for the gradient of its head.
+    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    scores = torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks])
+    return scores.new_zeros(len(targets_T), 3).masked_scatter(labelled[:, None], scores)
+
+
+def _scores(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    norm = logits.logsumexp(-1)
+    probabilities = (logits - norm[:, None]).exp()
+    # Words that are masked by -inf add nothing; 0 times infinity would.
+    expected = (probabilities * logits.masked_fill(probabilities == 0, 0)).sum(-1)
+    chosen = logits.gather(1, targets[:, None])[:, 0]
+    top1 = (chosen >= logits.amax(-1)).to(norm.dtype)
+    return torch.stack([chosen - norm, norm - expected, top1.detach()], -1)

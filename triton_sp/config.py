@@ -30,6 +30,8 @@ class SPConfig:
             later ones: other ids, labels or pixels of the same shape go unnoticed. "off" trusts the caller.
         plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
             vision towers, "replicate" ask for one; where it is not possible "auto" decides.
+        recurrence: how recurrent layers (gated delta nets, state space models) are shared out: "auto" takes what the
+            cost model finds fastest; "states" or "heads" ask for one, see plan/recurrence.py.
         chunks: in how many parts heads are exchanged, if they divide: one travels while another is attended to, and
             buffers are the smaller. Worth it where the exchange is long; short ones only multiply.
         link: what the cost model reckons with: "nvlink", "pcie", "gloo", or "auto" for what `triton-sp calibrate` has
@@ -46,6 +48,7 @@ class SPConfig:
     check: Literal["always", "first", "off"] = "always"
     plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
+    recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
 
     def __post_init__(self) -> None:

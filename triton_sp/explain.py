@@ -160,6 +160,8 @@ def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
     if not stack.by_interface:
         methods = {method_of(block) for block in stack.blocks}
         why = ", ".join(sorted(method or "how is tried out on the first call" for method in methods))
+    if stack.recurrent:
+        why += f"; {len(stack.recurrent)} recurrent layers hand on states or trade tokens for heads"
     if ranks == 1:
         decision, why = "unchanged", "one rank"
     if stack.refusal is not None:

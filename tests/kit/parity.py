@@ -7,10 +7,12 @@ which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -125,17 +127,43 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
     return errors[worst], worst
 
 
+@contextmanager
+def in_dtype_of(case: zoo.Case) -> Iterator[None]:
+    """Where a case is widened, let what asks for float32 get float64."""
+    if not case.widened:
+        yield
+        return
+    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(Tensor, "float", Tensor.double):
+        yield
+
+
 def write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
     """Loss, outputs and gradients of the unwrapped model, in this process."""
+    with in_dtype_of(case):
+        _write_reference(case, batch_name, path)
+
+
+def _write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
     model, batch = case.model(), case.batch(batch_name)
     labels = batch.pop("labels", None)
-    out = model(**batch)
+    alone = case.documents_alone and batch_name == "packed"
+    out = _one_by_one(model, batch) if alone else model(**batch)
     loss = loss_of(out, labels)
     loss.backward()
     with torch.no_grad():
-        model_loss = loss if labels is None else model(**batch, labels=labels).loss
+        model_loss = loss if labels is None or alone else model(**batch, labels=labels).loss
     main = out.last_hidden_state if labels is None else out.logits
     torch.save((loss.detach(), model_loss.detach(), main.detach(), gradients(model)), path)
+
+
+def _one_by_one(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """The outputs for packed documents, each in a call of its own."""
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    length = batch["input_ids"].shape[1]
+    lengths = [stop - start for start, stop in zip(starts, [*starts[1:], length], strict=True)]
+    outs = [model(input_ids=ids) for ids in batch["input_ids"].split(lengths, 1)]
+    outs[0].logits = torch.cat([out.logits for out in outs], 1)
+    return outs[0]
 
 
 def set_checkpointing(model: nn.Module, kind: str) -> None:
@@ -148,6 +176,11 @@ def set_checkpointing(model: nn.Module, kind: str) -> None:
 
 def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
     """Forward and backward of the wrapped model, on this rank."""
+    with in_dtype_of(case):
+        return _run(case, plan, reference, prepare)
+
+
+def _run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None) -> Parity:
     model, batch = case.model(), case.batch(plan.batch)
     if prepare is not None:
         prepare(model)

@@ -38,6 +38,8 @@ class Case:
         ranks: the group sizes that it is made for.
         suite: those of the test suite; the rest run in `make all-plans`.
         dtype: the widest that the model runs in.
+        documents_alone: the model itself lets packed documents see one another, so its reference runs one at a time.
+        widened: what the model does in float32 is done in float64, in the reference and on the ranks.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Case:
     ranks: tuple[int, ...] = (1, 2, 3, 4)
     suite: tuple[int, ...] = (2, 3, 4)
     dtype: torch.dtype = torch.float64
+    documents_alone: bool = False
+    widened: bool = False
 
     def model(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The model with its weights, the same in every process; in the widest dtype, or the one asked for."""
@@ -153,7 +157,8 @@ def text_case(name: str, family: str, attention: str = "sdpa", ranks: tuple[int,
     # Eager attention fills masks with the least float64, which is -inf in its softmax, which is in float32. Gemma's
     # norms round their weight to float32, so its gradient is a sum of float32 numbers.
     dtype = torch.float32 if attention == "eager" or family == "Gemma" else torch.float64
-    recipe = partial(build, f"{family}ForCausalLM", text_config(family, **options), attention)
+    config = text_config(f"{family}Text" if hasattr(hf, f"{family}TextConfig") else family, **options)
+    recipe = partial(build, f"{family}ForCausalLM", config, attention)
     # Where a row has no key, eager attention averages all tokens of the row; sdpa and flash attention give 0.
     batches = {batch: partial(text_batch, batch, padding_learns=attention != "eager") for batch in names}
     return Case(name, "text", recipe, batches, (), ranks, dtype=dtype)
@@ -539,9 +544,61 @@ def text_cases() -> list[Case]:
     ]
 
 
+# --- recurrent layers --------------------------------------------------------------------------------------------
+
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 6}
+MAMBA = {"mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_d_conv": 4, "mamba_chunk_size": 16}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "experts_implementation": "eager"}
+MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "layers": 3}
+
+
+def hybrid(case: Case) -> Case:
+    """The rules compute in float32 whatever the model's dtype is. Packed documents are apart only where there are
+    kernels for it: the reference runs them one by one."""
+    return replace(case, suite=(), documents_alone=True, widened=True)
+
+
+def hybrid_cases() -> list[Case]:
+    """In `tests/wrappers/test_hybrids.py`, each on a few ranks."""
+    small = {"kv_heads": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 24}
+    delta = MIXED | DELTA | small
+    mrope = delta | {ROPE: MROPE | {"mrope_interleaved": True, "partial_rotary_factor": 1.0}}
+    moe = EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 24}
+    mamba = MAMBA | small | {"layers": 3, "mamba_d_head": "auto", "mamba_expand": 3}
+    nemotron = small | {"layer_types": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"]}
+    nemotron |= {"mamba_num_heads": 6, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 5, "chunk_size": 16}
+    nemotron |= EXPERTS | {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 24}
+    kimi = MIXED | small | {"linear_num_heads": 3, "linear_head_dim": 8, "mlp_layer_types": ["dense"] * 3}
+    kimi |= {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "qk_nope_head_dim": 4, "kv_heads": 4}
+    granite = mamba | EXPERTS | {"num_local_experts": 4, "shared_intermediate_size": 24} | MIXED
+    vision = {"num_heads": HEADS, "patch_size": PATCH, "spatial_merge_size": MERGE, "hidden_size": WIDTH, "depth": 2}
+    vision |= {"intermediate_size": 80, "out_hidden_size": 32, "num_position_embeddings": 64}
+    ids = {"video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    text = text_config("Qwen3_5Text", **mrope).to_dict()
+    text_moe = text_config("Qwen3_5MoeText", **mrope, **moe).to_dict()
+    visuals = qwen_visuals(frame_spans=True)
+    return [
+        hybrid(text_case("qwen3_5", "Qwen3_5", **mrope)),
+        hybrid(text_case("qwen3_5_moe", "Qwen3_5Moe", **mrope, **moe)),
+        hybrid(text_case("qwen3_next", "Qwen3Next", **delta, **moe)),
+        hybrid(text_case("olmo_hybrid", "OlmoHybrid", **delta)),
+        hybrid(text_case("kimi_linear", "KimiLinear", **kimi)),
+        hybrid(text_case("lfm2", "Lfm2", layers=3, layer_types=["conv", "full_attention", "conv"], **small)),
+        hybrid(text_case("nemotron_h", "NemotronH", **nemotron)),
+        hybrid(text_case("bamba", "Bamba", attn_layer_indices=[1], **mamba)),
+        hybrid(text_case("falcon_h1", "FalconH1", mamba_d_ssm=96, **mamba)),
+        hybrid(text_case("granite_hybrid", "GraniteMoeHybrid", **granite)),
+        hybrid(vlm_case("qwen3_5_vl", "Qwen3_5", (vision, text, visuals), **ids)),
+        hybrid(
+            vlm_case("qwen3_5_moe_vl", "Qwen3_5Moe", (vision, text_moe, visuals), experts_implementation="eager", **ids)
+        ),
+    ]
+
+
 CASES = {
     case.name: case
     for case in (
+        *hybrid_cases(),
         *qwen_cases(),
         *llava_cases(),
         *gemma_cases(),

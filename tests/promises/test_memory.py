@@ -12,6 +12,7 @@ from kit import zoo
 LARGEST = {
     "qwen2_5_vl": 1.02,
     "qwen3_vl": 1.02,
+    "qwen3_5_vl": 1.02,
     "glm4v": 1.02,
     "internvl": 1.02,
     "llava": 3.01,
@@ -25,6 +26,7 @@ LARGEST = {
 ALIKE = {
     "qwen2_vl": 1.02,
     "qwen3_vl_moe": 1.02,
+    "qwen3_5_moe_vl": 1.02,
     "llava_next": 1.7,
     "paligemma2": 3.01,
     "idefics2": 1.8,

@@ -175,10 +175,8 @@ AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "model.layers",
         "chunked_attention",
     ),
-    "qwen3_next": (
-        lambda: from_config(
-            "Qwen3NextForCausalLM", "Qwen3NextConfig", num_experts=2, num_key_value_heads=12, num_hidden_layers=4
-        ),
+    "minimax": (
+        lambda: from_config("MiniMaxForCausalLM", "MiniMaxConfig", num_local_experts=2, num_key_value_heads=12),
         "model.layers",
         "linear_attention",
     ),

@@ -24,6 +24,7 @@ from triton_sp.anatomy.parts import (
     calls_attention_interface,
     is_hf,
 )
+from triton_sp.anatomy.recurrent import recurrent_layers
 from triton_sp.anatomy.refusals import refuse_blocks, refuse_decoder, refuse_stochastic_depth
 from triton_sp.errors import UnsupportedModelError
 
@@ -132,6 +133,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     config: Any = owner.config
     family = config.model_type
     stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), known=family in FAMILIES)
+    stack.recurrent = recurrent_layers(blocks)
     if _takes_pixels(owner):
         ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
         stack.module = ancestors[0]

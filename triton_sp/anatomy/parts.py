@@ -46,6 +46,9 @@ class Stack:
     embeddings: nn.Module | None = None  # of a tower, where it interpolates positions by the sizes of all images
     unit: int = 1  # neighbouring tokens that a tap or merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
+    recurrent: list[nn.Module] = field(
+        default_factory=list
+    )  # layers whose tokens meet in a convolution or a recurrence
     spans: Spans | None = None  # where the model around a decoder makes its masks
     tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
 

@@ -11,6 +11,7 @@ from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attent
 from triton_sp.errors import UnsupportedModelError
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_RECURRENT_TYPES, _TOKEN_WISE_TYPES = {"linear_attention", "conv", "hybrid"}, {"mlp", "moe"}
 _TOKEN_WISE = (
     "Norm",
     "Activation",
@@ -26,14 +27,16 @@ _TOKEN_WISE = (
 _BLOCK_PARAMETERS = {
     "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
     "position_ids", "past_key_values", "past_key_value", "cache", "use_cache", "cache_position", "output_attentions",
-    "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "kwargs",
+    "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "mamba_attention_mask",
+    "kwargs",
 }  # fmt: skip
 
 
 def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
     """The first reason why the blocks of a stack would not compute the same on a shard, or None."""
     block = stack.blocks[0]
-    unknown = set(inspect.signature(type(block).forward).parameters) - _BLOCK_PARAMETERS - {"self", "x"}
+    taken = {name for kind in map(type, stack.blocks) for name in inspect.signature(kind.forward).parameters}
+    unknown = taken - _BLOCK_PARAMETERS - {"self", "x"}
     if stack.by_interface and unknown:
         return UnsupportedModelError(
             names[id(block)],
@@ -43,7 +46,10 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
         )
     if not stack.by_interface:
         return None  # proven by a trial on the first call instead, see wrappers/trial.py
-    modules = [module for block in stack.blocks for module in block.modules()]
+    convolutions = {
+        id(child) for layer in stack.recurrent for child in layer.children() if isinstance(child, nn.Conv1d)
+    }
+    modules = [module for block in stack.blocks for module in block.modules() if id(module) not in convolutions]
     return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
 
 
@@ -92,19 +98,20 @@ def _token_wise(module: nn.Module) -> bool:
 
 
 def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
-    config: Any = stack.module.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - DECODER_LAYER_TYPES
+    kinds = _unknown_kinds(stack)
     if kinds:
         return UnsupportedModelError(
             stack.name,
-            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}",
+            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}, recurrent ones that are known, or MLPs",
             found=f"{sorted(kinds)} in config.layer_types",
-            remedy="use a model without them; their masks are not handled yet",
+            remedy="use a model without them, or a version of transformers whose layers are known; see docs/hybrids.md",
         )
     parameters = inspect.signature(type(stack.module).forward).parameters
     missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
     rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
-    if missing or not rotary:
+    tables = sum(isinstance(module, nn.Embedding) for module in stack.module.modules())
+    ordered = rotary or (bool(stack.recurrent) and tables <= 1)  # recurrences tell the order without positions
+    if missing or not ordered:
         return UnsupportedModelError(
             stack.name,
             expected="a decoder whose positions enter by rotary embeddings of position_ids",
@@ -121,6 +128,21 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
             remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
         )
     return refuse_blocks(stack, names)
+
+
+def _unknown_kinds(stack: Stack) -> set[str]:
+    """The types of layers whose masks or whose way along the tokens are not known."""
+    config: Any = stack.module.config
+    kinds: Any = getattr(config, "layer_types", None) or ()
+    if not stack.recurrent:
+        return set(kinds) - DECODER_LAYER_TYPES
+    recurrent = {id(layer) for layer in stack.recurrent}
+    known = DECODER_LAYER_TYPES | _TOKEN_WISE_TYPES
+    return {
+        kind
+        for kind, block in zip(kinds, stack.blocks, strict=False)
+        if kind not in known | (_RECURRENT_TYPES if any(id(m) in recurrent for m in block.modules()) else set())
+    }
 
 
 def _has_own_head(entry: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from triton_sp.kernels.mask import Mask
 from triton_sp.plan.cost import PlanName
 from triton_sp.plan.heads import assign_heads, assign_whole_heads, describe_tasks, route
+from triton_sp.plan.recurrence import Carry, carry
 from triton_sp.plan.route import CutHeads, HeadRoute, WholeHeads
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
@@ -61,6 +62,11 @@ class Stream:
     def is_local(self) -> bool:
         """Whether every segment is one rank's, so that layers attend to what they have."""
         return self.group.size == 1 or (self.plan == "segments" and self.segments.local(self.shards))
+
+    @cached_property
+    def carry(self) -> Carry:
+        """How this rank's tokens hang together with those of others in recurrent layers."""
+        return carry(self.shards, self.segments, self.group.rank)
 
     def describe(self) -> str:
         """How the layers that have run attended on this rank."""

@@ -26,6 +26,7 @@ from triton_sp.plan.shards import Shards
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers import recurrent
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.scope import (
@@ -192,6 +193,7 @@ def _find_spans(mutual: Tensor, row: Tensor, starts: Tensor, spans: Spans) -> tu
 def install(stack: Stack, installation: Installation) -> None:
     """Override a decoder's forward, its attention, and rotary embeddings that look at the longest position."""
     redirect(stack.attention, installation)
+    recurrent.redirect(stack.recurrent, installation)
     for rotary in stack.rotaries:
         installation.override(rotary, _run_rotary)
     installation.override(stack.module, _run_decoder)
@@ -211,12 +213,14 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     else:
         _expect_mask(arguments.get("attention_mask"), call, stack)
     arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
-    arguments[KEYWORD] = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
+    arguments[KEYWORD] = scope = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
     assert call.longest is not None
     with active(DecoderScope(call.longest)):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
-    installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(),))
+    check_tally(call.tally, len(stack.recurrent), stack.name, "recurrent")
+    ways = [f"recurrent layers by {way}" for way in sorted(scope.ways)]
+    installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(), *ways))
     return out
 
 

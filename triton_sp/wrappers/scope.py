@@ -51,11 +51,13 @@ class AttentionScope:
     """What an attention function needs: the stream, and the tally that proves every layer came by.
 
     Attributes:
+        ways: how the recurrent layers have run, see plan/recurrence.py.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
 
     stream: Stream
     tally: Counter[str] = field(default_factory=Counter)
+    ways: set[str] = field(default_factory=set)
     causal: bool | None = None
 
 
@@ -113,14 +115,14 @@ def bound_checkpoints(model: nn.Module) -> Iterator[None]:
             module.__dict__[name] = checkpoint
 
 
-def check_tally(tally: Counter[str], calls: int, stack: str) -> None:
-    """Raise unless every attention layer of a stack has come by: none may have run on a shard unnoticed."""
-    if tally["attention"] != calls:
+def check_tally(tally: Counter[str], calls: int, stack: str, kind: str = "attention") -> None:
+    """Raise unless every layer of a kind in a stack has come by: none may have run on a shard unnoticed."""
+    if tally[kind] != calls:
         raise UnsupportedModelError(
             stack,
-            expected=f"{calls} sharded attention calls",
-            found=f"{tally['attention']}",
-            remedy="report this model: some of its attention went past the wrapper",
+            expected=f"{calls} sharded calls of {kind} layers",
+            found=f"{tally[kind]}",
+            remedy=f"report this model: some of its {kind} layers went past the wrapper",
         )
 
 

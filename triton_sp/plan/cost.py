@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from triton_sp import cache
 from triton_sp.errors import InputError
@@ -166,10 +167,7 @@ def choose_plan(
     """
     work = segments.work(layers.causal)
     total = segments.starts[-1]
-    flops = [
-        (stop - start) * layers.token_flops() + pairs * layers.pair_flops()
-        for (start, stop), pairs in zip(pairwise(segments.starts), work.by_segment, strict=True)
-    ]
+    flops = np.diff(segments.table) * layers.token_flops() + work.by_segment * layers.pair_flops()
 
     even, cut = shard_tokens(total, ranks, unit), shard_segments(segments, ranks, flops, unit) or owned
     # A tower's result is made whole again at its end: one more collective, of hidden states.
@@ -178,14 +176,12 @@ def choose_plan(
     exchanged = layers.exchange_bytes(max(even.sizes), ranks) / link.bandwidth
     seconds = {"heads": layers.count * (busiest / link.compute + 4 * link.latency + 2 * exchanged) + end}
     if cut is not None:
-        loads, first = [], 0
-        for size in cut.sizes:
-            last = segments.at(first + size - 1) + 1
-            loads.append(sum(flops[segments.at(first) : last]))
-            first += size
-        seconds["segments"] = layers.count * max(loads) / link.compute + end
+        before = np.concatenate([np.zeros(1), np.cumsum(flops)])
+        edges = np.searchsorted(segments.table, [*cut.starts, total])  # cuts are where segments end
+        loads = np.diff(before[edges])
+        seconds["segments"] = layers.count * float(loads.max()) / link.compute + end
     if replicable:
-        seconds["replicate"] = layers.count * sum(flops) / link.compute
+        seconds["replicate"] = layers.count * float(flops.sum()) / link.compute
     if min(even.sizes) == 0 and replicable:
         del seconds["heads"]  # a rank without tokens
 

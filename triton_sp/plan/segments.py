@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import isqrt
+from typing import TypeVar
+
+import numpy as np
 
 from triton_sp.plan.shards import Shards
 
@@ -49,32 +53,63 @@ class Segments:
         """Whether every segment lies on one rank."""
         return all(start >= self.starts[-1] or self.starts[self.at(start)] == start for start in shards.starts)
 
+    @cached_property
+    def table(self) -> np.ndarray:
+        """`starts` as an array, for what is worked out of all segments at once."""
+        return np.asarray(self.starts, dtype=np.int64)
+
     def work(self, causal: bool = False, window: int | None = None) -> Work:
         """How many keys the rows see; see Work."""
-        ends = [0]
-        for start, stop in pairwise(self.starts):
-            ends.append(ends[-1] + _pairs(stop - start, stop - start, causal, window))
-        mutual = [0]
-        for span in self.spans if causal else ():
-            mutual.append(mutual[-1] + _mutual_pairs(len(span), len(span), None if self.cut_spans else window))
-        return Work(self, causal, window, tuple(ends), tuple(mutual))
+        lengths = np.diff(self.table)
+        spans = np.asarray([len(span) for span in self.spans if causal], dtype=np.int64)
+        return Work(
+            self,
+            causal,
+            window,
+            _running_total(_pairs(lengths, lengths, causal, window)),
+            _running_total(_mutual_pairs(spans, spans, None if self.cut_spans else window)),
+        )
 
 
-def _pairs(rows: int, length: int, causal: bool, window: int | None) -> int:
+def _running_total(values: np.ndarray) -> np.ndarray:
+    """What stands before each, and all of it."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values)])
+
+
+Number = TypeVar("Number", int, np.ndarray)
+
+
+def _pairs(rows: Number, length: Number, causal: bool, window: int | None) -> Number:
     """(row, key) pairs of the first `rows` rows of a segment: the attention FLOPs of a head are 4 D times that."""
     if not causal:
-        return rows * (length if window is None else min(length, 2 * window - 1))
-    short = rows if window is None else min(rows, window)
+        return rows * (length if window is None else _least(length, 2 * window - 1))
+    short = rows if window is None else _least(rows, window)
     return short * (short + 1) // 2 + (rows - short) * (window or 0)
 
 
-def _mutual_pairs(rows: int, length: int, window: int | None) -> int:
+def _rows_for(pairs: int, length: int, causal: bool, window: int | None) -> int:
+    """The least number of rows that have so many pairs: the inverse of `_pairs`, for at least one."""
+    if not causal:
+        return -(-pairs // _pairs(1, length, causal, window))
+    short = length if window is None else min(length, window)  # rows that see all keys before them
+    if pairs > _pairs(short, length, True, window):
+        assert window is not None
+        return short + -(-(pairs - _pairs(short, length, True, window)) // window)
+    rows = (isqrt(8 * pairs - 7) - 1) // 2  # r (r + 1) / 2 >= pairs
+    return rows if rows * (rows + 1) // 2 >= pairs else rows + 1
+
+
+def _mutual_pairs(rows: Number, length: Number, window: int | None) -> Number:
     """Pairs that a span adds to its first `rows` rows: the keys ahead, and those behind that the window left out."""
-    behind = 0 if window is None else max(0, rows - window)
+    behind = rows * 0 if window is None else rows - _least(rows, window)
     return rows * (length - 1) - rows * (rows - 1) // 2 + behind * (behind + 1) // 2
 
 
-@dataclass(frozen=True)
+def _least(value: Number, limit: int) -> Number:
+    return np.minimum(value, limit) if isinstance(value, np.ndarray) else min(value, limit)
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """The attention work of a stream, in (row, key) pairs of one head, and how much of it stands before each row.
 
@@ -89,17 +124,20 @@ class Work:
     segments: Segments
     causal: bool
     window: int | None
-    ends: tuple[int, ...]  # the work before each segment, and all of it; without what spans add
-    mutual: tuple[int, ...]  # what spans add before each of them, and all of it
+    ends: np.ndarray  # the work before each segment, and all of it; without what spans add
+    mutual: np.ndarray  # what spans add before each of them, and all of it
 
     @property
     def total(self) -> int:
-        return self.ends[-1] + self.mutual[-1]
+        return int(self.ends[-1] + self.mutual[-1])
 
     @cached_property
-    def by_segment(self) -> list[int]:
+    def by_segment(self) -> np.ndarray:
         """The work of each segment."""
-        return [self.before(stop) - self.before(start) for start, stop in pairwise(self.segments.starts)]
+        spans = np.asarray([span.start for span in self.segments.spans], dtype=np.int64)
+        if len(self.mutual) == 1:
+            return np.diff(self.ends)
+        return np.diff(self.ends + self.mutual[np.searchsorted(spans, self.segments.table)])
 
     def before(self, row: int) -> int:
         starts = self.segments.starts
@@ -107,7 +145,7 @@ class Work:
             return self.total
         segment = self.segments.at(row)
         length = starts[segment + 1] - starts[segment]
-        pairs = self.ends[segment] + _pairs(row - starts[segment], length, self.causal, self.window)
+        pairs = int(self.ends[segment]) + _pairs(row - starts[segment], length, self.causal, self.window)
         return pairs + self._mutual_before(row)
 
     def _mutual_before(self, row: int) -> int:
@@ -116,13 +154,22 @@ class Work:
         segments = self.segments
         index = bisect_left(segments.spans, row, key=lambda span: span.start)  # spans that start before the row
         if index == 0 or row >= segments.spans[index - 1].stop:
-            return self.mutual[index]
+            return int(self.mutual[index])
         span, window = segments.spans[index - 1], None if segments.cut_spans else self.window
-        return self.mutual[index - 1] + _mutual_pairs(row - span.start, len(span), window)
+        return int(self.mutual[index - 1]) + _mutual_pairs(row - span.start, len(span), window)
 
     def row_at(self, work: int) -> int:
         """The first row that at least `work` stands before."""
-        return bisect_left(range(self.segments.starts[-1]), work, key=self.before)
+        starts = self.segments.starts
+        if len(self.mutual) > 1:
+            return bisect_left(range(starts[-1]), work, key=self.before)
+        segment = int(np.searchsorted(self.ends, work)) - 1  # the last one that less stands before
+        if segment < 0 or work > self.ends[-1]:
+            return 0 if segment < 0 else starts[-1]
+        rows = _rows_for(
+            work - int(self.ends[segment]), starts[segment + 1] - starts[segment], self.causal, self.window
+        )
+        return starts[segment] + rows
 
     def keys(self, rows: range) -> range:
         """The keys that these rows see, from the first to the last."""
@@ -150,30 +197,35 @@ def shard_segments(segments: Segments, ranks: int, costs: Sequence[float], unit:
     >>> shard_segments(Segments((0, 4, 8, 12, 24)), 2, [1, 1, 1, 3]).sizes
     (12, 12)
     """
-    blocks: list[tuple[int, float]] = []  # segments between two places where a cut may be, as (tokens, cost)
-    size, cost = 0, 0.0
-    for (start, stop), price in zip(pairwise(segments.starts), costs, strict=True):
-        size, cost = size + stop - start, cost + price
-        if size and stop % unit == 0:
-            blocks.append((size, cost))
-            size, cost = 0, 0.0
-    if size or len(blocks) < ranks:
+    # Where a cut may be, and what all tokens before it cost.
+    stops, running = segments.table[1:], np.cumsum(np.asarray(costs, dtype=np.float64))
+    possible = (stops % unit == 0) & (np.diff(segments.table) > 0)
+    places = [0, *stops[possible].tolist()]
+    before = [0.0, *running[possible].tolist()]
+    if segments.starts[-1] != places[-1] or len(places) <= ranks:
         return None
-    low, high = max(cost for _, cost in blocks), sum(cost for _, cost in blocks)
+    low, high = float(np.diff(before).max()), before[-1]
     for _ in range(32):  # the least capacity with which `ranks` parts are enough, to 1e-9 of the whole
         middle = (low + high) / 2
-        low, high = (low, middle) if len(_fill(blocks, ranks, middle)) <= ranks else (middle, high)
-    return Shards(tuple(_fill(blocks, ranks, high * (1 + 1e-9))))
+        low, high = (low, middle) if len(_fill(before, ranks, middle)) <= ranks else (middle, high)
+    cuts = [0, *_fill(before, ranks, high * (1 + 1e-9))]
+    return Shards(tuple(places[stop] - places[start] for start, stop in pairwise(cuts)))
 
 
-def _fill(blocks: list[tuple[int, float]], ranks: int, capacity: float) -> list[int]:
-    """Sizes of parts that are each filled up to a capacity, but leave a block for every rank that follows."""
-    sizes, load = [0], 0.0
-    for index, (size, cost) in enumerate(blocks):
-        left = len(blocks) - index  # this one counted
-        if sizes[-1] and (load + cost > capacity or left <= ranks - len(sizes)):
-            sizes.append(0)
-            load = 0.0
-        sizes[-1] += size
-        load += cost
-    return sizes
+def _fill(before: list[float], ranks: int, capacity: float) -> list[int]:
+    """Where parts end that are each filled up to a capacity, but leave a place to cut for every rank that follows.
+
+    Args:
+        before: the cost before each place where a cut may be. The parts are given by the numbers of such places.
+    """
+    last = len(before) - 1
+    ends: list[int] = []
+    start = 0
+    while start < last:
+        full = bisect_right(before, before[start] + capacity, lo=start + 1) - 1  # the last place within the capacity
+        leaving = last - ranks + len(ends) + 1  # blocks for the ranks that follow
+        start = max(start + 1, min(full, leaving))
+        ends.append(start)
+        if len(ends) > ranks:
+            break
+    return ends

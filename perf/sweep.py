@@ -23,6 +23,7 @@ SWEEPS = {
     "fuse": "the seam between tower and language model, routed and by gather-then-slice",
     "agree": "what the comparison of the ranks' inputs costs",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
+    "host": "what an attention layer costs the host, with launches and exchanges stubbed",
     "single_rank": "one rank of 8 of an 8B model on 1M visual tokens: its memory, its time",
 }
 

@@ -160,9 +160,10 @@ def strides(*tensors: Tensor) -> tuple[int, list[int]]:
     >>> strides(torch.empty(10, 4, 72))
     (8, [36, 9])
     """
-    found = [x.stride(axis) for x in tensors for axis in (0, 1)]
-    unit = 8 if all(stride % 8 == 0 for stride in found) else 1
-    return unit, [stride // unit for stride in found]
+    found = [stride for x in tensors for stride in x.stride()[:2]]
+    if any(stride % 8 for stride in found):
+        return 1, found
+    return 8, [stride // 8 for stride in found]
 
 
 def score_factors(softmax_scale: float, softcap: float) -> tuple[float, float]:

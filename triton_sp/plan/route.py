@@ -117,35 +117,48 @@ class CutHeads:
         pack.unpack_boxes(flat, self.inputs, grads)
 
     def states(self, received: Tensor) -> list[States]:
-        _, places = self.places(received)
+        if self.host.in_place:
+            return [self._viewed(received)]
+        places = self._apart(received)
         if places:
             pack.unpack_boxes(received, self.arrivals, [x for states in places for x in states])
         return places
 
     def places(self, received: Tensor) -> tuple[Tensor, list[States]]:
-        dim = received.shape[-1]
-        return received[:0], [
-            (
-                received.new_empty(len(task.rows), len(task.q), dim),
-                received.new_empty(len(task.keys), len(task.kv), dim),
-                received.new_empty(len(task.keys), len(task.kv), dim),
-            )
-            for task in self.tasks
-        ]
+        buffer = received.new_empty(received.shape)
+        return buffer, [self._viewed(buffer)] if self.host.in_place else self._apart(received)
 
     def join_gradients(self, buffer: Tensor, places: list[States]) -> Tensor:
-        if not places:  # a rank without work returns nothing, but takes part in the exchange
+        if self.host.in_place or not places:  # a rank without work returns nothing, but takes part in the exchange
             return buffer
         return pack.pack_boxes([x for states in places for x in states], self.arrivals, sum(self.received))
 
     def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
+        if len(outs) == 1:  # its rows stand in the order of the ranks that have them
+            return outs[0].flatten(0, 1)
         return pack.pack_boxes(outs, self.outputs, sum(self.returned)) if outs else received[:0]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         outs = [flat.new_empty(len(task.rows), len(task.q), flat.shape[-1]) for task in self.tasks]
+        if len(outs) == 1:
+            return [flat.view(outs[0].shape)]
         if outs:
             pack.unpack_boxes(flat, self.outputs, outs)
         return outs
+
+    def _viewed(self, buffer: Tensor) -> States:
+        """The one task's, whose rows are its keys: the buffer is its stream, token by token."""
+        (task,) = self.tasks
+        q, k, v = buffer.view(len(task.rows), -1, buffer.shape[-1]).split([len(task.q), len(task.kv), len(task.kv)], 1)
+        return q, k, v
+
+    def _apart(self, like: Tensor) -> list[States]:
+        """New tensors for each task."""
+        shapes = [(len(task.rows), len(task.q), len(task.keys), len(task.kv), like.shape[-1]) for task in self.tasks]
+        return [
+            (like.new_empty(rows, q, dim), like.new_empty(keys, kv, dim), like.new_empty(keys, kv, dim))
+            for rows, q, keys, kv, dim in shapes
+        ]
 
     def unpack(self, flat: Tensor, out: Tensor) -> None:
         pack.unpack_boxes(flat, self.outcomes, [out])

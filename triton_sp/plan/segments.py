@@ -184,7 +184,7 @@ class Work:
         return range(start, self.segments.span(rows.stop - 1).stop)
 
 
-def shard_segments(segments: Segments, ranks: int, costs: Sequence[float], unit: int = 1) -> Shards | None:
+def shard_segments(segments: Segments, ranks: int, costs: Sequence[float] | np.ndarray, unit: int = 1) -> Shards | None:
     """Cut a stream where segments end, so that the costliest rank costs as little as possible and none is empty.
 
     Args:

@@ -17,7 +17,6 @@ class Family:
 
     side_modules: str | None = None  # modules that the tower runs on the hidden states between its blocks
     embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
-    reads_documents_from_ids: bool = True  # (B, S) position_ids that restart mark packed documents
     joins_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
 
 
@@ -48,14 +47,14 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family(),
     "gemma2": Family(),
     "gemma3_text": Family(),
-    "glm4v_text": Family(reads_documents_from_ids=False),
+    "glm4v_text": Family(),
     "gpt_neox": Family(),
     "llama": Family(),
     "mistral": Family(),
     "phi3": Family(),
     "qwen2": Family(),
-    "qwen2_vl_text": Family(reads_documents_from_ids=False),
-    "qwen2_5_vl_text": Family(reads_documents_from_ids=False),
+    "qwen2_vl_text": Family(),
+    "qwen2_5_vl_text": Family(),
     "qwen3_vl_text": Family(),
     "qwen3_vl_moe_text": Family(),
 }
@@ -138,11 +137,6 @@ def cu_seqlens_of_joined_images(tower: Stack, arguments: dict[str, Any]) -> torc
     module: Any = tower.module
     lengths = [(height // module.patch_size) * (width // module.patch_size) for height, width in sizes]
     return torch.tensor([0, *lengths], device=pixels.device).cumsum(0).to(torch.int32)
-
-
-def reads_documents_from_ids(decoder: Stack) -> bool:
-    """Whether (B, S) position_ids that restart mark packed documents, as the model's own mask would have it."""
-    return FAMILIES.get(decoder.family, Family()).reads_documents_from_ids
 
 
 def first_position(composite: nn.Module) -> int:

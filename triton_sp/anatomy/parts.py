@@ -127,6 +127,13 @@ def calls_attention_interface(module: nn.Module) -> bool:
     return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
 
+def own_code_names(module: nn.Module) -> set[str]:
+    """The names that the code of a module's class uses, that of its base classes too, if they are not torch's own."""
+    classes = [cls for cls in type(module).__mro__ if cls is not object and not cls.__module__.startswith("torch.")]
+    methods = [inspect.unwrap(value) for cls in classes for value in vars(cls).values() if inspect.isfunction(value)]
+    return {name for m in methods if m.__name__ != "__init__" for name in m.__code__.co_names}
+
+
 def attention_like(module: nn.Module) -> bool:
     """Whether a module is called attention, which is all that can be known before it runs."""
     name = type(module).__name__.lower()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attention_interface
+from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attention_interface, own_code_names
 from triton_sp.errors import UnsupportedModelError
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -30,6 +30,10 @@ _BLOCK_PARAMETERS = {
     "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "mamba_attention_mask",
     "kwargs",
 }  # fmt: skip
+
+
+# What an attention module could number, add up or shift its tokens by: on a shard, its own ones.
+_ALONG_TOKENS = {"arange", "linspace", "cumsum", "cumprod", "roll", "flip", "conv1d", "unfold"}
 
 
 def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
@@ -65,6 +69,14 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             expected="attention whose parameters all lie in layers that work token by token",
             found=f"parameters {own} of its own",
             remedy="use a model without them; attention sinks and learned biases are not handled yet",
+        )
+    along = sorted(own_code_names(module) & _ALONG_TOKENS) if calls_attention_interface(module) else []
+    if along:
+        return UnsupportedModelError(
+            name,
+            expected="attention that gets the positions of its tokens, and does not number them itself",
+            found=f"{type(module).__name__}, whose code uses {', '.join(along)}",
+            remedy="use a model without it: on a shard it would begin to count at the shard's first token",
         )
     if leaf and not _token_wise(module) and not calls_attention_interface(module):
         return UnsupportedModelError(

@@ -55,6 +55,7 @@ class TextCall(Call):
         mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
         needed: how many features each rank's placeholders need, by the method that makes them.
         longest: the longest position of the batch, once its tokens have been cut.
+        records_routers: whether the decoder returns the logits of its routers.
     """
 
     stream: Stream
@@ -64,6 +65,7 @@ class TextCall(Call):
     choice: PlanChoice
     needed: dict[str, Shards] = field(default_factory=dict)
     longest: Tensor | None = None
+    records_routers: bool = False
     tally: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -86,7 +88,7 @@ def lay_out(
 
     Args:
         mask: (B, S), non-zero at tokens; None if all are.
-        documents: (B, S) position ids by which HF would tell packed documents apart, or None.
+        documents: (B, S) bool, where packed documents begin, or None.
         targets: (B, S) shifted labels, or None.
         mutual: (B, S) bool, the tokens of `spans`, or None.
         plan: decides how the stream is cut, from its segments.
@@ -110,8 +112,7 @@ def lay_out(
     starts[0] = True
     starts[1:] |= (index[1:] // length != index[:-1] // length) | alone[1:] | alone[:-1]
     if documents is not None:
-        ids = documents.detach().cpu().expand(shape).flatten()[index]
-        starts[1:] |= ids[1:] != ids[:-1] + 1
+        starts |= documents.flatten()[index]
     firsts = starts.nonzero().flatten()
     cu_seqlens = torch.cat([firsts, torch.tensor([len(index)])]).to(torch.int32)
     seqused_k = None
@@ -214,6 +215,8 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
         _expect_mask(arguments.get("attention_mask"), call, stack)
     arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
     arguments[KEYWORD] = scope = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
+    if call.records_routers:
+        arguments["output_router_logits"] = True
     assert call.longest is not None
     with active(DecoderScope(call.longest)):
         out = override.original(**arguments)

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from triton_sp._version import __version__
-from triton_sp.anatomy.families import reads_documents_from_ids
 from triton_sp.anatomy.parts import Spans, device_of
-from triton_sp.errors import InputError
+from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
 from triton_sp.plan.cost import find_link
 from triton_sp.ranks import collectives
@@ -25,7 +24,9 @@ from triton_sp.wrappers.composite import check_rows, needed_rows
 from triton_sp.wrappers.decoder import TextCall, gather_tokens, lay_out
 from triton_sp.wrappers.head import HeadLoss, causal_lm_loss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.masks import documents_of
 from triton_sp.wrappers.planning import plan_decoder
+from triton_sp.wrappers.routers import ARGUMENT, Balance, balance_of
 from triton_sp.wrappers.scope import Call, active
 from triton_sp.wrappers.scores import answer, requested
 
@@ -168,7 +169,6 @@ def _refuse(arguments: dict[str, Any], *names: str) -> None:
         "output_hidden_states": "take last_hidden_state of the model without its head",
         "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
         "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
-        "output_router_logits": "the router's auxiliary loss of a shard is not that of the batch",
     }
     for name in names:
         value = arguments.get(name)
@@ -185,9 +185,7 @@ def _shown(value: Any) -> str:
 
 def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, int]:
     """(B, S) of a batch whose fields fit one another."""
-    _refuse(
-        arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels", "output_router_logits"
-    )
+    _refuse(arguments, "output_attentions", "output_hidden_states", "logits_to_keep", "shift_labels")
     for name in ("use_cache", *_CACHES):
         if arguments.get(name) not in (None, False):
             raise InputError(
@@ -241,18 +239,6 @@ def _check_batch(override: Override, arguments: dict[str, Any]) -> tuple[int, in
     return rows, length
 
 
-def _documents(override: Override, arguments: dict[str, Any]) -> Tensor | None:
-    """The position ids by which transformers' masks tell packed documents apart: without a mask, with explicit ids."""
-    positions = arguments.get("position_ids")
-    if positions is None or arguments.get("attention_mask") is not None:
-        return None
-    if positions.ndim == 3:  # text positions and three visual axes; with three axes alone nothing is packed
-        return positions[0] if positions.shape[0] == 4 else None
-    decoder = override.installation.anatomy.decoder
-    assert decoder is not None
-    return positions if reads_documents_from_ids(decoder) else None
-
-
 def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
     """(B, S), the tokens that see one another in runs, as the model itself would take it from token_type_ids."""
     types = arguments.get("token_type_ids")
@@ -270,15 +256,16 @@ def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
 
 def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
     installation, request = override.installation, requested(override, arguments)
-    laid_out: list[tuple[TextCall, Tensor | None]] = []
-    assert installation.anatomy.decoder is not None
-    spans = installation.anatomy.decoder.spans
+    laid_out: list[tuple[TextCall, Tensor | None, Balance | None]] = []
+    decoder = installation.anatomy.decoder
+    assert decoder is not None
+    spans = decoder.spans
 
     def check() -> str:
         shape = _check_batch(override, arguments)
         labels = arguments.get("labels")
         targets = None if labels is None else shift(labels)
-        mask, documents = arguments.get("attention_mask"), _documents(override, arguments)
+        mask, documents = arguments.get("attention_mask"), documents_of(decoder.module, arguments, shape)
         device = next(arguments[n].device for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
         plan = partial(plan_decoder, installation, device)
         mutual = _mutual(spans, arguments)
@@ -288,17 +275,22 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
             tokens = next(arguments[n] for n in ("input_ids", "inputs_embeds") if arguments.get(n) is not None)
             call = replace(call, needed=needed_rows(fusion, tokens, call.index, call.stream.shards))
             check_rows(installation, arguments, call.needed)
-        laid_out.append((call, targets))
+        balance = balance_of(override.module, arguments.get(ARGUMENT), request)
+        call = replace(call, records_routers=balance is not None)
+        laid_out.append((call, targets, balance))
         return f"{call.choice.plan} {call.stream.shards.sizes} {call.stream.host_segments} {request or ''}"
 
     _agree(installation, arguments, check)
-    call, targets = laid_out[0]
+    call, targets, balance = laid_out[0]
+    mask = arguments.get("attention_mask")
     as_tuple = arguments.pop("return_dict", getattr(override.module.config, "return_dict", True)) is False
     labels = arguments.pop("labels", None)
     if spans is not None:  # it would make a mask (B, 1, S, S) otherwise
         arguments.pop("token_type_ids", None)
         arguments["attention_mask"] = call.mask
     arguments["use_cache"] = False
+    if balance is not None:  # the decoder is asked for its routers' logits, but the model makes no loss of them
+        arguments[ARGUMENT] = False
     if request is not None and targets is not None:
         return answer(override, arguments, call, labels, targets, request)
     items = arguments.pop("num_items_in_batch", None)
@@ -318,6 +310,8 @@ def _run_text_model(override: Override, arguments: dict[str, Any]) -> Any:
             installation.head_verified = True
             loss = mean_of_shares(share, count, installation.group, config.gradient)
         fields = {"loss": loss, **fields}
+    if balance is not None:
+        fields |= balance.fields(fields, None if mask is None else mask.flatten()[call.local_index], installation)
     if config.gather_logits and deferred is None:
         name = "logits" if "logits" in fields else "last_hidden_state"
         fields[name] = gather_tokens(fields[name], call, installation)

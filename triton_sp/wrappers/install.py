@@ -45,6 +45,7 @@ class Installation:
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     front: Override | None = None  # that of the model's own forward
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
+    routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
 
     @property
     def idle(self) -> bool:

@@ -168,6 +168,17 @@ AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "self_attn",
         "sinks",
     ),
+    "llama4_counts": (
+        lambda: from_config(
+            *("Llama4ForCausalLM", "Llama4TextConfig"),
+            num_key_value_heads=12,
+            head_dim=8,
+            num_local_experts=2,
+            layer_types=["full_attention"] * 2,
+        ),
+        "self_attn",
+        "arange",
+    ),
     "llama4": (
         lambda: from_config(
             "Llama4ForCausalLM", "Llama4TextConfig", num_key_value_heads=12, head_dim=8, num_local_experts=2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from triton_sp._version import __version__
 from triton_sp.anatomy.parts import Spans, device_of
-from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, mean_of_shares, sharded_cross_entropy, shift
 from triton_sp.plan.cost import find_link
 from triton_sp.ranks import collectives

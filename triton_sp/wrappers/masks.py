@@ -34,7 +34,7 @@ def _found(*_: Any, mask_function: MaskFunction, **__: Any) -> None:
 
 
 def mask_function_of(decoder: nn.Module, shape: tuple[int, int], **arguments: Any) -> MaskFunction | None:
-    """The function by which a decoder describes the mask of a batch; None if it does not make it by transformers' means.
+    """The function by which a decoder describes the mask of a batch; None if it makes it otherwise.
 
     Args:
         shape: (B, S) of the batch.

@@ -149,7 +149,7 @@ def balance_of(entry: nn.Module, given: Any, request: ScoreRequest | None) -> Ba
         raise InputError(
             ARGUMENT,
             expected="a model whose auxiliary loss is load_balancing_loss_func of its routers' logits",
-            found=f"{type(entry).__name__}, which has {'another' if own is None else 'no number of experts to a token'}",
+            found=f"{type(entry).__name__}, which has {'another' if own is None else 'experts by other names'}",
             remedy=f"set {ARGUMENT}=False in the model's configuration and in the call",
         )
     return Balance(int(top_k), float(coefficient), own)

@@ -20,7 +20,8 @@ check: .venv/.ready
 	$(BIN)/python -m tools.house
 	$(BIN)/python -m tools.imports --check
 	$(BIN)/python -m perf.plot --check
-	$(BIN)/python -m pytest --doctest-modules triton_sp perf tools -p no:cacheprovider
+	$(BIN)/python -m pytest --doctest-modules triton_sp perf tools -p no:cacheprovider \
+		--import-mode=importlib -o consider_namespace_packages=true
 
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:

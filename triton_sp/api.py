@@ -20,27 +20,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Model:
-    """Make a model train sequence-parallel on the ranks of a group, in place.
+    """Make a model train sequence-parallel on the ranks of a group. The model is changed in place.
 
-    Every rank then calls the model with the same whole batch. Vision towers and decoder compute on the rank's tokens
-    and exchange heads in attention (Ulysses, arXiv:2309.14509). `out.loss` is the whole batch's on every rank;
-    `out.logits` holds this rank's tokens (1, T, V) without padding, or all if `config.gather_logits`. `generate`, and
-    calls of inner modules in eval mode or under no_grad, run as before, unsharded, each rank by itself; in training
-    with gradients inner modules that are called directly raise.
+    From then on every rank calls the model with the same, whole batch. Vision towers and the decoder compute on this
+    rank's tokens, and exchange tokens for heads in attention (Ulysses, arXiv:2309.14509). `out.loss` is the loss of the
+    whole batch, on every rank. `out.logits` holds the logits of this rank's tokens, (1, T, V) without padding, or all
+    of them if `config.gather_logits`. `generate` and calls of inner modules in eval mode or under no_grad run as
+    before, not sharded, each rank by itself. Inner modules that are called directly in training with gradients raise.
 
     Args:
-        model_: a Hugging Face model, something around one (PEFT), or a plain module with a stack of attention blocks.
-        group: the ranks that share each batch: a ProcessGroup, a DeviceMesh (one axis, or the axis "sp"), an object
-            with `get_sequence_parallel_group()`, or None for all ranks.
-        config: see SPConfig.
+        model_: a Hugging Face model, a module around one (PEFT), or a plain module with a stack of attention blocks.
+        group: the ranks that share each batch: a ProcessGroup, a DeviceMesh (with one axis, or its axis "sp"), an
+            object with `get_sequence_parallel_group()`, or None for all ranks.
+        config: the settings, see SPConfig.
 
     Returns:
         The same object. Parameter names, state_dict keys and classes are unchanged. Wrapping it again with the same
-        group and settings does nothing, but for a forward that a trainer has put over ours: ours comes to the front.
+        group and settings does nothing, except that our forward is put in front of one that a trainer has put over it.
 
     Raises:
-        GroupError: no usable group. InputError: not a module, or wrapped with other settings before.
-        UnsupportedModelError: a part that cannot be sharded correctly; names the module and the remedy.
+        GroupError: there is no group that can be used.
+        InputError: `model_` is not a module, or is wrapped with other settings already.
+        UnsupportedModelError: a part cannot be sharded correctly. The error names the module and the remedy.
 
     >>> import torch, torch.distributed as dist
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,10 +105,12 @@ def _mean_if_known(group: Any) -> Literal["mean"]:
 
 
 def unwrap(model_: Model) -> Model:
-    """Undo `wrap`: the same object, with exactly the forward it had. Does nothing to a model that is not wrapped.
+    """Undo `wrap` and return the same object, with exactly the forward that it had before.
+
+    It does nothing to a model that is not wrapped.
 
     Raises:
-        SPError: something else has replaced a forward since, and must be taken off first.
+        SPError: something else has replaced a forward after `wrap`, and must be removed first.
     """
     installation = installation_of(model_)
     if installation is not None:
@@ -116,18 +119,20 @@ def unwrap(model_: Model) -> Model:
 
 
 def sync_gradients(model_: nn.Module, group: Any = None) -> None:
-    """After backward, in a plain training loop: make every .grad that of one process on all batches, on every rank.
+    """Give every `.grad`, on every rank, the value that it has in one process. For plain training loops.
 
-    With one group that is the gradient of its batch's loss; with several, each with a batch of its own, that of the
-    mean of their losses, as DDP has it. Engines that combine gradients themselves (DDP, FSDP, DeepSpeed) must not be
-    helped. A parameter that got none on any rank keeps none.
+    Call it on all ranks after the backward. With one group, `.grad` becomes the gradient of the loss of its batch. With
+    several groups, each with a batch of its own, it becomes the gradient of the mean of their losses, as with DDP. A
+    parameter that has no gradient on any rank keeps none. Do not call it with engines that combine gradients
+    themselves (DDP, FSDP, DeepSpeed).
 
     Args:
-        group: the ranks that train this model, those of all its groups: a ProcessGroup, a DeviceMesh with one axis, or
-            None for all ranks. To be called on all of them.
+        model_: a wrapped model.
+        group: all ranks that train the model, of all groups: a ProcessGroup, a DeviceMesh with one axis, or None for
+            all ranks.
 
     Raises:
-        GroupError: the model is not wrapped, or no usable group.
+        GroupError: the model is not wrapped, or there is no group that can be used.
     """
     installation = installation_of(model_)
     if installation is None:

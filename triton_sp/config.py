@@ -15,27 +15,27 @@ class SPConfig:
     """How a model is wrapped.
 
     Attributes:
-        gradient: what will combine the ranks' gradients. "mean" for engines that average over ranks (DDP, FSDP, ZeRO
-            and `sync_gradients`), "sum" for those that add. "auto" is "mean", but with DeepSpeed's own mpu the choice
-            is yours, see mpu.py.
-        gather_logits: whether `out.logits` (without a head: `out.last_hidden_state`) holds all tokens, (B, S, V) with
-            0 at padding, instead of this rank's, (1, T, V).
-        chunked_loss: whether a training step with labels leaves `out.logits` None and forms its loss from a chunk of
-            logits at a time: (tokens, vocabulary) never exists. Liger-Kernel's kernel does it where it is installed
-            and the head is a plain linear layer on a GPU; `explain` says.
-        label_smoothing: of the loss, as transformers' LabelSmoother has it. (That one needs all logits on every rank:
-            `gather_logits`.)
-        check: "always" compares the ranks' inputs before each forward, so that a difference raises on all of them.
-            "first" does so for the first batch of each kind (shapes, settings, plan), and only compares the kind of
-            later ones: other ids, labels or pixels of the same shape go unnoticed. "off" trusts the caller.
-        plan: "auto" takes what the cost model finds fastest for each stream, see cost.py. "heads", "segments" and, for
-            vision towers, "replicate" ask for one; where it is not possible "auto" decides.
-        recurrence: how recurrent layers (gated delta nets, state space models) are shared out: "auto" takes what the
-            cost model finds fastest; "states" or "heads" ask for one, see plan/recurrence.py.
-        chunks: in how many parts heads are exchanged, if they divide: one travels while another is attended to, and
-            buffers are the smaller. Worth it where the exchange is long; short ones only multiply.
-        link: what the cost model reckons with: "nvlink", "pcie", "gloo", or "auto" for what `triton-sp calibrate` has
-            measured on this machine, else "gloo" on CPUs and "nvlink" on GPUs.
+        gradient: how the ranks' gradients will be combined. "mean" is for engines that average over ranks (DDP, FSDP,
+            ZeRO and `sync_gradients`), "sum" for engines that add. "auto" is "mean"; only with DeepSpeed's own mpu you
+            have to say which, see mpu.py.
+        gather_logits: True makes `out.logits` (of a model without a head, `out.last_hidden_state`) hold all tokens,
+            (B, S, V) with 0 at padding, instead of the tokens of this rank, (1, T, V).
+        chunked_loss: True makes a training step with labels compute its loss from a chunk of logits at a time, so that
+            (tokens, vocabulary) never exists; `out.logits` is None then. Liger-Kernel computes it if it is installed
+            and the head is a plain linear layer on a GPU; `explain` says what does.
+        label_smoothing: the smoothing of the loss, from 0 to 1, by the formula of transformers' LabelSmoother. (The
+            LabelSmoother itself needs all logits on every rank, see `gather_logits`.)
+        check: "always" compares the inputs of all ranks before each forward, so that a difference raises on all of
+            them. "first" does this for the first batch of each kind (shapes, settings, plan) and compares only the kind
+            of later batches; other ids, labels or pixels of the same shape are not noticed. "off" compares nothing.
+        plan: "auto" uses the plan that the cost model finds fastest for each stream, see cost.py. "heads", "segments"
+            and (for vision towers) "replicate" force a plan; if it is not possible for a stream, "auto" decides.
+        recurrence: how recurrent layers (gated delta nets, state space models) are divided among ranks. "auto" uses
+            what the cost model finds fastest; "states" and "heads" force one, see plan/recurrence.py.
+        chunks: in how many parts heads are exchanged, if they divide. One part travels while another is attended to,
+            and buffers are smaller. This helps if exchanges are long; short exchanges only become more.
+        link: what the cost model assumes: "nvlink", "pcie" or "gloo". "auto" uses what `triton-sp calibrate` has
+            measured on this machine, or else "gloo" on CPUs and "nvlink" on GPUs.
 
     >>> SPConfig(gradient="sum").gather_logits
     False

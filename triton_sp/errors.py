@@ -1,14 +1,20 @@
-"""What users see when something cannot be done.
+"""The errors that users see.
 
-Every message names the field, what was expected, what was found and the remedy, so that it can be acted on without
-reading this library. All of them are `ValueError`s, so `except ValueError` is enough for a caller.
+Every message names the field, what was expected, what was found and the remedy, so that users can act on it without
+reading this library. All errors are `ValueError`s, so a caller can catch them with `except ValueError`.
 """
 
 from __future__ import annotations
 
 
 class SPError(ValueError):
-    """Base of every error that triton_sp raises for its users.
+    """The base of every error that triton_sp raises for its users.
+
+    Args:
+        field: the argument, the field of a batch or the module that is at fault.
+        expected, found: what it should be, and what it is.
+        remedy: what the user can do.
+        rank: the rank that found the error, if several ranks raise.
 
     >>> print(SPError("labels", expected="shape (2, 8)", found="shape (2, 7)", remedy="pass one label per token"))
     labels: expected shape (2, 8), found shape (2, 7). Remedy: pass one label per token.
@@ -20,7 +26,7 @@ class SPError(ValueError):
         super().__init__(f"{where}{field}: expected {expected}, found {found}. Remedy: {remedy}.")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Exceptions with keyword-only arguments do not pickle by themselves, and ranks send theirs to one another."""
+        """How to pickle an error, which does not work by itself for exceptions with keyword-only arguments."""
         return _rebuild, (type(self), self.field, self.expected, self.found, self.remedy, self.rank)
 
 
@@ -44,15 +50,15 @@ def _rebuild(cls: type[SPError], field: str, expected: str, found: str, remedy: 
 
 
 class InputError(SPError):
-    """An argument of a call, or a field of a batch, is not usable."""
+    """An argument of a call, or a field of a batch, cannot be used."""
 
 
 class GroupError(SPError):
-    """The process group is missing, unusable, or does not contain this rank."""
+    """The process group is missing, cannot be used, or does not contain this rank."""
 
 
 class UnsupportedModelError(SPError):
-    """A part of a model cannot be sharded correctly; the field names the module."""
+    """A part of a model cannot be sharded correctly. The field names the module."""
 
 
 class DisagreementError(SPError):
@@ -60,8 +66,8 @@ class DisagreementError(SPError):
 
 
 class PeerError(SPError):
-    """Another rank of the group failed, ended or stopped in the middle of a step. The group can't be used any more."""
+    """Another rank of the group has failed, ended or stopped in the middle of a step. The group is closed."""
 
 
 class UnsupportedKernelError(SPError):
-    """An operator was asked for something that no implementation of it supports."""
+    """No implementation of an operator supports what it was asked for."""

@@ -1,4 +1,4 @@
-"""explain: what a model is made of, and what wrap does, or would do, with each part and why."""
+"""explain: what a model is made of, what `wrap` does or would do with each part, and why."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from triton_sp.wrappers.trial import GATHERED
 FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
 LEGEND = {
-    "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v out by one "
-    "all-to-all and gets its tokens' results by another; none where segments (images, windows, documents) lie whole on "
-    "ranks. A vision tower alone ends in one gather.",
-    FEATURES_ROUTED: "each rank embeds its part of the text, makes features of its part of the pixels, and is sent the "
-    "rows that its placeholders need: nothing is as long as the batch.",
+    "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v in one "
+    "all-to-all and receives the results of its tokens in another. There is none if each segment (image, window, "
+    "document) lies whole on one rank. A vision tower alone ends with one gather.",
+    FEATURES_ROUTED: "each rank embeds its part of the text, makes the features of its part of the pixels, and is sent "
+    "the features that its placeholders need. No tensor on a rank is as long as the batch.",
     FEATURES_GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
-    GATHERED: "this attention multiplies its matrices itself, so each rank gathers its input, computes it all and "
-    "keeps its tokens. Calling torch.nn.functional.scaled_dot_product_attention instead divides the work.",
+    GATHERED: "this attention multiplies its matrices itself, so each rank gathers its input, computes all of it and "
+    "keeps its own tokens. Calling torch.nn.functional.scaled_dot_product_attention instead would divide the work.",
     "left whole": "every rank computes all of it, as without triton_sp.",
-    "refused": "wrap raises this error, rather than compute something else.",
+    "refused": "wrap raises this error instead of computing something else.",
 }
 
 
@@ -37,14 +37,16 @@ class Row:
     """One part of a model.
 
     Attributes:
-        part: the name of the stack of blocks in the model.
-        kind: what it was taken for, and its family.
-        heads: query heads, "/" key/value heads where these are fewer.
-        heads_per_rank: mean number of query heads that a rank attends with.
-        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; of the fusion between vision and text
+        part: the name of the part in the model, usually that of a list of blocks.
+        kind: what it is, and its family.
+        layers: how many blocks it has.
+        heads: the number of query heads, and after "/" that of key/value heads if these are fewer.
+        heads_per_rank: the mean number of query heads that a rank attends with.
+        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; for the fusion of vision and text
             "features routed" or "features gathered".
-        last_batch: once the wrapped model has run: the plan of its last batch, tokens of each rank, how layers attended
-            on this one (with windows and whole images in turn, two ways), and why this plan.
+        why: the reason.
+        last_batch: empty until the wrapped model has run. Then the plan of its last batch, the tokens of each rank, how
+            the layers attended on this rank (in two ways if windows and whole images alternate), and why this plan.
     """
 
     part: str
@@ -59,12 +61,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns: prints as a table, and `rows` holds the same for a program."""
+    """What `explain` returns. It prints as a table.
+
+    Attributes:
+        title: the class of the model, and whether it is wrapped.
+        rows: the lines of the table, for programs.
+        attention: what computes attention on the model's device, see `ops.dispatch.implementation`.
+        loss: what computes the loss of a training step; empty if the model is not wrapped.
+    """
 
     title: str
     rows: tuple[Row, ...]
-    attention: str  # what computes it on the model's device, see ops.implementation
-    loss: str = ""  # what computes that of a training step
+    attention: str
+    loss: str = ""
 
     def __str__(self) -> str:
         columns = [field.name for field in fields(Row) if field.name != "last_batch"]
@@ -85,13 +94,13 @@ class Explanation:
 
 
 def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
-    """Say what was found in a model, what is sharded, refused or left whole, and why. Runs nothing.
+    """Say what was found in a model, what is sharded, refused or left whole, and why. The model is not run.
 
-    Of a wrapped model that has run it also says which plan the last batch got.
+    For a wrapped model that has run, it also says which plan the last batch had.
 
     Args:
-        model: wrapped or not; of a model that is not, it says what wrap would do.
-        ranks: the group size to reckon with for a model that is not wrapped.
+        model: a wrapped model, or one that is not; then it says what `wrap` would do.
+        ranks: the group size to assume for a model that is not wrapped.
 
     >>> from transformers import CLIPVisionConfig, CLIPVisionModel
     >>> tiny = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
@@ -142,7 +151,7 @@ def _last_batch(part: str, installation: Installation) -> str:
 
 
 def _heads(stack: Stack) -> tuple[int, int] | None:
-    """(query, key/value) heads as the configuration has them; what counts at run time are the shapes."""
+    """The numbers of (query, key/value) heads in the configuration; at run time the shapes of tensors decide."""
     unit: Any = stack.attention[0] if stack.attention else None
     config = getattr(unit, "config", unit)
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)

@@ -1,10 +1,10 @@
-"""The loss stage: each rank its tokens' share of the cross entropy, divided by the count of the whole batch.
+"""The loss stage: each rank computes the cross entropy of its tokens, divided by the label count of the whole batch.
 
-Shifting labels on a shard would pair its last token with nothing, and dividing by a local count would weigh ranks by
-their number of labels; both are done on the full sequence, which every rank has.
+Labels are shifted on the full sequence, which every rank has, because a shard's last token would have no label
+otherwise. They are counted there too, because a count on each rank would give ranks with few labels too much weight.
 
-(tokens x vocabulary) is the largest matrix of most models: 16k tokens of Qwen's 152k words are 10 GB in fp32. Only a
-chunk of it is ever held in fp32, and with `head_cross_entropy` only a chunk of it is ever formed.
+The matrix (tokens x vocabulary) is the largest of most models: for 16k tokens and the 152k words of Qwen it takes 10 GB
+in fp32. Only a chunk of it is held in fp32 at a time, and `head_cross_entropy` forms only a chunk of it at a time.
 """
 
 from __future__ import annotations
@@ -24,13 +24,17 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 
 IGNORE = -100
-CHUNK_ELEMENTS = 1 << 26  # logits that are in fp32 at a time: 256 MiB
+CHUNK_ELEMENTS = 1 << 26  # how many logits are held in fp32 at a time: 256 MiB
 LIGER_DEVICES = ("cuda", "xpu")
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the logits that its head gives: a scale, then a soft limit.
+    """What a model does to the logits of its head: first a scale, then a soft limit.
+
+    Attributes:
+        scale: a factor.
+        softcap: the limit c of c tanh(x / c); None if there is none.
 
     >>> LogitTransform(scale=2.0, softcap=3.0)(torch.tensor([0.0, 100.0])).tolist()
     [0.0, 3.0]
@@ -46,7 +50,7 @@ class LogitTransform:
 
 
 def shift(labels: Tensor) -> Tensor:
-    """The target of each position: the label of the next. (B, S) -> (B, S).
+    """The target of each position, which is the label of the next one. (B, S) to (B, S); the last is -100.
 
     >>> shift(torch.tensor([[5, 6, 7]])).tolist()
     [[6, 7, -100]]
@@ -62,11 +66,11 @@ def sharded_cross_entropy(
     gradient: str,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """The batch's mean cross entropy, equal on every rank, from this rank's tokens.
+    """The mean cross entropy of the batch, the same on every rank, from the tokens of this rank.
 
     Args:
-        logits_TV: this rank's logits; computed on in fp32 or wider, a chunk at a time.
-        targets_T: their targets, -100 to ignore.
+        logits_TV: the logits of this rank's tokens. A chunk at a time is converted to fp32 or wider.
+        targets_T: int64, their targets; -100 is ignored.
         count, gradient: see `mean_of_shares`.
         label_smoothing: see `cross_entropy`.
     """
@@ -74,15 +78,15 @@ def sharded_cross_entropy(
 
 
 def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient: str) -> Tensor:
-    """What the ranks' summed cross entropies come to together, divided by the count of the batch.
+    """The sum over ranks of their cross entropies, divided by the label count of the batch.
 
     Args:
-        share: scalar, this rank's.
-        count: what the sum over all ranks is divided by; 0 counts as 1, so a batch without labels has loss 0.
+        share: a scalar, the summed cross entropy of this rank's tokens.
+        count: the divisor. 0 counts as 1, so a batch without labels has loss 0.
         gradient: "mean" if an engine will average gradients over ranks, "sum" if it will add them.
 
     Returns:
-        A scalar. The mean (or sum) over ranks of the gradients that flow from it is the single-process gradient.
+        A scalar. The mean (or the sum) over ranks of its gradients is the gradient of one process.
     """
     divisor = torch.as_tensor(count, device=share.device, dtype=share.dtype).clamp(min=1)
     share = collectives.scale_gradient(share / divisor, group.size if gradient == "mean" else 1.0)
@@ -93,13 +97,13 @@ def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient:
 
 
 def cross_entropy(logits_TV: Tensor, targets_T: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The sum of the tokens' cross entropies, in fp32 or wider, of which only a chunk is held at a time.
+    """The sum of the cross entropies of the tokens, computed in fp32 or wider, a chunk at a time.
 
     Args:
-        logits_TV: floating, of any strides; their gradient has their dtype.
-        targets_T: int64, -100 to ignore.
-        label_smoothing: the weight of the mean over the vocabulary, as `F.cross_entropy` and transformers'
-            `LabelSmoother` have it.
+        logits_TV: of a floating dtype and any strides. Their gradient has the same dtype.
+        targets_T: int64; -100 is ignored.
+        label_smoothing: the weight of the mean over the vocabulary, as in `F.cross_entropy` and transformers'
+            `LabelSmoother`.
 
     >>> round(cross_entropy(torch.zeros(3, 4), torch.tensor([1, 3, -100])).item(), 4)     # 2 log 4
     2.7726
@@ -112,7 +116,7 @@ def chunk_rows(vocabulary: int) -> int:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits, which their maker holds anyway, and a number a token; fp32 exists by chunks of rows."""
+    """Saves the logits, which the head's caller holds anyway, and one number per token; only chunks are in fp32."""
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, targets_T: Tensor, smoothing: float) -> Tensor:
@@ -125,7 +129,7 @@ class _CrossEntropy(torch.autograd.Function):
             logits, targets = logits_TV[own].to(wide), targets_T[own]
             norm = norm_T[own] = logits.logsumexp(-1)
             losses = norm - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-            if smoothing:  # not multiplied by 0 otherwise: words may be masked by -inf
+            if smoothing:  # not multiplied by 0 otherwise, because words may be masked by -inf
                 losses = (1 - smoothing) * losses + smoothing * (norm - logits.mean(-1))
             total += losses.masked_fill(targets == IGNORE, 0).sum()
         ctx.save_for_backward(logits_TV, targets_T, norm_T)
@@ -157,16 +161,19 @@ def head_cross_entropy(
     label_smoothing: float = 0.0,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """`cross_entropy` of a head's logits, of which never more than a chunk exists, in the backward too.
+    """The `cross_entropy` of the logits of a head, of which only a chunk exists at a time, also in the backward.
 
-    The head runs on tokens with a target only. By Liger-Kernel where it is installed and can stand for the head, which
-    forms gradients in its forward; else chunk by chunk, and again in the backward. Gradients of a weight are added up
-    over the chunks in its own dtype.
+    The head runs only on tokens that have a target. Liger-Kernel computes this if it is installed and can replace the
+    head; it forms gradients in its forward. Otherwise the head runs chunk by chunk, and again in the backward.
+    Gradients of a weight are added up over the chunks in the weight's dtype.
 
     Args:
-        head: hidden states (T, C) to logits (T, V), token by token.
+        head: maps hidden states (T, C) to logits (T, V), token by token.
+        hidden_TC: the hidden states of this rank's tokens.
+        targets_T: int64; -100 is ignored.
         transform: what the model does to logits.
-        forward: what to call in the place of the head.
+        label_smoothing: as in `cross_entropy`.
+        forward: what to call instead of the head.
 
     >>> head, hidden, targets = nn.Linear(2, 5), torch.randn(3, 2), torch.tensor([1, 4, -100])
     >>> share = head_cross_entropy(head, hidden, targets)
@@ -175,7 +182,7 @@ def head_cross_entropy(
     transform, forward = transform or LogitTransform(), forward or head
     labelled = targets_T != IGNORE
     hidden_TC, targets_T = hidden_TC[labelled], targets_T[labelled]
-    # Without tokens Liger divides by 0; where hidden states need no gradient it leaves out the weight's.
+    # Without tokens Liger divides by 0. If hidden states need no gradient it leaves out the gradient of the weight.
     usable = len(hidden_TC) and hidden_TC.requires_grad
     if usable and liger_fits(head, hidden_TC.device, hidden_TC.dtype, transform):
         return _by_liger(head, hidden_TC, targets_T, label_smoothing)
@@ -185,18 +192,22 @@ def head_cross_entropy(
 
     with torch.no_grad():
         rows = chunk_rows(forward(hidden_TC[:0]).shape[-1])
-    # A rank without targets has a chunk too, an empty one: engines wait for the gradient of its head.
+    # A rank without targets has an empty chunk, because engines wait for the gradient of its head.
     chunks = zip(hidden_TC.split(rows), targets_T.split(rows), strict=True)
     return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
 
 
 def liger_installed() -> bool:
+    """Whether Liger-Kernel is installed."""
     return importlib.util.find_spec("liger_kernel") is not None
 
 
 def liger_fits(head: nn.Module, device: torch.device, dtype: torch.dtype, transform: LogitTransform) -> bool:
-    """Whether Liger-Kernel's fused linear cross entropy is there and can stand for a head: a plain linear layer on a
-    GPU, whose logits are the model's, in a dtype that it knows."""
+    """Whether Liger-Kernel's fused linear cross entropy is installed and can replace a head.
+
+    The head must be a plain linear layer on a GPU, in a dtype that Liger knows, and the model must use its logits as
+    they are.
+    """
     return (
         liger_installed()
         and device.type in LIGER_DEVICES

@@ -1,4 +1,4 @@
-"""The test kit, public: run a function on several CPU ranks, compare gradients, count what is saved.
+"""A public test kit: run functions on several CPU ranks, compare gradients, count what is saved for the backward.
 
 >>> from triton_sp.testing import relative_error
 >>> import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||, and ||found|| where nothing is expected."""
+    """||found - expected|| / ||expected|| in float64, or ||found|| if `expected` is zero."""
     size = float(expected.detach().double().norm())
     difference = float((found.detach().double() - expected.detach().double()).norm())
     return difference / size if size else difference
@@ -39,14 +39,17 @@ class _Saved:
 
 @contextmanager
 def saved_activations(model: nn.Module) -> Iterator[list[int]]:
-    """The bytes that a forward has kept for the backward when it ends, parameters left out, in a list of one.
+    """Count the bytes that a forward saves for the backward, without parameters.
+
+    Yields:
+        A list, which holds that number when the block has ended.
 
     >>> with saved_activations(torch.nn.Linear(3, 3)) as size:
     ...     _ = torch.nn.functional.gelu(torch.zeros(4, requires_grad=True))
     >>> size
     [16]
     """
-    kept: WeakSet[_Saved] = WeakSet()  # weak, because results that nothing used have left the graph by then
+    kept: WeakSet[_Saved] = WeakSet()  # weak, so that it forgets results that are not part of the graph any more
 
     def pack(x: Tensor) -> _Saved:
         saved = _Saved(x.detach())
@@ -63,7 +66,7 @@ def saved_activations(model: nn.Module) -> Iterator[list[int]]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill every fresh buffer with NaN, or the largest integer: who reads one before writing it is found out.
+    """Fill all new memory with NaN, or with the largest integer, so that reading before writing is noticed.
 
     >>> with poisoned_memory():
     ...     bool(torch.empty(3).isnan().all())
@@ -78,23 +81,28 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    """A rank process: runs one job after another, each in a process group of its own."""
+    """The main function of a rank process: run one job after another, each in a process group of its own."""
     torch.set_num_threads(1)
     while (job := pipe.recv()) is not None:
         store, ranks, function, args = job
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-            dist.barrier()  # a job that ends at once would leave while others are still connecting to it
+            dist.barrier()  # so that a short job does not end while other ranks are still connecting
             answer = ForkingPickler.dumps((True, function(*args)))
         except BaseException as error:
             answer = ForkingPickler.dumps((False, (error, traceback.format_exc())))
         if dist.is_initialized():
-            dist.destroy_process_group()  # before the answer: the store's folder goes away then
+            dist.destroy_process_group()  # before the answer, after which the folder of the store is removed
         pipe.send_bytes(answer)
 
 
 class RankError(AssertionError):
-    """A job failed on some ranks; `errors` maps rank to exception, `results` has what the others returned."""
+    """A job has failed on some ranks.
+
+    Attributes:
+        errors: the exceptions by rank; EOFError if a process has ended.
+        results: what the job returned, in rank order; exceptions with their tracebacks for ranks that failed.
+    """
 
     def __init__(self, errors: dict[int, BaseException], text: str, results: list[Any]) -> None:
         self.errors, self.results = errors, results
@@ -102,7 +110,7 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Rank processes that stay alive between jobs: starting one costs seconds of imports.
+    """Processes that work as ranks and stay alive between jobs, because starting one takes seconds of imports.
 
     >>> pool = RankPool()
     >>> pool.run(dist.get_rank, ranks=2)
@@ -125,15 +133,20 @@ class RankPool:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(rank, theirs), daemon=True)
         process.start()
-        theirs.close()  # so that ours ends with the process
+        theirs.close()  # so that reading from ours fails when the process ends
         return process, ours
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int, timeout: float = 240.0) -> list[Any]:
-        """Call `function(*args)` on each rank, in a default gloo group of `ranks`; return the results by rank.
+        """Call `function(*args)` on each rank of a new default group (gloo), and return the results in rank order.
+
+        Args:
+            function: a function of a module, with arguments and results that can be pickled.
+            ranks: the size of the group.
+            timeout: how many seconds to wait for a rank.
 
         Raises:
-            RankError: some rank raised; holds each one's exception, EOFError if its process has ended.
-            TimeoutError: some rank did not answer; all are killed, and started anew on the next call.
+            RankError: a rank has raised an exception, or its process has ended.
+            TimeoutError: a rank has not answered. All are killed, and started anew by the next call.
         """
         self._start(ranks)
         errors: dict[int, BaseException] = {}
@@ -158,6 +171,7 @@ class RankPool:
         return results
 
     def close(self) -> None:
+        """End all processes."""
         for process, _ in self._workers:
             process.kill()
             process.join()

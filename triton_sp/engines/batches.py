@@ -1,8 +1,8 @@
-"""The batch of a group: every rank gets the same one, and each loads only every P-th.
+"""Every rank of a group gets the same batches, and each rank loads only every P-th of them.
 
-The ranks of a group take turns: step i's batch is read and decoded by rank i % P, and sent to the others as a
-description in JSON and the bytes of its tensors. Nothing is pickled, so a rank can't be made to run code, and sizes are
-checked against a limit before memory is taken for them.
+The ranks take turns: rank i % P reads and decodes the batch of step i, and sends it to the others as a description in
+JSON and the bytes of its tensors. Nothing is pickled, so a rank cannot be made to run code. Sizes are compared with a
+limit before memory is taken for them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from triton_sp.errors import DisagreementError, InputError
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 
-_BATCH, _END, _FAILED = range(3)  # what a rank whose turn it is has to give
-_NONE = object()  # in place of a batch
+_BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
+_NONE = object()  # stands for a batch where there is none
 _DESCRIPTION_LIMIT = 1 << 22  # bytes of JSON
 _ALIGNMENT = 16  # bytes; views of any dtype start at a multiple of their item size
 _DTYPES = {
@@ -32,7 +32,7 @@ _DTYPES = {
         *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     )
 }
-# What a loader is made of, beside its dataset and its sampler.
+# The options of a DataLoader besides its dataset and its sampler.
 _OPTIONS = (
     *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
     *("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order"),
@@ -40,7 +40,7 @@ _OPTIONS = (
 
 
 class _Turns:
-    """Every P-th of the batches that a sampler makes."""
+    """Every P-th of the batches of a sampler, from this rank's number on."""
 
     def __init__(self, batches: Any, group: Group) -> None:
         self.batches, self.group = batches, group
@@ -53,12 +53,12 @@ class _Turns:
 
 
 class SharedBatches(DataLoader[Any]):
-    """A DataLoader whose batches every rank of a group gets; see `accelerators.share_batches`."""
+    """A DataLoader whose batches every rank of a group gets; see `loaders.share_batches`."""
 
     def __init__(self, loader: DataLoader[Any], group: Group, limit: int) -> None:
         options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
         streamed = isinstance(loader.dataset, IterableDataset)
-        if streamed or loader.batch_sampler is None:  # then the sampler, if it is one, makes the batches
+        if streamed or loader.batch_sampler is None:  # the sampler makes the batches then, if there is one
             sampled = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
             sampled |= {} if streamed else {"sampler": loader.sampler}
             turns = sampled if streamed else sampled | {"sampler": _Turns(loader.sampler, group)}
@@ -66,7 +66,7 @@ class SharedBatches(DataLoader[Any]):
             sampled = {"batch_sampler": loader.batch_sampler}
             turns = {"batch_sampler": _Turns(loader.batch_sampler, group)}
         super().__init__(loader.dataset, **sampled, **options)
-        # A stream can't be read by turns without reading it all: the first rank reads it for the others.
+        # To take turns in a stream, each rank would have to read all of it: the first rank reads it for the others.
         self._parts = None if streamed and group.rank else DataLoader(loader.dataset, **turns, **options)
         self._streamed, self._sharing, self._limit = streamed, group, limit
 
@@ -81,7 +81,7 @@ class SharedBatches(DataLoader[Any]):
 
 
 def _from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
-    """What `load` returns on rank `source`, on every rank; `_NONE` where it ran out of batches there."""
+    """The batch that `load` returns on rank `source`, on every rank; `_NONE` if there is none left."""
     kind, text, tensors, failure = _END, b"", [], None
     if group.rank == source:
         try:
@@ -130,7 +130,7 @@ def _check_size(description: int, tensors: int, limit: int) -> None:
 
 
 def _describe(value: Any, tensors: list[Tensor], where: str) -> Any:
-    """A batch as JSON: a tensor is its dtype and shape, and goes to `tensors`."""
+    """A batch as JSON. Of a tensor it has the dtype and shape; the tensor itself is appended to `tensors`."""
     if isinstance(value, Tensor):
         name = str(value.dtype)[6:]
         if name in _DTYPES and value.layout == torch.strided:
@@ -152,7 +152,7 @@ def _describe(value: Any, tensors: list[Tensor], where: str) -> Any:
 
 
 def _rebuild(node: Any, take: Callable[[torch.dtype, list[int]], Tensor]) -> Any:
-    """The batch again; `take` gives its tensors in order."""
+    """The batch from its description; `take` returns its tensors one after another."""
     kind, content, *shape = node
     if kind == "tensor":
         return take(_DTYPES[content], shape[0])
@@ -165,12 +165,12 @@ def _rebuild(node: Any, take: Callable[[torch.dtype, list[int]], Tensor]) -> Any
 
 
 def _room(tensor: Tensor) -> int:
-    """The bytes that a tensor takes in a payload, up to where the next one starts."""
+    """The bytes from the start of a tensor in a payload to the start of the next one."""
     return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _serialise(tensors: list[Tensor]) -> Tensor:
-    """The bytes of tensors, one after another."""
+    """The bytes of all tensors, one after another, as one uint8 tensor on the CPU."""
     payload = torch.zeros(sum(map(_room, tensors)), dtype=torch.uint8)
     start = 0
     for tensor in tensors:
@@ -180,7 +180,7 @@ def _serialise(tensors: list[Tensor]) -> Tensor:
 
 
 def _deserialise(payload: Tensor) -> Callable[[torch.dtype, list[int]], Tensor]:
-    """Views of a payload, one after another. No size of a description is believed beyond what was sent."""
+    """A function that returns views of a payload, one after another. A description cannot reach beyond the payload."""
     start = 0
 
     def take(dtype: torch.dtype, shape: list[int]) -> Tensor:

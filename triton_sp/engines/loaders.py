@@ -1,8 +1,8 @@
-"""accelerate, and with it the Hugging Face Trainer: loaders of which the ranks of a group get the same batches.
+"""share_batches: loaders that give the ranks of a group the same batches, also in accelerate and the HF Trainer.
 
-Accelerate gives every process other data, and its metrics count every process. An adapted Accelerator counts groups
-instead. What a Trainer counts by itself stays right: `num_items_in_batch` is summed over all processes, P times too
-much, and the loss is multiplied by their number, P times too much as well.
+Accelerate gives every process different data, and its metrics count every process. An adapted Accelerator counts groups
+instead of processes. What a Trainer counts by itself stays right: it sums `num_items_in_batch` over all processes,
+which is P times too much, and multiplies the loss by the number of processes, which is P times too much as well.
 """
 
 from __future__ import annotations
@@ -22,23 +22,29 @@ _T = TypeVar("_T")
 
 
 def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
-    """Let the ranks of a group get the same batches, each decoding every P-th of them.
+    """Give all ranks of a group the same batches, of which each rank decodes every P-th.
 
     Args:
-        source: a DataLoader that would make the same batches on each rank of the group (the sampler of a
-            data-parallel rank); or an `accelerate.Accelerator` or a `transformers.Trainer`, which then make all
-            their loaders so, and count each group once in metrics.
-        group: what `wrap` was given.
-        limit: the most bytes of a batch that a rank takes memory for.
+        source: a DataLoader that would give the same batches on each rank of the group, with the sampler of a
+            data-parallel rank; or an `accelerate.Accelerator` or a `transformers.Trainer`, which then do this with
+            all their loaders, and count each group once in metrics.
+        group: the group that was passed to `wrap`.
+        limit: the most bytes that a rank takes for a batch.
 
     Returns:
-        A DataLoader of the same length; of others the same object. Batches are tensors, numbers and strings in
-        dicts, lists and tuples. Over NCCL they arrive on the GPU.
+        For a DataLoader, another one of the same length; otherwise the same object. Batches are tensors, numbers and
+        strings in dicts, lists and tuples. With NCCL they arrive on the GPU.
 
     Raises:
-        InputError: none of these, or an Accelerator that shards batches itself. While batches are read: one that
-            can't be sent or is too large, on every rank.
-        DisagreementError: reading failed on another rank.
+        InputError: `source` is none of these, or an Accelerator that divides batches itself. While batches are read,
+            on every rank: a batch that cannot be sent or is too large.
+        DisagreementError: while batches are read: reading failed on another rank.
+
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    >>> [batch.tolist() for batch in share_batches(DataLoader([1, 2, 3], batch_size=2))]
+    [[1, 2], [3]]
+    >>> dist.destroy_process_group()
     """
     resolved = groups.resolve_group(group)
     if isinstance(source, DataLoader):
@@ -74,10 +80,10 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
 
 
 def _adapt(accelerator: Any, group: Group, limit: int) -> Any:
-    """Make an Accelerator prepare its loaders for groups, and gather metrics of one rank of each; in place.
+    """Change an Accelerator in place: it prepares loaders for groups, and gathers metrics from one rank of each.
 
     Raises:
-        InputError: a setting with which accelerate itself divides batches among the ranks of a group.
+        InputError: a setting with which accelerate itself would divide batches among the ranks of a group.
     """
     _refuse(accelerator)
     leaders = collectives.leaders(group)
@@ -116,7 +122,7 @@ def _prepare_data_loader(
     device_placement: bool | None = None,
     slice_fn_for_dispatch: Any = None,
 ) -> Any:
-    """Accelerator.prepare_data_loader with one data-parallel rank for each group."""
+    """`Accelerator.prepare_data_loader`, where each group is one data-parallel rank."""
     from accelerate.data_loader import prepare_data_loader
 
     if getattr(data_loader, "_is_accelerate_prepared", False):
@@ -141,7 +147,7 @@ def _prepare_data_loader(
 
 
 def _gather_for_metrics(accelerator: Any, leaders: list[int], input_data: Any, use_gather_object: bool = False) -> Any:
-    """Accelerator.gather_for_metrics of one rank of each group: all of a group hold the same."""
+    """`Accelerator.gather_for_metrics` from one rank of each group, because all ranks of a group hold the same."""
     from accelerate.utils import recursively_apply
 
     gather, world = type(accelerator).gather, accelerator.num_processes

@@ -1,7 +1,8 @@
-"""What DeepSpeed calls an mpu: how the ranks are divided, asked by the names that it uses.
+"""What DeepSpeed calls an mpu: an object that says how the ranks are divided, under the names that DeepSpeed uses.
 
-With this one DeepSpeed averages gradients over all ranks, in every ZeRO stage. Told the size of the sequence group, as
-by its own mpu, ZeRO 0 to 2 add over its ranks and ZeRO 3 averages nevertheless (measured with 0.19.8).
+With this mpu DeepSpeed averages gradients over all ranks in every ZeRO stage. DeepSpeed's own mpu also tells it the
+size of the sequence group, and then ZeRO 0 to 2 add gradients over that group, while ZeRO 3 averages them (measured
+with 0.19.8).
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from triton_sp.ranks.groups import Group
 
 @dataclass(frozen=True)
 class SequenceParallelUnit:
-    """How the ranks are divided.
+    """How the ranks are divided. The methods are those that DeepSpeed and Megatron ask for.
 
     Attributes:
         sequence: the ranks that share this rank's batches.
         everyone: all ranks.
-        model: this rank alone: no weight is divided, so a checkpoint does not depend on the groups.
-        data_size, data_rank: how many groups there are, and which one is this rank's.
+        model: this rank alone, because no weight is divided; so a checkpoint does not depend on the groups.
+        data_size, data_rank: how many groups there are, and the number of this rank's group.
     """
 
     sequence: Group
@@ -31,42 +32,51 @@ class SequenceParallelUnit:
     data_rank: int
 
     def get_sequence_parallel_group(self) -> Any:
+        """The ranks that share this rank's batches."""
         return self.sequence.process_group
 
     def get_data_parallel_group(self) -> Any:
-        """All ranks: ZeRO 3 (0.19.8) divides weights over this one, but then adds gradients as if over all."""
+        """All ranks. ZeRO 3 (0.19.8) divides weights over this group, but averages gradients over all ranks."""
         return self.everyone.process_group
 
     def get_data_parallel_world_size(self) -> int:
+        """How many batches are trained on at a time."""
         return self.data_size
 
     def get_data_parallel_rank(self) -> int:
+        """Which of these batches is this rank's."""
         return self.data_rank
 
     def get_sequence_data_parallel_group(self) -> Any:
+        """All ranks, over which gradients are averaged."""
         return self.everyone.process_group
 
     def get_sequence_data_parallel_world_size(self) -> int:
+        """The number of all ranks."""
         return self.everyone.size
 
     def get_sequence_data_parallel_rank(self) -> int:
+        """This rank's number among all."""
         return self.everyone.rank
 
     def get_model_parallel_group(self) -> Any:
+        """This rank alone."""
         return self.model.process_group
 
     def get_model_parallel_world_size(self) -> int:
+        """1: no weight is divided."""
         return self.model.size
 
     def get_model_parallel_rank(self) -> int:
+        """0, the only one."""
         return self.model.rank
 
 
 def mpu(group: Any = None) -> SequenceParallelUnit:
-    """The mpu for `deepspeed.initialize(mpu=...)` and for `wrap`. Makes process groups: to be called on all ranks.
+    """An mpu for `deepspeed.initialize(mpu=...)` and for `wrap`. It creates process groups: call it on all ranks.
 
     Args:
-        group: the ranks that share each batch, as for `wrap`; all groups have the same size.
+        group: the ranks that share each batch, as for `wrap`. All groups must have the same size.
 
     Raises:
         GroupError: see `wrap`.

@@ -1,4 +1,4 @@
-"""Measure what the cost model reckons with: latency and bandwidth of the exchange, and the speed of matrix products."""
+"""Measure what the cost model needs to know: latency and bandwidth of the exchange, and speed of matrix products."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from triton_sp.plan.cost import Link
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 
-ROUNDS = 20  # the median of which is taken
-# Of what large matrix products reach, what training a transformer reaches; an estimate.
+ROUNDS = 20  # the median of these is taken
+# The part of the speed of large matrix products that training a transformer reaches; an estimate.
 EFFICIENCY = 0.5
 
 
 def seconds(run: Callable[[], object], group: Group, device: torch.device) -> float:
-    """The median time of a call, of the slowest rank, so that every rank gets the same number."""
+    """The median time of a call on the slowest rank; every rank gets the same number."""
 
     def once() -> float:
         _wait(device)
@@ -28,7 +28,7 @@ def seconds(run: Callable[[], object], group: Group, device: torch.device) -> fl
         _wait(device)
         return time.perf_counter() - start
 
-    for _ in range(3):  # connections are made, memory is allocated
+    for _ in range(3):  # to make connections and allocate memory
         once()
     return collectives.largest(statistics.median(once() for _ in range(ROUNDS)), group, device)
 
@@ -39,7 +39,12 @@ def _wait(device: torch.device) -> None:
 
 
 def measure_link(group: Group, device: torch.device, large: int = 1 << 23) -> Link:
-    """The link between the ranks of a group: exchanges of 1 and of `large` numbers for each rank, and a product."""
+    """Measure the link between the ranks of a group. All of its ranks must call this.
+
+    Args:
+        device: where to measure.
+        large: how many numbers each rank is sent in the exchange that measures bandwidth; one is sent for latency.
+    """
 
     def exchange(count: int) -> Callable[[], Tensor]:
         x = torch.zeros(count * group.size, device=device)

@@ -1,12 +1,12 @@
-"""Which plan is the fastest: an alpha-beta model of one training step of a stack of layers. Pure Python, no measuring,
-so that every rank comes to the same answer from what every rank knows.
+"""Which plan is the fastest, by an alpha-beta model of one training step of a stack of layers.
 
-heads      equal shards, two exchanges a layer: the work divides whatever the segments are
-segments   shards that end where segments end: no exchange in these layers, as even as the segments allow
-replicate  every rank computes the whole stream: no exchange at all, for streams too small to be worth one
+heads      shards of equal size and two exchanges in each layer; work divides evenly whatever the segments are
+segments   shards that end where segments end; no exchange in these layers, but only as even as the segments allow
+replicate  every rank computes the whole stream; no exchange at all, for streams that are too small for one
 
-Where some layers of a tower attend in windows and others in whole images, shards that end where windows end serve
-both: the windowed layers exchange nothing, the others exchange heads (see Stream.is_local).
+If some layers of a tower attend in windows and others in whole images, shards that end where windows end serve both:
+the layers with windows exchange nothing, and the others exchange heads (see Stream.is_local). Nothing is measured here,
+so every rank comes to the same answer.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ PlanName = Literal["heads", "segments", "replicate"]
 
 @dataclass(frozen=True)
 class Link:
-    """What moves between ranks, and what a rank computes.
+    """How fast ranks send and compute.
 
     Attributes:
-        latency: seconds that a collective takes beside its bytes (alpha).
-        bandwidth: bytes a second that a rank sends to the others (1 / beta).
-        compute: FLOP a second that a rank reaches in training.
+        name: for messages.
+        latency: seconds that a collective takes in addition to its bytes (alpha).
+        bandwidth: bytes per second that a rank sends to the others (1 / beta).
+        compute: FLOP per second that a rank reaches in training.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Link:
     compute: float
 
 
-# Estimates, not measurements of this project; `triton-sp calibrate` measures and stores what holds on a machine.
+# Estimates, not measurements. `triton-sp calibrate` measures a machine and stores the result.
 LINKS = {
     "nvlink": Link("nvlink", 30e-6, 350e9, 400e12),
     "pcie": Link("pcie", 50e-6, 20e9, 150e12),
@@ -51,7 +52,12 @@ LINKS = {
 
 
 def find_link(name: str, device: str, ranks: int) -> Link:
-    """The link by name; for "auto" the calibrated one, or the default of the device type ("cpu" or "cuda").
+    """The link of a name. For "auto" it is the measured one, or else the default of the device type.
+
+    Args:
+        name: a key of LINKS, or "auto".
+        device: "cpu" or "cuda".
+        ranks: the size of the group.
 
     Raises:
         InputError: the file that holds what was measured on this machine is damaged.
@@ -93,14 +99,15 @@ def store_link(link: Link, device: str, ranks: int) -> Path:
 
 @dataclass(frozen=True)
 class Layers:
-    """A stack of equal layers, as the cost model sees them.
+    """A stack of equal layers, as the cost model sees it.
 
     Attributes:
-        count: how many.
-        width: channels of the hidden states; a layer's weights are taken as 12 width^2, those of a transformer block
-            whose MLP is 4 times as wide.
-        q, kv, head_dim: channels of the queries, of the keys, and of a head.
+        count: how many layers.
+        width: channels of the hidden states. A layer is assumed to have 12 width^2 weights, those of a transformer
+            block whose MLP is 4 times as wide.
+        q, kv, head_dim: channels of the queries, of the keys, and of one head.
         itemsize: bytes of a number.
+        causal: whether attention is.
     """
 
     count: int
@@ -112,23 +119,33 @@ class Layers:
     causal: bool = False
 
     def token_flops(self) -> float:
-        """Of a token in one layer, forward (2 a weight) and backward (4), without attention."""
+        """FLOPs of a token in one layer without attention: 2 for each weight in the forward and 4 in the backward."""
         return 72.0 * self.width**2
 
     def pair_flops(self) -> float:
-        """Of a (row, key) pair in all heads of one layer: two products forward, five backward."""
+        """FLOPs of a (row, key) pair in all heads of a layer: two products in the forward and five in the backward."""
         return 14.0 * self.q
 
     def exchange_bytes(self, tokens: int, ranks: int) -> float:
-        """That a rank with so many tokens sends in one layer, forward: q and outputs, k and v at least once a rank."""
+        """Bytes that a rank with these tokens sends in the forward of one layer: q, outputs, k and v.
+
+        Each rank needs at least one key/value head, so with more ranks than heads k and v are sent several times.
+        """
         kv = max(self.kv, ranks * self.head_dim)
         return tokens * (2 * self.q + 2 * kv) * self.itemsize * (ranks - 1) / ranks
 
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """The plan of a stream: its name, its shards, why, the modelled seconds of a step for each candidate, and in how
-    many chunks heads are exchanged."""
+    """The plan of a stream.
+
+    Attributes:
+        plan: its name.
+        shards: who owns which tokens.
+        why: the reason, for `explain`.
+        seconds: the modelled time of a step with each candidate.
+        chunks: in how many parts heads are exchanged.
+    """
 
     plan: PlanName
     shards: Shards
@@ -150,11 +167,14 @@ def choose_plan(
     """The plan for a stream.
 
     Args:
-        segments: those of the layers that run first; shards are cut where they end, or evenly.
-        unit: neighbouring tokens that must stay together.
-        forced: a plan's name, or "auto".
-        replicable: whether every rank may compute all of it.
-        owned: a cut where segments end that leaves ranks without any, for where there are fewer segments than ranks.
+        segments: the segments of the layers that run first. Shards are cut where these end, or evenly.
+        ranks: the size of the group.
+        unit: how many neighbouring tokens must stay together.
+        layers: the stack.
+        link: how fast ranks send and compute.
+        forced: the name of a plan, or "auto".
+        replicable: whether every rank may compute the whole stream.
+        owned: the cut to use for "segments" if there are fewer segments than ranks; some ranks have no tokens then.
 
     >>> frames = Segments(tuple(range(0, 65 * 1024, 1024)))
     >>> tower = Layers(count=27, width=1152, q=1152, kv=1152, head_dim=72, itemsize=2)
@@ -170,7 +190,7 @@ def choose_plan(
     flops = np.diff(segments.table) * layers.token_flops() + work.by_segment * layers.pair_flops()
 
     even, cut = shard_tokens(total, ranks, unit), shard_segments(segments, ranks, flops, unit) or owned
-    # A tower's result is made whole again at its end: one more collective, of hidden states.
+    # The result of a tower is gathered at its end: one more collective, of hidden states.
     end = 2 * (link.latency + total * layers.width * layers.itemsize * (ranks - 1) / ranks / link.bandwidth)
     busiest = max(even.sizes) * layers.token_flops() + work.total * layers.pair_flops() / ranks
     exchanged = layers.exchange_bytes(max(even.sizes), ranks) / link.bandwidth
@@ -183,7 +203,7 @@ def choose_plan(
     if replicable:
         seconds["replicate"] = layers.count * float(flops.sum()) / link.compute
     if min(even.sizes) == 0 and replicable:
-        del seconds["heads"]  # a rank without tokens
+        del seconds["heads"]  # a rank would have no tokens
 
     best = min(seconds, key=lambda name: seconds[name])
     modelled = ", ".join(f"{name} {time * 1e3:.3g} ms" for name, time in seconds.items())

@@ -1,8 +1,8 @@
-"""Which heads a rank attends with, and what must travel for it. Pure Python, like plan.py.
+"""Which heads a rank attends with, and what must travel for it.
 
-A tasks is a tuple of tasks; a task is some key/value heads with their query heads, and a range of rows of the stream.
-Whole heads where they divide; otherwise the rows of a key/value head and its queries are cut between ranks by work.
-A Route is what one rank sends and receives so that it can compute its tasks, as boxes of rows x heads.
+A rank has one or more tasks. A task is some key/value heads with their query heads, and a range of rows of the stream.
+If the ranks divide the heads evenly, each rank gets whole heads. Otherwise the rows of a key/value head and its query
+heads are divided between ranks by work. A Route is what one rank sends and receives to compute its tasks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from triton_sp.plan.shards import Shards
 
 @dataclass(frozen=True)
 class HeadTask:
-    """Query heads, their key/value heads, the rows of the stream and the keys that these rows see."""
+    """Attention that one rank computes.
+
+    Attributes:
+        q, kv: the query heads, and their key/value heads.
+        rows: the rows of the stream.
+        keys: the keys of the stream that these rows see.
+    """
 
     q: range
     kv: range
@@ -27,7 +33,7 @@ class HeadTask:
 
     @property
     def side_by_side(self) -> bool:
-        """Whether queries, keys and values of the same tokens are needed: they then travel side by side."""
+        """Whether the task needs queries, keys and values of the same tokens, which then travel side by side."""
         return self.rows == self.keys
 
 
@@ -35,7 +41,10 @@ Tasks = tuple[HeadTask, ...]
 
 
 def describe_tasks(tasks: Tasks, rows: int) -> str:
-    """The tasks of one rank in words; `rows` are those of the stream.
+    """The tasks of one rank in words.
+
+    Args:
+        rows: how many rows the stream has.
 
     >>> every, part = range(100), range(71)
     >>> whole, cut = HeadTask(range(0, 2), range(0, 2), every, every), HeadTask(range(2, 3), range(2, 3), part, part)
@@ -51,7 +60,7 @@ def describe_tasks(tasks: Tasks, rows: int) -> str:
 
 
 def assign_whole_heads(num_heads: int, num_kv_heads: int, ranks: int, rows: int) -> tuple[Tasks, ...] | None:
-    """The tasks of each rank, in rank order, in whole heads; None where these do not divide evenly.
+    """The tasks of each rank, in rank order, in whole heads; None if these do not divide evenly.
 
     >>> tasks_of_ranks = assign_whole_heads(8, 2, 4, rows=100)
     >>> [(task.q, task.kv) for tasks in tasks_of_ranks for task in tasks][:3]
@@ -68,9 +77,9 @@ def assign_whole_heads(num_heads: int, num_kv_heads: int, ranks: int, rows: int)
 
 
 def assign_heads(num_heads: int, num_kv_heads: int, ranks: int, work: Work) -> tuple[Tasks, ...]:
-    """The tasks of each rank, in rank order: every (head, row) in exactly one, and equal work for all.
+    """The tasks of each rank, in rank order. Every (head, row) is in exactly one of them, and work is equal.
 
-    The busiest rank has at most the mean work and that of one row of a key/value head's queries.
+    The busiest rank has at most the mean work plus the work of one row in the query heads of one key/value head.
 
     >>> from triton_sp.plan.segments import Segments
     >>> tasks_of_ranks = assign_heads(3, 3, 2, Segments((0, 100)).work(causal=True))
@@ -84,7 +93,7 @@ def assign_heads(num_heads: int, num_kv_heads: int, ranks: int, work: Work) -> t
     whole = assign_whole_heads(num_heads, num_kv_heads, ranks, rows)
     if whole is not None:
         return whole
-    # All work in one line: key/value head after key/value head, row after row. Ranks get equal parts of it.
+    # Imagine all work in one line: key/value head after key/value head, row after row. Ranks get equal parts of it.
     cuts = []
     for rank in range(ranks + 1):
         head, rest = divmod(rank * num_kv_heads, ranks)
@@ -99,7 +108,7 @@ def assign_heads(num_heads: int, num_kv_heads: int, ranks: int, work: Work) -> t
 
 
 def _pieces(begin: tuple[int, int], end: tuple[int, int], everything: range) -> list[tuple[range, range]]:
-    """What lies between two (head, row): the rest of a head, whole heads, the beginning of a head; what there is."""
+    """What is between two (head, row): the rest of a head, whole heads, the beginning of a head; if there are any."""
     (head, row), (last_head, last_row) = begin, end
     if head == last_head:
         pieces = [(range(head, head + 1), range(row, last_row))]
@@ -114,7 +123,7 @@ def _pieces(begin: tuple[int, int], end: tuple[int, int], everything: range) -> 
 
 
 class Box(NamedTuple):
-    """`rows` x `heads` vectors of one of several tensors, and where they stand in a flat buffer.
+    """`rows` x `heads` vectors of one of several tensors, and where they are in a flat buffer.
 
     Vector (row + r, head + h) of the tensor is vector `start + r * stride + h` of the buffer.
     """
@@ -129,7 +138,12 @@ class Box(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    """One buffer of an exchange: where its vectors belong, and how many of them each rank sends or gets."""
+    """A send or receive buffer of an exchange.
+
+    Attributes:
+        boxes: where its vectors belong.
+        sizes: how many vectors go to each rank, or come from it.
+    """
 
     boxes: tuple[Box, ...]
     sizes: tuple[int, ...]
@@ -137,10 +151,10 @@ class Buffer(NamedTuple):
 
 @dataclass(frozen=True)
 class Route:
-    """What one rank sends and gets in one layer.
+    """What one rank sends and receives in one layer.
 
     Attributes:
-        tasks: the rank's own.
+        tasks: the tasks of this rank.
         inputs: this rank's (q, k, v) in the first send buffer.
         arrivals: the tasks' (q, k, v, q, k, v, ...) in the first receive buffer.
         outputs: the tasks' (out, out, ...) in the second send buffer.
@@ -155,12 +169,17 @@ class Route:
 
     @property
     def in_place(self) -> bool:
-        """Whether the receive buffer already is one task's stream, token by token."""
+        """Whether the receive buffer is already the stream of one task, token by token."""
         return len(self.tasks) == 1 and self.tasks[0].side_by_side
 
 
 def route(shards: Shards, tasks_of_ranks: tuple[Tasks, ...], rank: int) -> Route:
-    """The two exchanges of a layer as `rank` sees them.
+    """The two exchanges of a layer, for one rank.
+
+    Args:
+        shards: who owns which tokens.
+        tasks_of_ranks: the tasks of each rank, in rank order.
+        rank: the rank.
 
     >>> from triton_sp.plan.segments import Segments
     >>> found = route(Shards((1, 1)), assign_heads(2, 2, 2, Segments((0, 2)).work()), rank=0)
@@ -181,12 +200,21 @@ def route(shards: Shards, tasks_of_ranks: tuple[Tasks, ...], rank: int) -> Route
 
 
 class _Part(NamedTuple):
-    """Some rows and heads of the stream's tensor number `tensor`, for a task, and their place in a rank's buffer."""
+    """Some rows and heads of a tensor of the stream, for a task, and their place in the buffer of a rank.
+
+    Attributes:
+        task: the number of the task.
+        tensor: 0, 1 and 2 are queries, keys and values; or 0 are the outputs.
+        rows: the rows of the task that one rank owns.
+        base: all rows of the task; offsets in the task's tensors count from its start.
+        heads: the heads of the task.
+        start, stride: the place in the buffer, as in Box.
+    """
 
     task: int
     tensor: int
-    rows: range  # that the tokens have of
-    base: range  # all that the task needs
+    rows: range
+    base: range
     heads: range
     start: int
     stride: int
@@ -198,8 +226,11 @@ def _overlap(a: range, b: range) -> range:
 
 
 def _lay_inputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
-    """q, k and v of some tokens for a tasks. Token by token where a task needs all three of the same tokens, so that
-    what arrives from all ranks already is a stream."""
+    """Lay out q, k and v of some tokens for some tasks. Return the parts, and how many vectors they are.
+
+    If a task needs all three of the same tokens they are laid out token by token, so that what arrives from all ranks
+    is a stream already.
+    """
     parts, start = [], 0
     for index, task in enumerate(tasks):
         rows, keys = _overlap(task.rows, tokens), _overlap(task.keys, tokens)
@@ -221,7 +252,7 @@ def _lay_inputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
 
 
 def _lay_outputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
-    """The outputs of a tasks for some tokens, task after task."""
+    """Lay out the outputs of some tasks for some tokens, task after task."""
     parts, start = [], 0
     for index, task in enumerate(tasks):
         rows, heads = _overlap(task.rows, tokens), len(task.q)
@@ -233,8 +264,14 @@ def _lay_outputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
 def _buffer(
     lay: Callable[[Tasks, range], tuple[list[_Part], int]], ranks: list[tuple[Tasks, range]], own: range | None
 ) -> Buffer:
-    """Lay out what concerns each rank, rank after rank. With `own`, boxes are of the tensors of these tokens;
-    otherwise of the tasks' tensors, numbered task by task."""
+    """Concatenate one part for each rank into a buffer.
+
+    Args:
+        lay: lays out a part.
+        ranks: for each rank the tasks and the tokens that its part is about.
+        own: this rank's tokens, if boxes index its own q, k and v. None if they index the tensors of the tasks, which
+            are numbered task by task.
+    """
     boxes, sizes = [], []
     tensors = 3 if lay is _lay_inputs else 1
     for tasks, tokens in ranks:

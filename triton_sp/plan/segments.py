@@ -1,7 +1,4 @@
-"""Which tokens of a stream attend to one another, and how much work that is; cuts that leave segments whole.
-
-Pure Python over sizes that every rank knows, like shards.py.
-"""
+"""Which tokens of a stream attend to one another, how much work that is, and shards that keep segments whole."""
 
 from __future__ import annotations
 
@@ -20,12 +17,13 @@ from triton_sp.plan.shards import Shards
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of a stream, as `cu_seqlens` has them: where each starts, and the end of the last.
+    """The segments of a stream.
 
     Attributes:
-        spans: runs of tokens inside a segment that see all of one another although attention is causal (an image, a
-            prefix), in order. Tokens outside of them see what is before them.
-        cut_spans: whether a sliding window ends inside spans too (Gemma 3), or only between them (PaliGemma 2).
+        starts: where each segment starts, and at last where the stream ends: the values of `cu_seqlens`.
+        spans: neighbouring tokens inside of a segment that all see one another although attention is causal, such as
+            an image or a prefix, in order. Tokens outside of spans see what is before them.
+        cut_spans: whether sliding windows end inside of spans too (Gemma 3), or only between them (PaliGemma 2).
 
     >>> segments = Segments((0, 3, 8))
     >>> segments.at(2), segments.at(3), segments.local(Shards((3, 5))), segments.local(Shards((4, 4)))
@@ -41,16 +39,16 @@ class Segments:
         return bisect_right(self.starts, row) - 1
 
     def span(self, row: int) -> range:
-        """The run of tokens around a row that see one another: a row outside of `spans` is one by itself."""
+        """The span that a row is in; a row outside of all spans is a span by itself."""
         index = bisect_right(self.spans, row, key=lambda span: span.start) - 1
         return self.spans[index] if index >= 0 and row in self.spans[index] else range(row, row + 1)
 
     def within(self, rows: range) -> range:
-        """The segments that have one of these rows."""
+        """The numbers of the segments that contain one of these rows."""
         return range(self.at(rows.start), self.at(rows.stop - 1) + 1) if rows else range(0)
 
     def local(self, shards: Shards) -> bool:
-        """Whether every segment lies on one rank."""
+        """Whether each segment lies completely on one rank."""
         return all(start >= self.starts[-1] or self.starts[self.at(start)] == start for start in shards.starts)
 
     @cached_property
@@ -59,7 +57,7 @@ class Segments:
         return np.asarray(self.starts, dtype=np.int64)
 
     def work(self, causal: bool = False, window: int | None = None) -> Work:
-        """How many keys the rows see; see Work."""
+        """The attention work of the stream, for a mask that is causal or not and has a window or not."""
         lengths = np.diff(self.table)
         spans = np.asarray([len(span) for span in self.spans if causal], dtype=np.int64)
         return Work(
@@ -80,7 +78,7 @@ Number = TypeVar("Number", int, np.ndarray)
 
 
 def _pairs(rows: Number, length: Number, causal: bool, window: int | None) -> Number:
-    """(row, key) pairs of the first `rows` rows of a segment: the attention FLOPs of a head are 4 D times that."""
+    """The (row, key) pairs of the first `rows` rows of a segment. The attention FLOPs of a head are 4 D times that."""
     if not causal:
         return rows * (length if window is None else _least(length, 2 * window - 1))
     short = rows if window is None else _least(rows, window)
@@ -100,7 +98,7 @@ def _rows_for(pairs: int, length: int, causal: bool, window: int | None) -> int:
 
 
 def _mutual_pairs(rows: Number, length: Number, window: int | None) -> Number:
-    """Pairs that a span adds to its first `rows` rows: the keys ahead, and those behind that the window left out."""
+    """The pairs that a span adds to its first `rows` rows: keys ahead, and keys behind that the window leaves out."""
     behind = rows * 0 if window is None else rows - _least(rows, window)
     return rows * (length - 1) - rows * (rows - 1) // 2 + behind * (behind + 1) // 2
 
@@ -111,10 +109,10 @@ def _least(value: Number, limit: int) -> Number:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """The attention work of a stream, in (row, key) pairs of one head, and how much of it stands before each row.
+    """The attention work of a stream, in (row, key) pairs of one head, and how much of it is before each row.
 
-    A row of a causal segment sees the keys up to its own, at most `window`, and its span. (Without causality a window
-    counts as 2 window - 1 keys for every row, the ones at the edges of a segment too.)
+    In a causal segment a row sees the keys up to its own, at most `window` of them, and its span. (If attention is not
+    causal, a window counts as 2 window - 1 keys for every row, also for rows near the ends of a segment.)
 
     >>> work = Segments((0, 4, 6)).work(causal=True)
     >>> work.total, [work.before(row) for row in range(7)], work.row_at(6), work.row_at(7)
@@ -140,6 +138,7 @@ class Work:
         return np.diff(self.ends + self.mutual[np.searchsorted(spans, self.segments.table)])
 
     def before(self, row: int) -> int:
+        """The work of all rows before this one."""
         starts = self.segments.starts
         if row >= starts[-1]:
             return self.total
@@ -159,7 +158,7 @@ class Work:
         return int(self.mutual[index - 1]) + _mutual_pairs(row - span.start, len(span), window)
 
     def row_at(self, work: int) -> int:
-        """The first row that at least `work` stands before."""
+        """The first row that has at least this much work before it."""
         starts = self.segments.starts
         if len(self.mutual) > 1:
             return bisect_left(range(starts[-1]), work, key=self.before)
@@ -185,14 +184,14 @@ class Work:
 
 
 def shard_segments(segments: Segments, ranks: int, costs: Sequence[float] | np.ndarray, unit: int = 1) -> Shards | None:
-    """Cut a stream where segments end, so that the costliest rank costs as little as possible and none is empty.
+    """Cut a stream where segments end, so that the costliest rank costs as little as possible and no rank is empty.
 
     Args:
-        costs: of each segment.
-        unit: cuts are at multiples of it.
+        costs: the cost of each segment, in any unit.
+        unit: cuts are at multiples of this number of tokens.
 
     Returns:
-        None where there are fewer places to cut than there must be.
+        None if there are too few places to cut.
 
     >>> shard_segments(Segments((0, 4, 8, 12, 24)), 2, [1, 1, 1, 3]).sizes
     (12, 12)
@@ -205,7 +204,7 @@ def shard_segments(segments: Segments, ranks: int, costs: Sequence[float] | np.n
     if segments.starts[-1] != places[-1] or len(places) <= ranks:
         return None
     low, high = float(np.diff(before).max()), before[-1]
-    for _ in range(32):  # the least capacity with which `ranks` parts are enough, to 1e-9 of the whole
+    for _ in range(32):  # bisect for the least capacity that needs no more than `ranks` parts, to 1e-9 of the whole
         middle = (low + high) / 2
         low, high = (low, middle) if len(_fill(before, ranks, middle)) <= ranks else (middle, high)
     cuts = [0, *_fill(before, ranks, high * (1 + 1e-9))]

@@ -1,9 +1,9 @@
-"""Who owns which tokens of a stream. Pure Python over sizes that every rank knows, so the answer needs no communication
-and is the same everywhere.
+"""Which rank owns which tokens of a stream.
 
-`shards` of a stream are as equal as possible (`shard_tokens`), or cut where segments end (`shard_segments`), so that
-attention inside segments needs no exchange. Which heads a rank computes is the matter of heads.py, which of the plans
-is the fastest that of cost.py.
+All of plan/ is plain Python over sizes that every rank knows. So every rank comes to the same answer without asking the
+others. Shards are as equal as possible (`shard_tokens`), or they are cut where segments end (`shard_segments`), so that
+attention inside of segments needs no exchange. heads.py decides which heads a rank computes, and cost.py which plan is
+the fastest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Shards:
-    """The contiguous parts of a token stream, one per rank in rank order; a part may be empty.
+    """The contiguous parts of a token stream, one for each rank in rank order. A part may be empty.
+
+    Attributes:
+        sizes: how many tokens each rank has.
 
     >>> shards = Shards((3, 3, 2))
     >>> shards.total, shards.starts, shards.range(2)
@@ -25,13 +28,16 @@ class Shards:
 
     @cached_property
     def total(self) -> int:
+        """How many tokens the stream has."""
         return sum(self.sizes)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
+        """The position in the stream of each rank's first token."""
         return tuple(sum(self.sizes[:rank]) for rank in range(len(self.sizes)))
 
     def range(self, rank: int) -> range:
+        """The positions in the stream of a rank's tokens."""
         return range(self.starts[rank], self.starts[rank] + self.sizes[rank])
 
     def merged(self, unit: int) -> Shards:
@@ -41,7 +47,7 @@ class Shards:
 
 
 def moves(source: Shards, target: Shards, rank: int) -> tuple[list[int], list[int]]:
-    """How many rows a rank sends to each rank, and gets from each, where a stream goes from one cut to another.
+    """How many rows a rank sends to each rank and gets from each, when a stream is cut anew from source to target.
 
     >>> moves(Shards((4, 4)), Shards((6, 2)), 0), moves(Shards((4, 4)), Shards((6, 2)), 1)
     (([4, 0], [4, 2]), ([2, 2], [0, 2]))

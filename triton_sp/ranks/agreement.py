@@ -1,7 +1,7 @@
-"""Before the first collective of a call: all ranks go on, or all ranks raise.
+"""Before the first collective of a call, all ranks go on together or all ranks raise.
 
-Ranks that were given different batches would wait for one another, or take one another's numbers for their own. So
-each describes what it was given, or says why it cannot use it, in one message of fixed size.
+Ranks that were given different batches would wait for one another forever, or use each other's numbers as their own. So
+each rank describes what it was given, or says why it cannot use it, in one message of fixed size.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from triton_sp.ranks.groups import Group
 def agree(
     group: Group, describe: Callable[[], str], brief: Callable[[], str] | None = None, known: set[int] | None = None
 ) -> None:
-    """Make all ranks go on, or all ranks raise.
+    """Compare the inputs of all ranks, and return on all of them or raise on all of them.
 
     Args:
-        describe: validates this rank's inputs and returns what must be equal on all ranks, one `field=value` a line.
-        brief: does the same with less, sooner; then only the digests of that are compared, 16 bytes, and the rest
-            where a rank has something new or an error. That a rank finds its own digest in `known` is not enough: the
-            others would wait for it, so this much is sent in each call.
-        known: digests of what ranks have agreed on; grows.
+        describe: validates this rank's inputs and returns what must be equal on all ranks, as lines `field=value`.
+        brief: a cheaper `describe`. With it the ranks first exchange only the digest of this description and whether
+            they know it already, 16 bytes. If all digests are equal and known on every rank, `describe` is skipped. A
+            rank must not decide this alone, because the others would wait for it.
+        known: the digests that the ranks have agreed on before; a new one is added.
 
     Raises:
         SPError: the rank's own, where `describe` raised one.
@@ -42,7 +42,7 @@ def agree(
 
 
 def _digest(brief: Callable[[], str]) -> int:
-    """Of a description in 63 bits; 0 where there is none, which is never known."""
+    """The digest of a description, 63 bits; 0 if there is no description, and 0 is never a known digest."""
     try:
         return int.from_bytes(hashlib.blake2s(brief().encode(), digest_size=8).digest(), "little") >> 1
     except Exception:
@@ -53,7 +53,7 @@ def _compare(group: Group, describe: Callable[[], str]) -> None:
     failure: BaseException | None = None
     try:
         text = describe()
-        # The digest stands for what a long description has beyond the message.
+        # A long description is cut to the size of a message; the digest covers all of it.
         message = f"ok\n{text}", hashlib.blake2s(text.encode(), digest_size=8).hexdigest()
     except Exception as error:
         failure, message = error, (f"error\n{error}", "")
@@ -86,7 +86,7 @@ def _with_rank(failure: BaseException, rank: int) -> BaseException:
 
 
 def _difference(first: list[str], other: list[str], rank: int, own_rank: int) -> DisagreementError:
-    """The first field in which a rank's description differs from that of rank 0."""
+    """An error about the first field in which the description of a rank differs from that of rank 0."""
     pairs = [pair for pair in zip(first, other, strict=False) if pair[0] != pair[1]]
     if pairs:
         (name, _, here), (other_name, _, there) = (line.partition("=") for line in pairs[0])

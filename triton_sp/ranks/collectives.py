@@ -1,8 +1,8 @@
-"""What travels between ranks: the exchange, the gather, gradients, short messages. With groups.py the only module that
-talks to torch.distributed.
+"""What travels between ranks: the exchange, the gather, gradients and short messages.
 
-Whatever crosses ranks has a backward that is its exact adjoint. Both movements are one primitive, the all-to-all with
-uneven parts, because that is the one collective which gloo and NCCL both run with parts of any size, 0 included.
+Only this module and groups.py call torch.distributed. The backward of every movement is its exact adjoint. The exchange
+and the gather are both made of one all-to-all with uneven parts, because this is the collective that gloo and NCCL both
+run with parts of any size, also 0.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ _NOTICE_BYTES = 1024  # what a rank tells the others before a forward: a kind, a
 
 @dataclass
 class Ledger:
-    """Every collective of a `with comm.record()` block, as (name, bytes this rank sent to other ranks)."""
+    """The collectives of a `with record()` block, as (name, bytes that this rank has sent to other ranks)."""
 
     entries: list[tuple[str, int]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
+        """The bytes that this rank has sent to other ranks, in all collectives."""
         return sum(size for _, size in self.entries)
 
     def count(self, name: str) -> int:
+        """How many collectives of a name there were."""
         return sum(entry == name for entry, _ in self.entries)
 
 
@@ -47,7 +49,7 @@ _ledgers: list[Ledger] = []
 
 @contextmanager
 def record() -> Iterator[Ledger]:
-    """Count the collectives and bytes of a block, the backward's too if it runs inside."""
+    """Record the collectives of a block, also those of a backward that runs inside of it."""
     ledger = Ledger()
     _ledgers.append(ledger)
     try:
@@ -63,21 +65,21 @@ def _note(name: str, sent: int) -> None:
 
 # --- failures of other ranks ---------------------------------------------------------------------------------------
 
-_notes: dict[str, FailureBoard] = {}  # by the name of the group; a later one of that name has another store
+_boards: dict[str, FailureBoard] = {}  # by the name of the group; a later group of the same name has another store
 
 
 def board_of(group: Group) -> FailureBoard:
-    """By which the ranks of a group hear of one another's failures."""
+    """The board on which the ranks of a group tell one another about failures."""
     store = _get_process_group_store(group.process_group)
-    notes = _notes.get(group.name)
-    if notes is None or notes.store is not store:
-        notes = _notes[group.name] = FailureBoard(store, group.rank, group.size)
-    return notes
+    board = _boards.get(group.name)
+    if board is None or board.store is not store:
+        board = _boards[group.name] = FailureBoard(store, group.rank, group.size)
+    return board
 
 
 @contextmanager
 def _blaming(group: Group) -> Iterator[None]:
-    """Turn the error of a collective into one that names the rank to blame."""
+    """Turn an error of a collective into one that names the rank which caused it."""
     try:
         yield
     except RuntimeError as error:
@@ -87,7 +89,7 @@ def _blaming(group: Group) -> Iterator[None]:
 def _wait(x: Tensor, group: Group) -> Tensor:
     with _blaming(group):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return funcol.wait_tensor(x)  # lets the program go on, and the device wait
+            return funcol.wait_tensor(x)  # the device waits, not the program
         return board_of(group).wait(lambda: funcol.wait_tensor(x))
 
 
@@ -95,38 +97,39 @@ def _wait(x: Tensor, group: Group) -> Tensor:
 
 
 def _all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
-    """Rows `send[p]` of x go to rank p; `receive[p]` rows come from it. All sizes are known: nothing is asked."""
+    """Send `send[p]` rows of x to rank p and receive `receive[p]` from it. Every rank knows these sizes already."""
     return _wait(_issue(x, send, receive, group, name), group)
 
 
 def _issue(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group, name: str) -> Tensor:
-    """The same, without waiting: the result may be touched only after `_wait`."""
+    """Like `_all_to_all`, but without waiting: the result must not be used before `_wait`."""
     row_bytes = x.element_size() * (x[:1].numel() if len(x) else 0)
     _note(name, (sum(send) - send[group.rank]) * row_bytes)
     with _blaming(group):
         out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
-    return getattr(out, "elem", out)  # without the subclass that waits at the first touch: autograd touches it
+    # Without the tensor subclass, which waits as soon as anything touches it, and autograd does.
+    return getattr(out, "elem", out)
 
 
 class Pending(NamedTuple):
-    """An all-to-all on its way, without a gradient."""
+    """An all-to-all that has begun; it has no gradient."""
 
     arriving: Tensor
     group: Group
 
 
 def begin_all_to_all(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Pending:
-    """Send `send[p]` rows of x (dim 0, in rank order) to each rank p, and return at once."""
+    """Start an all-to-all and return at once; arguments as for `exchange`. There is no gradient."""
     return Pending(_issue(x, send, receive, group, "exchange"), group)
 
 
 def finish(pending: Pending) -> Tensor:
-    """What came, in rank order. On a GPU it is the device that waits."""
+    """What an all-to-all has brought, in rank order. On a GPU the device waits for it, not the program."""
     return _wait(*pending)
 
 
 class _Exchange(torch.autograd.Function):
-    """An all-to-all; its adjoint sends everything back."""
+    """An all-to-all. Its adjoint sends everything back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
@@ -141,12 +144,29 @@ class _Exchange(torch.autograd.Function):
 
 
 def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:
-    """Send `send[p]` rows of x (dim 0, in rank order) to each rank p; return what came, in rank order."""
+    """Send `send[p]` rows of x to each rank p, and return what arrives from all ranks.
+
+    Args:
+        x: (rows, ...), of any dtype; the rows for rank 0 come first, then those for rank 1, and so on.
+        send, receive: how many rows this rank sends to each rank and gets from it.
+
+    Returns:
+        (sum(receive), ...), the rows from rank 0 first. Its gradient is exchanged back.
+
+    Raises:
+        PeerError: another rank has failed.
+
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    >>> exchange(torch.tensor([1.0, 2.0]), [2], [2], resolve_group()).tolist()
+    [1.0, 2.0]
+    >>> dist.destroy_process_group()
+    """
     return _Exchange.apply(x, tuple(send), tuple(receive), group)  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of uneven rows; its adjoint sends each rank the gradients of its rows, which it adds up."""
+    """An all-gather of uneven rows. Its adjoint sends each rank the gradients of its rows, which the rank adds up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
@@ -164,7 +184,7 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
-    """The rows of all ranks, in rank order, of which rank p has `sizes[p]` (dim 0)."""
+    """The rows of all ranks, (sum(sizes), ...) in rank order, where rank p has `sizes[p]`; differentiable."""
     if group.size == 1:
         return x
     return _Gather.apply(x, sizes, group)  # type: ignore[no-any-return]
@@ -182,12 +202,12 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, with its gradient multiplied by `factor`."""
+    """x itself; in the backward its gradient is multiplied by `factor`."""
     return x if factor == 1.0 else _ScaleGradient.apply(x, factor)  # type: ignore[no-any-return]
 
 
 class _TotalOfShares(torch.autograd.Function):
-    """The sum over ranks. Every rank holds the same total and the same upstream gradient, which each share gets."""
+    """The sum over ranks. Every rank has the same total, and the same upstream gradient, which each share gets."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -199,12 +219,12 @@ class _TotalOfShares(torch.autograd.Function):
 
 
 def total_of_shares(x: Tensor, group: Group) -> Tensor:
-    """The sum over the ranks of each one's share, e.g. of the loss; the gradient of a share is the upstream's."""
+    """The sum over ranks of their shares, for instance of the loss. The gradient of a share is that of the total."""
     return _TotalOfShares.apply(x, group)  # type: ignore[no-any-return]
 
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
-    """The sum over ranks, without a gradient."""
+    """The sum of x over ranks, as a new tensor without a gradient."""
     _note("all_reduce", x.numel() * x.element_size())
     with _blaming(group):
         total = funcol.all_reduce(x.detach(), "sum", group.process_group)
@@ -218,10 +238,11 @@ def largest(value: float, group: Group, device: torch.device) -> float:
 
 
 def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group, scale: float) -> None:
-    """Replace each .grad by `scale` times its sum over ranks; a rank without one takes part with zeros.
+    """Replace each `.grad` by `scale` times its sum over ranks. A rank without a gradient takes part with zeros.
 
-    What has none on any rank keeps none, as in one process: an optimizer would decay a weight whose gradient is zero.
-    Gradients travel in buckets: a model has hundreds of small ones, and each collective costs its latency.
+    A parameter without a gradient on every rank keeps none, as in one process: an optimizer with weight decay would
+    change a weight whose gradient is zero. Gradients travel in buckets, because a model has hundreds of small ones and
+    each collective costs its latency.
     """
     if not parameters:
         return
@@ -235,7 +256,7 @@ def all_reduce_gradients(parameters: Sequence[torch.nn.Parameter], group: Group,
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters of one dtype and device, in order, up to a size; the same on every rank."""
+    """Lists of parameters of one dtype and device, in order and up to a size; the same lists on every rank."""
     kinds: dict[tuple[torch.dtype, torch.device], list[torch.nn.Parameter]] = {}
     for parameter in parameters:
         bucket = kinds.setdefault((parameter.dtype, parameter.device), [])
@@ -250,7 +271,7 @@ def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn
 
 
 def control_device(group: Group) -> torch.device:
-    """Where small host-side messages travel: the CPU if the group has a CPU backend, else this rank's GPU."""
+    """The device on which small messages of the host travel: the CPU if the group has a CPU backend, else this GPU."""
     types = {torch.device(kind).type for kind in group.process_group._device_types}
     return (
         torch.device("cpu") if "cpu" in types else torch.device(types.pop(), torch.accelerator.current_device_index())
@@ -258,34 +279,34 @@ def control_device(group: Group) -> torch.device:
 
 
 def notices_of_all(notice: bytes, group: Group) -> list[bytes]:
-    """A short message of every rank, in rank order, cut to what a notice holds."""
+    """A short message from every rank, in rank order; each is cut to 1024 bytes."""
     padded = notice[:_NOTICE_BYTES].ljust(_NOTICE_BYTES, b"\0")
     everyone = _of_all(torch.frombuffer(bytearray(padded), dtype=torch.uint8), group)
     return [bytes(row.tolist()).rstrip(b"\0") for row in everyone]
 
 
 def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:
-    """The integers of every rank, in rank order; each rank gives as many."""
+    """The integers of every rank, in rank order; all ranks pass equally many."""
     return _of_all(torch.tensor(values, dtype=torch.int64), group).tolist()
 
 
 def leaders(group: Group) -> list[int]:
-    """The world ranks that are the first of their groups, in order. To be called on all ranks of all groups."""
+    """The world ranks that come first in their groups, in order. All ranks of all groups must call this."""
     everyone = integers_of_all([world_rank(0, group)], resolve_group())
     return sorted({leader for (leader,) in everyone})
 
 
 def _of_all(own: Tensor, group: Group) -> Tensor:
-    """(P, n) on the CPU: the n numbers of every rank."""
+    """The n numbers of every rank, (P, n) on the CPU."""
     sizes = [len(own)] * group.size
     everyone = own.to(control_device(group)).repeat(group.size)
     return _all_to_all(everyone, sizes, sizes, group, "agree").view(group.size, -1).cpu()
 
 
 def broadcast(x: Tensor, source: int, group: Group) -> Tensor:
-    """What `x` is on rank `source` of the group, on every rank; the others give one of the same size and dtype.
+    """The tensor of rank `source` of the group, on every rank. The others pass one of the same size and dtype.
 
-    On the CPU if the group has a CPU backend, else on the GPU.
+    The result is on the CPU if the group has a CPU backend, else on the GPU.
     """
     _note("broadcast", x.nbytes * (group.size - 1) if group.rank == source else 0)
     with _blaming(group):

@@ -1,10 +1,12 @@
-"""A rank that fails in the middle of a step tells the others, who wait for it in a collective.
+"""A rank that fails in the middle of a step tells the others, which wait for it in a collective.
 
-It leaves a note in the store by which the ranks found one another. Who waits looks there now and then, and raises an
-error that names the rank. After that the group is closed: its ranks may stand at different collectives. Where all ranks
-fail alike, as with a layer that cannot be sharded, each raises its own error and the group can be used on.
+It leaves a note in the store of the process group. A rank that waits looks there now and then, and raises an error that
+names the rank which has failed. After that the group is closed, because its ranks may be at different collectives. If
+all ranks fail in the same way, for instance at a layer that cannot be sharded, each raises its own error and the group
+can still be used.
 
-On GPUs a collective does not keep the program waiting, so nobody looks; there it is the launcher that ends the others.
+This works on CPUs only. On GPUs collectives return at once, so the program never waits in one; there the launcher
+(torchrun) ends the other ranks.
 """
 
 from __future__ import annotations
@@ -22,22 +24,23 @@ import torch
 
 from triton_sp.errors import PeerError
 
-GRACE = 1.0  # seconds that ranks which fail alike may be apart, and that one who noticed waits for the notes of others
+# Seconds that ranks which fail in the same way may be apart, and that a rank waits for the notes of others.
+GRACE = 1.0
 _NOTE_POLL_SECONDS = 0.02
-_WAIT_POLL_SECONDS = 0.25  # seconds after which one who waits for a collective looks for notes, and again
-_NOTICED = "noticed"  # the note of a rank that failed because another did
-_TEXT = 2000  # characters of a note
+_WAIT_POLL_SECONDS = 0.25  # a rank that waits for a collective looks for notes this often
+_NOTICED = "noticed"  # the note of a rank that fails because another has failed
+_TEXT = 2000  # the most characters of a note
 _T = TypeVar("_T")
 
 
 @dataclass(eq=False)
 class FailureBoard:
-    """The notes of a group's ranks, in a key/value store that all of them reach.
+    """The notes of the ranks of a group, in a key/value store that all of them can reach.
 
     Attributes:
-        store: has `set`, `get` and `check`, as torch.distributed's stores do.
-        round: how often all ranks have failed alike: earlier notes are not read again.
-        closed: why the group can't be used any more, if so.
+        store: an object with `set`, `get` and `check`, such as a store of torch.distributed.
+        round: how often all ranks have failed in the same way; notes of earlier rounds are not read again.
+        closed: the reason why the group cannot be used any more; None while it can.
     """
 
     store: Any
@@ -47,7 +50,7 @@ class FailureBoard:
     closed: PeerError | None = None
 
     def failed(self, text: str) -> None:
-        """This rank leaves a step with an error of its own."""
+        """Post that this rank leaves a step with an error of its own."""
         if self.closed is not None:
             return
         self._post(text)
@@ -58,7 +61,7 @@ class FailureBoard:
             self.closed = self._error(f"rank {self.rank}", f"it failed: {text}")
 
     def explain(self, error: BaseException) -> PeerError:
-        """This rank's collective has failed: find out whose fault that was."""
+        """The error to raise when a collective of this rank has failed: find out which rank caused it."""
         if self.closed is not None:
             return self.closed
         self._post(_NOTICED)
@@ -75,10 +78,10 @@ class FailureBoard:
         return self.closed
 
     def wait(self, arrived: Callable[[], _T]) -> _T:
-        """What `arrived` returns, which blocks until a collective is done.
+        """Call `arrived`, which blocks until a collective is done, and return its result.
 
         Raises:
-            PeerError: another rank has left a note, and some time later the collective is not done.
+            PeerError: another rank has left a note, and the collective is still not done some time later.
         """
         if self.closed is not None:
             raise self.closed
@@ -105,7 +108,7 @@ class FailureBoard:
         _tolerant(lambda: self.store.set(self._key(self.rank), text[:_TEXT]))
 
     def _read(self, enough: Callable[[dict[int, str]], bool]) -> dict[int, str]:
-        """The notes by rank, as soon as there are enough, or when the grace is over."""
+        """The notes by rank, as soon as `enough` says so, or after GRACE seconds."""
         notes: dict[int, str] = {}
         end = time.monotonic() + GRACE
         while True:
@@ -148,7 +151,7 @@ _tasks: SimpleQueue[_Task] | None = None  # of the thread that waits for collect
 
 
 def _background(call: Callable[[], Any]) -> _Task:
-    """Let a thread make the call. It is the same one for all calls, but for one that has been left waiting."""
+    """Make the call in a thread. One thread serves all calls, until it is abandoned in a call that never ends."""
     global _tasks
     if _tasks is None:
         _tasks = SimpleQueue()
@@ -164,7 +167,7 @@ def _serve(tasks: SimpleQueue[_Task]) -> None:
 
 
 def _abandon() -> None:
-    """The thread waits for what will not come."""
+    """Leave the thread to a call that never ends; the next call starts another one."""
     global _tasks
     _tasks = None
 
@@ -173,7 +176,7 @@ def _abandon() -> None:
 
 
 def _tolerant(action: Callable[[], Any]) -> Any:
-    """The store may have gone with the rank that kept it; then no notes are read, and the error says less."""
+    """Call `action`; None if the store is gone with the rank that kept it. Then errors have less to say."""
     try:
         return action()
     except RuntimeError:
@@ -189,39 +192,43 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def reporting_failures(notes: FailureBoard) -> Iterator[None]:
-    """A part of a step: whatever is raised in it, the other ranks hear of it."""
+def reporting_failures(board: FailureBoard) -> Iterator[None]:
+    """A part of a step. If an error is raised in it, the other ranks are told."""
     try:
         yield
     except PeerError:
-        raise  # they know
+        raise  # the other ranks know already
     except Exception as error:
-        notes.failed(f"{type(error).__name__}: {error}")
+        board.failed(f"{type(error).__name__}: {error}")
         raise
 
 
 class _Backward:
-    """Called at the end of a backward that succeeds; dropped without a call by one that fails."""
+    """A callback of the autograd engine, which calls it at the end of a backward that succeeds.
 
-    def __init__(self, notes: FailureBoard) -> None:
-        self.notes, self.done = notes, False
+    If the backward fails, the engine drops its callbacks without calling them. It holds the only reference to this
+    object, so `__del__` runs at that moment.
+    """
+
+    def __init__(self, board: FailureBoard) -> None:
+        self.board, self.done = board, False
 
     def __call__(self) -> None:
         self.done = True
 
     def __del__(self) -> None:
         if not self.done:
-            self.notes.failed("an error in its backward")
+            self.board.failed("an error in its backward")
 
 
 class BackwardWatcher:
-    """A hook for the gradients of a call's outputs: if the backward that begins fails, the other ranks hear of it."""
+    """A hook for the gradients of a call's outputs. If the backward that begins there fails, the others are told."""
 
-    def __init__(self, notes: FailureBoard) -> None:
-        self.notes, self.task = notes, -1
+    def __init__(self, board: FailureBoard) -> None:
+        self.board, self.task = board, -1
 
     def __call__(self, grad: torch.Tensor) -> None:
         task = torch._C._current_graph_task_id()
-        if task != self.task:  # once, though several outputs have the hook
+        if task != self.task:  # once in a backward, although several outputs have the hook
             self.task = task
-            torch.autograd.Variable._execution_engine.queue_callback(_Backward(self.notes))
+            torch.autograd.Variable._execution_engine.queue_callback(_Backward(self.board))

@@ -1,4 +1,4 @@
-"""Who works with whom: the ranks that share each batch, and all ranks. What travels between them is comm.py's."""
+"""Process groups: the ranks that share each batch, and all ranks. What travels between them is in collectives.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from triton_sp.errors import GroupError
 
 @dataclass(frozen=True)
 class Group:
-    """A process group by name. Unlike the group itself it can be copied and pickled with the model that holds it."""
+    """A process group by its name. Unlike the group itself it can be copied and pickled together with a model.
+
+    Attributes:
+        name: of the process group, in this process.
+        rank: this rank's number inside of the group.
+        size: how many ranks the group has.
+    """
 
     name: str
     rank: int
@@ -22,6 +28,11 @@ class Group:
 
     @property
     def process_group(self) -> dist.ProcessGroup:
+        """The process group itself.
+
+        Raises:
+            GroupError: this process has no group of that name.
+        """
         try:
             return _resolve_process_group(self.name)  # type: ignore[arg-type]
         except RuntimeError as error:
@@ -33,11 +44,11 @@ class Group:
             ) from error
 
 
-ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes whole; nothing is sent in it
+ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes completely; nothing is sent in it
 
 
 def resolve_group(group: Any = None) -> Group:
-    """Accept whatever names the ranks that share a batch.
+    """The ranks that share a batch, from any of the objects that people have for them.
 
     Args:
         group: a ProcessGroup; a DeviceMesh with one axis or an axis named "sp"; an object with DeepSpeed's
@@ -92,10 +103,10 @@ def _process_group(group: Any) -> Any:
 
 
 def resolve_everyone(group: Any = None) -> Group:
-    """All ranks that train a model, of all its groups: like `resolve_group`, but a mesh must have one axis.
+    """All ranks that train a model, of all groups: like `resolve_group`, but a DeviceMesh must have one axis.
 
     Raises:
-        GroupError: as there.
+        GroupError: as for `resolve_group`, or a mesh with several axes.
     """
     if isinstance(group, dist.DeviceMesh) and group.ndim > 1:
         raise GroupError(
@@ -108,29 +119,29 @@ def resolve_everyone(group: Any = None) -> Group:
 
 
 def new_group(divisions: list[list[int]]) -> Group:
-    """Make a process group of each list of world ranks, which together are all; return this rank's."""
+    """Create a process group for each list of world ranks; return the one of this rank. All ranks must call this."""
     return resolve_group(dist.new_subgroups_by_enumeration(divisions)[0])
 
 
 def world_rank(rank: int, group: Group) -> int:
-    """The rank among all of one of a group."""
+    """The number among all ranks of a rank of a group."""
     return dist.get_global_rank(group.process_group, rank)
 
 
 def adds_in_part(group: Any) -> bool:
-    """Whether it is an mpu with which some stages of ZeRO add gradients over the group's ranks and some average."""
+    """True for DeepSpeed's own mpu: with it ZeRO 0 to 2 add gradients over the group, and ZeRO 3 averages them."""
     return hasattr(group, "get_sequence_parallel_world_size")
 
 
 def start_ranks(ranks: int, module: str, *arguments: str) -> None:
-    """Run a module in so many processes on this machine, as torchrun does."""
+    """Run a module in a number of processes on this machine, as torchrun does."""
     from torch.distributed.run import main as torchrun
 
     torchrun(["--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments])
 
 
 def join_world(device: torch.device) -> Group:
-    """Start torch.distributed from torchrun's environment, for programs of our own, and return the group of all."""
+    """Initialise torch.distributed from torchrun's environment, and return the group of all ranks."""
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
     dist.init_process_group("gloo" if device.type == "cpu" else None)
@@ -138,4 +149,5 @@ def join_world(device: torch.device) -> Group:
 
 
 def leave_world() -> None:
+    """Undo `join_world`."""
     dist.destroy_process_group()

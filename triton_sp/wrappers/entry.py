@@ -43,13 +43,13 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     with_decoder = installation.anatomy.decoder is not None
     if with_decoder and _decodes(override, arguments):
         return override.original(*args, **kwargs)
-    notes = collectives.board_of(installation.group)
-    with reporting_failures(notes):
+    board = collectives.board_of(installation.group)
+    with reporting_failures(board):
         if with_decoder:
             out = _run_text_model(override, arguments)
         else:
             out = _run_vision_model(override, arguments, args, kwargs)
-    _watch(out, BackwardWatcher(notes))
+    _watch(out, BackwardWatcher(board))
     return out
 
 
@@ -61,7 +61,7 @@ def _watch(out: Any, hook: BackwardWatcher) -> None:
     elif isinstance(out, Mapping):
         for value in out.values():
             _watch(value, hook)
-    elif isinstance(out, list | tuple):
+    elif type(out) in (list, tuple) or hasattr(out, "_fields"):  # not TowerStates, where reading an entry gathers it
         for value in out:
             _watch(value, hook)
 

@@ -34,6 +34,8 @@ class SPConfig:
             what the cost model finds fastest; "states" and "heads" force one, see plan/recurrence.py.
         chunks: in how many parts heads are exchanged, if they divide. One part travels while another is attended to,
             and buffers are smaller. This helps if exchanges are long; short exchanges only become more.
+        single: True wraps a group of one rank too, which `wrap` leaves as it is otherwise: the model then runs on
+            packed tokens without padding, with the attention kernels of this library.
         link: what the cost model assumes: "nvlink", "pcie" or "gloo". "auto" uses what `triton-sp calibrate` has
             measured on this machine, or else "gloo" on CPUs and "nvlink" on GPUs.
 
@@ -50,6 +52,7 @@ class SPConfig:
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
     recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
+    single: bool = False
 
     def __post_init__(self) -> None:
         """Raise an InputError for a setting that is none of the allowed ones."""

@@ -6,6 +6,8 @@ import pytest
 from kit import zoo
 from kit.parity import Plan, heads, hold, run_bitwise
 
+from triton_sp import SPConfig
+
 
 def plans(case: zoo.Case, size: int) -> list[Plan]:
     """Every batch without checkpointing, and the one most likely to trip checkpointing with both kinds of it.
@@ -34,3 +36,11 @@ def test_parity(ranks, reference, name: str, size: int) -> None:
 @pytest.mark.parametrize("name", [name for name, case in zoo.CASES.items() if case.suite])
 def test_one_rank_is_bitwise_the_model(ranks, name: str) -> None:
     assert ranks.run(run_bitwise, name, ranks=1) == [[]]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "llama", "gemma3"])
+def test_one_rank_on_packed_tokens(ranks, reference, name: str) -> None:
+    """SPConfig(single=True): nothing is exchanged, and nothing is padded."""
+    case = zoo.CASES[name]
+    plans = [Plan(batch, config=SPConfig(single=True)) for batch in list(case.batches)[:3]]
+    hold(ranks, reference, name, plans, 1)

@@ -225,6 +225,8 @@ def total_of_shares(x: Tensor, group: Group) -> Tensor:
 
 def all_reduce(x: Tensor, group: Group) -> Tensor:
     """The sum of x over ranks, as a new tensor without a gradient."""
+    if group.size == 1:
+        return x.detach().clone()
     _note("all_reduce", x.numel() * x.element_size())
     with _blaming(group):
         total = funcol.all_reduce(x.detach(), "sum", group.process_group)
@@ -298,6 +300,8 @@ def leaders(group: Group) -> list[int]:
 
 def _of_all(own: Tensor, group: Group) -> Tensor:
     """The n numbers of every rank, (P, n) on the CPU."""
+    if group.size == 1:
+        return own[None]
     sizes = [len(own)] * group.size
     everyone = own.to(control_device(group)).repeat(group.size)
     return _all_to_all(everyone, sizes, sizes, group, "agree").view(group.size, -1).cpu()

@@ -49,8 +49,9 @@ class Installation:
 
     @property
     def idle(self) -> bool:
-        """Whether the model is right as it is: on one rank, unless it is asked for another loss."""
-        return self.group.size == 1 and not (self.config.chunked_loss or self.config.label_smoothing)
+        """Whether the model stays as it is: on one rank, unless more is asked for."""
+        wanted = self.config.single or self.config.chunked_loss or self.config.label_smoothing
+        return self.group.size == 1 and not wanted
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute of one instance, and remember how to take it back."""

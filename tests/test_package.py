@@ -29,7 +29,8 @@ for name in modules:
     assert importlib.import_module(name).__file__.startswith(installed), name
 import torch, triton_sp
 x = torch.ones(4, 2, 8)
-assert torch.allclose(triton_sp.varlen_attention(x, x, x, triton_sp.Mask(torch.tensor([0, 1, 4], dtype=torch.int32))), x)
+mask = triton_sp.Mask(torch.tensor([0, 1, 4], dtype=torch.int32))
+assert torch.allclose(triton_sp.varlen_attention(x, x, x, mask), x)
 print(triton_sp.__version__, *[name for name in missing if sys.modules[name] is not None])
 """
 

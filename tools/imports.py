@@ -117,10 +117,12 @@ def draw() -> None:
     shown = [room for room in rooms() if room not in (*EVERYWHERE, *ALONE)]
     links = direct(shown)
     place = places(shown, links)
-    figure, axes = plt.subplots(figsize=(8, 7))
+    figure, axes = plt.subplots(figsize=(8, 8.5))
     for above, below in links:
         (x, y), (u, v) = place[above], place[below]
+        bend = 0.5 if x == u and y - v > 1 else 0.0  # around the rooms in between
         line = {"arrowstyle": "-|>", "color": "#7a8499", "shrinkA": 4, "shrinkB": 2}
+        line["connectionstyle"] = f"arc3,rad={bend}"
         axes.annotate("", (u, v + 0.22), (x, y - 0.2), arrowprops=line)
     for room, spot in place.items():
         box = {"boxstyle": "round,pad=0.4", "facecolor": "#eef2fb", "edgecolor": "#3b4a6b"}

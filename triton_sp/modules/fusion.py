@@ -1,86 +1,36 @@
-"""Adapters for people's own model scripts: the seam between ViT and LLM, without a rank that holds all of either.
+"""Modules for people's own model scripts: they put visual features among the text, and no rank holds all of either.
 
-They stand where `deepspeed.sequence.autosp_fusion`'s (PR #7984) stand and are called as these are, so that a script
-moves over by changing an import. What differs: gradients reach the projection and the ViT; a rank gets the visual
-features of its own tokens by one all-to-all, not all of them; nothing is padded so that the ranks divide it, parts may
-differ in size; tokens and features that do not match raise an error, on every rank.
+They are called like those of `deepspeed.sequence.autosp_fusion` (PR #7984), so that a script changes only an import.
+These are the differences: gradients reach the projection and the ViT; a rank receives only the visual features of its
+own tokens, in one all-to-all; nothing is padded for the ranks to divide it, and parts may differ in size; tokens and
+features that do not match raise an error on every rank.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from triton_sp.errors import InputError
-from triton_sp.loss import IGNORE, shift
+from triton_sp.modules.fused import Fused, FusedLayout, text_rows
 from triton_sp.ops.splice import splice
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives, groups
 from triton_sp.ranks.agreement import agree
 
 
-@dataclass(frozen=True, eq=False)
-class FusedLayout:
-    """The fused sequence of a batch, which every rank works out from the ids alone. Tensors are on the CPU.
-
-    Attributes:
-        source: (B, S) the column of the text that a fused token comes from, or takes the place of; -1 at padding.
-        visual: (B, S) whether it is a visual token. In the order of rows and columns they are the visual stream.
-        shards: the columns of each rank.
-    """
-
-    source: Tensor
-    visual: Tensor
-    shards: Shards
-
-    def expand(self, values_BL: Tensor, fill: Any) -> Tensor:
-        """What is given for each token of the text, for the fused tokens: (B, L) -> (B, S). A placeholder's value goes
-        to each of its visual tokens, padding gets `fill`."""
-        source = self.source.to(values_BL.device)
-        return values_BL.gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
-
-
-@dataclass(frozen=True, eq=False)
-class Fused:
-    """This rank's columns of a fused batch.
-
-    Attributes:
-        embeds: (B, T, C).
-        attention_mask: (B, T) bool, False at padding.
-        position_ids: (B, T) int64, counted in the whole fused sequence without padding.
-        columns: where these T columns stand in the whole; `x[:, columns]` of what else has one entry a fused token.
-        layout: the whole.
-    """
-
-    embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    columns: slice
-    layout: FusedLayout
-
-    def targets(self, labels_BL: Tensor) -> Tensor:
-        """(B, T): what each token of this rank is to predict, -100 where nothing.
-
-        Args:
-            labels_BL: of the whole text, not shifted. Those of placeholders are passed over.
-        """
-        visual = self.layout.visual.to(labels_BL.device)
-        return shift(self.layout.expand(labels_BL, IGNORE).masked_fill(visual, IGNORE))[:, self.columns]
-
-
 class FusionAdapter(nn.Module):
     """Projects this rank's visual features and puts them in the place of the placeholder tokens, one for one.
 
-    Every rank of the group calls it with the same ids and text embeddings and with its own part of the visual features;
-    it gets its own part of the fused sequence, columns that follow those of the rank before. Parts may differ in size.
-    A parameter's gradient is this rank's share of it: the sum over the ranks is the whole.
+    Every rank of the group calls it with the same ids and text embeddings and with its own part of the visual features.
+    It returns this rank's part of the fused sequence: the columns that follow those of the rank before. Parts may
+    differ in size. The gradient of a parameter is this rank's share; the sum over the ranks is the whole gradient.
 
-    For a family of one's own: subclass it and say which tokens are `placeholders`.
+    For another family, make a subclass that says which tokens are `placeholders`.
 
     Args:
         projection: visual features to the width of the text, token by token or merging neighbours.
@@ -182,7 +132,7 @@ class FusionAdapter(nn.Module):
         arrived, order = self._route(visual.flatten(0, -2), layout, owner, place)
 
         source, seen = layout.source[:, columns].flatten(), layout.visual[:, columns].flatten()
-        text, rows = _text_rows(text_embeds, input_ids, source, seen)
+        text, rows = text_rows(text_embeds, input_ids, source, seen)
         rows[seen] = order
         embeds = splice(text, arrived.to(text.dtype), rows.to(text.device, non_blocking=True))
         embeds = embeds.unflatten(0, (len(ids), len(own)))
@@ -291,18 +241,6 @@ class FusionAdapter(nn.Module):
         return arrived, owner[needed].argsort(stable=True).argsort()
 
 
-def _text_rows(embeds: Tensor | nn.Module, ids: Tensor, source: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of text, and for `splice` the row of each of this rank's (B x T) tokens; at visual ones that of 0."""
-    batch, length = ids.shape
-    flat = source + torch.arange(batch).repeat_interleave(len(source) // max(batch, 1)) * length
-    read = ~seen & (source >= 0)
-    if isinstance(embeds, Tensor):
-        return embeds.flatten(0, 1), (-1 - flat).where(read, -1 - batch * length)
-    local = ids.flatten().index_select(0, flat[read].to(ids.device, non_blocking=True))
-    text = embeds(local[None])[0]
-    return text, (-read.long().cumsum(0)).where(read, -1 - len(text))
-
-
 def _shown(x: Tensor) -> str:
     return f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}"
 
@@ -352,6 +290,7 @@ class Qwen2VLFusionAdapter(FusionAdapter):
         self.vision_start_token_id, self.vision_end_token_id = vision_start_token_id, vision_end_token_id
 
     def placeholders(self, input_ids: Tensor) -> Tensor:
+        """(B, L) bool: the tokens between a vision start and the next vision end."""
         start, end = input_ids == self.vision_start_token_id, input_ids == self.vision_end_token_id
         depth = start.long().cumsum(1) - end.long().cumsum(1)
         if bool((depth < 0).any() | (depth > 1).any() | (depth[:, -1:] != 0).any()):

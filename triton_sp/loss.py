@@ -112,6 +112,7 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor, label_smoothing: float =
 
 
 def chunk_rows(vocabulary: int) -> int:
+    """How many tokens make a chunk of logits."""
     return max(CHUNK_ELEMENTS // max(vocabulary, 1), 1)
 
 

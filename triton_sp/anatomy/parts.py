@@ -113,6 +113,7 @@ class Anatomy:
 
     @property
     def stacks(self) -> list[Stack]:
+        """All stacks that are sharded: the towers, then the decoder."""
         return self.towers + ([self.decoder] if self.decoder else [])
 
 

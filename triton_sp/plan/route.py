@@ -93,30 +93,37 @@ class CutHeads:
 
     @cached_property
     def inputs(self) -> Tensor:
+        """The boxes of the first send buffer."""
         return self._table(self.host.inputs)
 
     @cached_property
     def arrivals(self) -> Tensor:
+        """The boxes of the first receive buffer."""
         return self._table(self.host.arrivals)
 
     @cached_property
     def outputs(self) -> Tensor:
+        """The boxes of the second send buffer."""
         return self._table(self.host.outputs)
 
     @cached_property
     def outcomes(self) -> Tensor:
+        """The boxes of the second receive buffer."""
         return self._table(self.host.results)
 
     def _table(self, buffer: Buffer) -> Tensor:
         return pack.box_table(buffer.boxes, self.device)
 
     def pack(self, states: States) -> Tensor:
+        """This rank's q, k and v as the send buffer."""
         return pack.pack_boxes(states, self.inputs, sum(self.sent))
 
     def unpack_gradients(self, flat: Tensor, grads: States) -> None:
+        """The adjoint of `pack`, written to `grads`."""
         pack.unpack_boxes(flat, self.inputs, grads)
 
     def states(self, received: Tensor) -> list[States]:
+        """q, k and v of each task, from the receive buffer."""
         if self.host.in_place:
             return [self._viewed(received)]
         places = self._apart(received)
@@ -125,20 +132,24 @@ class CutHeads:
         return places
 
     def places(self, received: Tensor) -> tuple[Tensor, list[States]]:
+        """Where the gradients of `states` are to be written, and before that the buffer behind these places."""
         buffer = received.new_empty(received.shape)
         return buffer, [self._viewed(buffer)] if self.host.in_place else self._apart(received)
 
     def join_gradients(self, buffer: Tensor, places: list[States]) -> Tensor:
+        """The adjoint of `states`."""
         if self.host.in_place or not places:  # a rank without work returns nothing, but takes part in the exchange
             return buffer
         return pack.pack_boxes([x for states in places for x in states], self.arrivals, sum(self.received))
 
     def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
+        """The outputs of the tasks as the send buffer of the second exchange."""
         if len(outs) == 1:  # its rows stand in the order of the ranks that have them
             return outs[0].flatten(0, 1)
         return pack.pack_boxes(outs, self.outputs, sum(self.returned)) if outs else received[:0]
 
     def split(self, flat: Tensor) -> list[Tensor]:
+        """The adjoint of `join`."""
         outs = [flat.new_empty(len(task.rows), len(task.q), flat.shape[-1]) for task in self.tasks]
         if len(outs) == 1:
             return [flat.view(outs[0].shape)]
@@ -161,9 +172,11 @@ class CutHeads:
         ]
 
     def unpack(self, flat: Tensor, out: Tensor) -> None:
+        """This rank's outputs, written to `out`."""
         pack.unpack_boxes(flat, self.outcomes, [out])
 
     def pack_gradients(self, dout: Tensor) -> Tensor:
+        """The adjoint of `unpack`."""
         return pack.pack_boxes([dout], self.outcomes, sum(self.results))
 
 

@@ -127,6 +127,7 @@ class Work:
 
     @property
     def total(self) -> int:
+        """The work of the whole stream."""
         return int(self.ends[-1] + self.mutual[-1])
 
     @cached_property

@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where Python is told to write no bytecode, each of a test's processes would compile all of transformers: 14 s, not 5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check gpu perf all-plans interpreter engines faults soak compile-table clean
+.PHONY: demo test check gpu perf all-plans interpreter engines adapters faults soak compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,16 @@ engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8'
 	$(BIN)/python -m pytest -m "long or not long" tests/engines
 
+# Long: trainers of other packages, in an environment of their own.
+adapters: .venv-adapters/.ready
+	.venv-adapters/bin/python -m pytest -m "long or not long" tests/adapters
+
+.venv-adapters/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-adapters
+	.venv-adapters/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-adapters/bin/python -m pip install --quiet --no-compile -e '.[dev,adapters]'
+	touch $@
+
 # Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
 faults: .venv/.ready
 	PYTHONPATH=tests $(BIN)/python tests/ranks/faults.py
@@ -69,4 +79,4 @@ compile-table: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv reports
+	rm -rf .venv .venv-adapters reports

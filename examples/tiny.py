@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
 IMAGE, SIDE, PATCH, TEXT = 1, 56, 14, 24  # a token, pixels, pixels, tokens
+WORDS = [f"w{i}" for i in range(58)]
+CHAT = (
+    "{% for m in messages %}{{ m.role }} {% if m.content is string %}{{ m.content }} {% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}{% endfor %}"
+    "{% endif %}<eos> {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
 def model() -> LlavaForConditionalGeneration:
@@ -27,3 +42,36 @@ def samples(count: int) -> list[dict[str, Tensor]]:
         ids = torch.cat([torch.full(((SIDE // PATCH) ** 2,), IMAGE), words])
         rows.append({"pixel_values": picture, "input_ids": ids, "labels": ids.masked_fill(ids == IMAGE, -100)})
     return rows
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token: the model's 64."""
+    words = ["<pad>", "<image>", "<eos>", "<unk>", "user", "assistant", *WORDS]
+    plain = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=plain, additional_special_tokens=["<image>"], chat_template=CHAT, **special
+    )
+
+
+def processor() -> LlavaProcessor:
+    """For trainers that are given conversations and pictures."""
+    from transformers import CLIPImageProcessorPil  # not in the oldest versions that the other examples run with
+
+    size = {"height": SIDE, "width": SIDE}
+    pictures = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size)
+    counted = {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}  # CLIP's class token
+    return LlavaProcessor(pictures, tokenizer(), patch_size=PATCH, chat_template=CHAT, **counted)
+
+
+def photograph(number: int) -> Image.Image:
+    pixels = torch.randint(256, (SIDE, SIDE, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def conversation(number: int) -> dict[str, list]:
+    """A picture, and a question about it: which one it is."""
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w0 w1"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": f"w2 {WORDS[3 + number]}"}]}
+    return {"images": [photograph(number)], "messages": [question, answer]}

@@ -74,13 +74,13 @@ class SharedBatches(DataLoader[Any]):
         own = iter(()) if self._parts is None else iter(self._parts)
         for step in count():
             source = 0 if self._streamed else step % self._sharing.size
-            batch = _from_source(lambda: next(own), source, self._sharing, self._limit)
+            batch = from_source(lambda: next(own), source, self._sharing, self._limit)
             if batch is _NONE:
                 return
             yield batch
 
 
-def _from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
+def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
     """The batch that `load` returns on rank `source`, on every rank; `_NONE` if there is none left."""
     kind, text, tensors, failure = _END, b"", [], None
     if group.rank == source:

@@ -276,7 +276,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
     positions = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)
     arguments["position_ids"] = positions[..., None, index]
     arguments.pop("cache_position", None)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
         arguments.pop(name, None)
     _localise_deepstack(arguments, index)
     fusion = installation.anatomy.fusion

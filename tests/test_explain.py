@@ -44,7 +44,8 @@ def test_before_wrap(name: str) -> None:
     assert table(explanation) == TABLES[name]
     assert [dict(vars(module)) for module in model.modules()] == attributes
     assert str(explanation).startswith(f"{type(model).__name__}: not wrapped; this is what wrap would do on 3 ranks\n")
-    assert "known family" in str(explanation) and "all-to-all" in str(explanation)
+    assert "proven: the tests compare" in str(explanation) and "all-to-all" in str(explanation)
+    assert all(row.why == "proven" for row in explanation.rows if "fusion" not in row.kind)
     assert "attention is computed by: reference" in str(explanation)
     assert all(row.heads_per_rank == "" for row in triton_sp.explain(model).rows)
 

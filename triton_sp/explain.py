@@ -18,7 +18,12 @@ from triton_sp.wrappers.trial import GATHERED
 
 FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
+PROVEN, BY_STRUCTURE = "proven", "accepted by structure"
+
 LEGEND = {
+    PROVEN: "the tests compare a model of this kind with one process: its loss, and the gradient of every parameter.",
+    BY_STRUCTURE: "its attention can be exchanged, and every other layer is known to work token by token; no test "
+    "compares this kind of model with one process. Do so on a small one before a long run.",
     "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v in one "
     "all-to-all and receives the results of its tokens in another. There is none if each segment (image, window, "
     "document) lies whole on one rank. A vision tower alone ends with one gather.",
@@ -164,7 +169,7 @@ def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
     share = f"{heads[0] / ranks:.3g}" if heads and ranks else ""
     decision, why = (
         "sharded",
-        "known family" if stack.known else "its attention can be exchanged, the rest is token-wise",
+        PROVEN if stack.proven else BY_STRUCTURE,
     )
     if not stack.by_interface:
         methods = {method_of(block) for block in stack.blocks}

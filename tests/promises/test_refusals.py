@@ -276,6 +276,31 @@ def test_spans(ranks, name: str) -> None:
         assert type(error) is InputError and error.field == field and found in error.found, error
 
 
+class Hidden(nn.Module):
+    """Holds modules as a ModuleList does, and is none."""
+
+    def __init__(self, modules: nn.ModuleList) -> None:
+        super().__init__()
+        for index, module in enumerate(modules):
+            self.add_module(str(index), module)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(str(index))
+
+
+def run_read_between_blocks() -> None:
+    """A tower that reads hidden states between its blocks where nobody looks for it."""
+    case = zoo.CASES["qwen3_vl"]
+    model, batch = case.build(case.dtype), case.batches["left_pad"](case.dtype)
+    model.model.visual.deepstack_merger_list = Hidden(model.model.visual.deepstack_merger_list)
+    triton_sp.wrap(model, config=SPConfig(plan="heads"))(**batch)
+
+
+def test_a_tower_that_reads_between_its_blocks(ranks) -> None:
+    for error in errors_of(ranks, run_read_between_blocks):
+        assert type(error) is UnsupportedModelError and "between blocks" in error.found
+
+
 # --- a batch -------------------------------------------------------------------------------------------------------
 
 

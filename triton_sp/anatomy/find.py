@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_sp.anatomy.families import FAMILIES, FEATURE_METHODS, Family, spans_of
+from triton_sp.anatomy.families import FAMILIES, FEATURE_METHODS, PROVEN, Family, spans_of
 from triton_sp.anatomy.parts import (
     Anatomy,
     FeatureMethod,
@@ -132,14 +132,15 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     attention = [module for block in blocks for module in block.modules() if calls_attention_interface(module)]
     config: Any = owner.config
     family = config.model_type
-    stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), known=family in FAMILIES)
+    stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
     stack.recurrent = recurrent_layers(blocks)
     if _takes_pixels(owner):
         ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
         stack.module = ancestors[0]
         stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
-        side_modules = FAMILIES.get(family, Family()).side_modules
-        stack.side_modules = list(getattr(owner, side_modules)) if side_modules else []
+        parts = list(_outside(owner, blocks))
+        stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]
+        stack.outside = [module for part in parts if not isinstance(part, nn.ModuleList) for module in part.modules()]
         embeddings = FAMILIES.get(family, Family()).embeddings
         stack.embeddings = getattr(owner, embeddings) if embeddings else None
         if not attention:
@@ -170,6 +171,17 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
         )
         anatomy.decoder = stack
+
+
+def _outside(owner: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """The outermost parts of a model that hold none of its blocks."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    for part in owner.children():
+        held = [id(module) in inside for module in part.modules()]
+        if not any(held):
+            yield part
+        elif not held[0]:
+            yield from _outside(part, blocks)
 
 
 def _embeds_tokens(owner: nn.Module) -> bool:

@@ -41,8 +41,9 @@ class Stack:
     family: str
     by_interface: bool  # attention goes through transformers' attention interface; otherwise it is opaque
     refusal: UnsupportedModelError | None = None
-    known: bool = False
-    side_modules: list[nn.Module] = field(default_factory=list)
+    proven: bool = False  # in the list of those that the tests compare with one process
+    outside: list[nn.Module] = field(default_factory=list)  # of a tower, all modules that are in none of its blocks
+    side_modules: list[nn.Module] = field(default_factory=list)  # but those in lists, which may run between blocks
     embeddings: nn.Module | None = None  # of a tower, where it interpolates positions by the sizes of all images
     unit: int = 1  # neighbouring tokens that a tap or merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position

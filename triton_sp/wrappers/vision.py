@@ -45,6 +45,9 @@ def install(stack: Stack, installation: Installation) -> None:
                 installation.override(unit, opaque.run_attention_module)
     for block in stack.blocks:
         installation.override(block, _run_block)
+    for part in stack.outside:
+        if part is not stack.embeddings:
+            installation.override(part, _run_outside)
     for tap in stack.side_modules:
         installation.override(tap, _run_side_module)
     if stack.embeddings is not None:
@@ -127,7 +130,7 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     else:
         out = opaque.run_block(override, tower, hidden, arguments)
     local = out[0] if isinstance(out, tuple) else out
-    tower.last_output = local.detach()
+    tower.last_output = None if last else local.detach()
     if last:
         local = tower.leave(local)
     return (local, *out[1:]) if isinstance(out, tuple) else local
@@ -188,11 +191,25 @@ def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: 
         )
 
 
+def _run_outside(override: Override, *args: Any, **kwargs: Any) -> Any:
+    """A part of a tower that is none of its blocks: what it makes of hidden states between them would be a shard's."""
+    tower = current(TowerPass)
+    before = None if tower is None else tower.last_output
+    if before is not None and before.numel():
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.data_ptr() == before.data_ptr():
+                raise UnsupportedModelError(
+                    type(override.module).__name__,
+                    expected="a tower whose parts read hidden states before its first block or after its last",
+                    found="one that reads them between blocks",
+                    remedy="this tower cannot be sharded: report the model",
+                )
+    return override.original(*args, **kwargs)
+
+
 def _run_side_module(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A module between blocks: run on the rank's tokens, `unit` of which become one row; its rows are gathered."""
     tower = current(TowerPass)
-    if tower is None or tower.outside == "patches":
-        return override.original(hidden, *args, **kwargs)
-    if hidden.shape[0] == tower.stream().shards.total:  # after the last block the hidden states are whole
+    if tower is None or tower.outside == "patches" or tower.last_output is None:  # or after the last block
         return override.original(hidden, *args, **kwargs)
     return stages.gather(override.original(hidden, *args, **kwargs), tower.stream(), tower.stack.unit)

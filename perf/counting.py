@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as funcol
 
+from triton_sp.ops import attend_cpu
+
 
 @dataclass
 class Tally:
@@ -68,6 +70,12 @@ def counted(model: nn.Module | None = None) -> Iterator[Tally]:
         tally.attention(query, key, kwargs.get("is_causal", False))
         return attend(query, key, *args, **kwargs)
 
+    on_cpu = attend_cpu._FLASH
+
+    def sharded_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float, causal: bool, **scale: Any) -> Any:
+        tally.attention(query, key, causal)
+        return on_cpu(query, key, value, dropout, causal, **scale)
+
     def step(change: int) -> Callable[..., None]:
         return lambda *_: setattr(tally, "depth", tally.depth + change)
 
@@ -76,6 +84,7 @@ def counted(model: nn.Module | None = None) -> Iterator[Tally]:
     doors += [(funcol, name) for name in ("all_to_all_single", "all_gather_tensor", "all_reduce")]
     patches = [mock.patch.object(place, name, stand_in(getattr(place, name))) for place, name in doors]
     patches.append(mock.patch.object(F, "scaled_dot_product_attention", attention))
+    patches.append(mock.patch.object(attend_cpu, "_FLASH", sharded_attention))
     modules = model.named_modules() if model is not None else ()
     blocks = [module for name, module in modules if name.endswith("self_attn")]
     hooks = [block.register_forward_pre_hook(step(1)) for block in blocks]

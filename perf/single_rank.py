@@ -161,8 +161,18 @@ class Account:
 
 def account(shape: Shape, run: Run, ranks: int = RANKS) -> Account:
     """What the last of so many ranks allocates in a step with the GPU's kernels, counted without computing it."""
+    from triton.runtime.jit import JITFunction
+
+    from triton_sp.kernels import launch
+
     cpu = torch.device("cpu")
-    with Hollow() as hollow, mock.patch.object(dispatch, "portable", lambda device: "triton"):
+    with (
+        Hollow() as hollow,
+        mock.patch.object(dispatch, "portable", lambda device: "triton"),
+        mock.patch.object(dispatch, "implementation", lambda device: "triton"),
+        mock.patch.object(launch, "target", lambda: "cuda:90"),
+        mock.patch.object(JITFunction, "run", lambda *_, **__: None),
+    ):
         model = build(shape, run, cpu)
         parameters = hollow.now
         batch = video(shape, run.frames, cpu)

@@ -135,16 +135,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
     stack.recurrent = recurrent_layers(blocks)
     if _takes_pixels(owner):
-        ancestors = [m for m in anatomy.entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
-        stack.module = ancestors[0]
-        stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
-        parts = list(_outside(owner, blocks))
-        stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]
-        stack.outside = [module for part in parts if not isinstance(part, nn.ModuleList) for module in part.modules()]
-        embeddings = FAMILIES.get(family, Family()).embeddings
-        stack.embeddings = getattr(owner, embeddings) if embeddings else None
-        if not attention:
-            stack.attention = _opaque_attention(blocks)
+        _describe_tower(stack, owner, anatomy.entry)
         stack.refusal = refuse_blocks(stack, names)
         anatomy.towers.append(stack)
     elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
@@ -171,6 +162,20 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
         )
         anatomy.decoder = stack
+
+
+def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
+    """What the owner of a vision tower's blocks has beside them."""
+    ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
+    stack.module = ancestors[0]
+    stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
+    parts = list(_outside(owner, stack.blocks))
+    stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]
+    stack.outside = [module for part in parts if not isinstance(part, nn.ModuleList) for module in part.modules()]
+    embeddings = FAMILIES.get(stack.family, Family()).embeddings
+    stack.embeddings = getattr(owner, embeddings) if embeddings else None
+    if not stack.attention:
+        stack.attention = _opaque_attention(stack.blocks)
 
 
 def _outside(owner: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:

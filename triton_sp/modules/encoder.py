@@ -7,13 +7,11 @@ part is to be sharded.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triton_sp import stages
 from triton_sp.anatomy.find import opaque_stack
 from triton_sp.anatomy.parts import Anatomy
 from triton_sp.config import SPConfig
@@ -21,8 +19,8 @@ from triton_sp.errors import DisagreementError, InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import collectives, groups
-from triton_sp.ranks.groups import Group
 from triton_sp.wrappers import entry, vision
+from triton_sp.wrappers.hidden import SequencesShape
 from triton_sp.wrappers.install import Installation, attach
 from triton_sp.wrappers.opaque import OpaqueScope, run_in, same_tokens
 from triton_sp.wrappers.trial import find_method, random_states
@@ -124,12 +122,16 @@ class ShardedAttention(nn.Module):
 
         if group.size == 1:
             return run(None, hidden)
-        shards, rows = self._shards(hidden), len(hidden)
+        shards = self._shards(hidden)
+        layout = SequencesShape(torch.Size((len(hidden), shards.total, hidden.shape[-1])))
+        cu_seqlens = torch.tensor([0, shards.total], dtype=torch.int32, device=hidden.device)
         if self.method is None:
-            probe = random_states(torch.Size((rows, shards.total, hidden.shape[-1])), hidden)
-            trial = shard_tokens(shards.total, group.size)
-            self.method = find_method(self.attn, run, partial(_scope, group, trial, probe), probe, group)
-        scope = _scope(group, shards, hidden, self.method, False)
+            cut = Stream(group, shard_tokens(shards.total, group.size), cu_seqlens)
+            probe = random_states(layout.shape, hidden)
+            self.method = find_method(
+                self.attn, run, lambda method, dry: OpaqueScope(method, cut, layout, dry), probe, group
+            )
+        scope = OpaqueScope(self.method, Stream(group, shards, cu_seqlens), layout)
         return same_tokens(run(scope, hidden), scope, self.attn)
 
     def _shards(self, hidden: Tensor) -> Shards:
@@ -181,20 +183,3 @@ class UlyssesSPViTAttention(ShardedAttention):
         cls = collectives.gather(local[:, 0] if first else local.flatten(0, 1)[:0], owners.sizes, self.group)
         local = torch.cat([cls[:, None], local[:, first:]], 1)
         return (local, *rest) if isinstance(out, tuple) else local
-
-
-def _scope(group: Group, shards: Shards, hidden: Tensor, method: str, dry: bool) -> OpaqueScope:
-    """Token-major: a token of all sequences is one row of the stream, which has a single segment."""
-    rows, cu_seqlens = len(hidden), torch.tensor([0, shards.total], dtype=torch.int32, device=hidden.device)
-    stream = Stream(group, shards, cu_seqlens)
-
-    def whole(local: Tensor) -> Tensor:
-        if dry:
-            return local.new_zeros(rows, shards.total, local.shape[-1])
-        return stages.gather(local.transpose(0, 1), stream).transpose(0, 1)
-
-    def part(x: Tensor) -> Tensor:
-        return stages.shard(x, stream, dim=1)
-
-    own = len(shards.range(group.rank))
-    return OpaqueScope(method, stream, torch.Size((rows, own)), whole, part, dry=dry)

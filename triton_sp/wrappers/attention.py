@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_sp import stages
 from triton_sp.anatomy.families import expected_window
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.install import Installation, Override, replaced
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 
 NAME = "triton_sp"
@@ -92,7 +92,7 @@ def attention_forward(
         causal = scope.causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
     scope.tally["attention"] += 1
-    tokens = len(scope.stream.shards.range(scope.stream.group.rank))
+    tokens = len(scope.stream.own)
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
     out = stages.attention(
         q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
@@ -151,8 +151,5 @@ def _plain(module: nn.Module, *states: Tensor | None, **kwargs: Any) -> tuple[Te
         function = ALL_ATTENTION_FUNCTIONS[name]
     # Only what was given: sdpa refuses a softcap of None no less than a value, eager functions differ in signature.
     given = {key: value for key, value in kwargs.items() if value is not None}
-    module.config = plain  # type: ignore[assignment]  # flash attention reads the name again
-    try:
+    with replaced(module, "config", plain):  # flash attention reads the name again
         return function(module, *states, **given)
-    finally:
-        module.config = ours  # type: ignore[assignment]

@@ -20,8 +20,8 @@ from triton_sp.plan.cost import find_link
 from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree
 from triton_sp.ranks.failures import BackwardWatcher, reporting_failures
-from triton_sp.wrappers.composite import check_rows, needed_rows
 from triton_sp.wrappers.decoder import TextCall, gather_tokens, lay_out
+from triton_sp.wrappers.features import check_rows, needed_rows
 from triton_sp.wrappers.head import HeadLoss, causal_lm_loss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.masks import documents_of

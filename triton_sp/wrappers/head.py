@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_sp.anatomy.parts import device_of
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.loss import LogitTransform, head_cross_entropy, liger_fits
-from triton_sp.wrappers.install import Installation
+from triton_sp.wrappers.install import Installation, replaced
 
 PROBE = (-24.0, -3.0, -0.5, 0.0, 1.0, 8.0, 30.0, 200.0)  # exact in every dtype
 
@@ -70,16 +70,9 @@ class HeadLoss:
     @contextmanager
     def active(self) -> Iterator[None]:
         """While the model runs, its head computes the loss."""
-        shadowed = self.head.__dict__.get("forward")
         original: Callable[..., Any] = self.head.forward
-        self.head.forward = lambda hidden: self._run(original, hidden)
-        try:
+        with replaced(self.head, "forward", lambda hidden: self._run(original, hidden)):
             yield
-        finally:
-            if shadowed is None:
-                del self.head.forward
-            else:
-                self.head.forward = shadowed
 
     def _run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
         states = hidden.flatten(0, -2)

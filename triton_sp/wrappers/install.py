@@ -7,7 +7,8 @@ pickle stay as they are. An override holds its module and plain data only, never
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,10 +91,7 @@ class Installation:
                     found="one that something else put over it since",
                     remedy="take that one off first, e.g. by accelerator.unwrap_model",
                 )
-            if old is _MISSING:
-                delattr(module, name)
-            else:
-                setattr(module, name, old)
+            _put_back(module, name, old)
         self.edits.clear()
 
 
@@ -127,6 +125,24 @@ class Override:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(parameter.name, {}))
         return dict(arguments)
+
+
+@contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """For the time of a call: let an attribute of one instance have another value."""
+    old = module.__dict__.get(name, _MISSING)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        _put_back(module, name, old)
+
+
+def _put_back(module: nn.Module, name: str, old: Any) -> None:
+    if old is _MISSING:
+        delattr(module, name)
+    else:
+        setattr(module, name, old)
 
 
 def attach(model: nn.Module, installation: Installation) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +23,13 @@ from torch.overrides import TorchFunctionMode
 from triton_sp import stages
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.plan.stream import Stream
+from triton_sp.wrappers.hidden import HiddenShape, SequencesShape
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.scope import active, current, refuse_lost_scope
 from triton_sp.wrappers.trial import HEADS, find_method, hidden_of, random_states, shards_inside
 
 if TYPE_CHECKING:
-    from triton_sp.wrappers.tower import Layout, TowerPass
+    from triton_sp.wrappers.tower import TowerPass
 
 METHOD = "_triton_sp_method"
 
@@ -40,20 +41,31 @@ class OpaqueScope:
     Attributes:
         method: HEADS or GATHERED.
         stream: all tokens.
-        shape: this rank's hidden states without their channels.
-        whole: hidden states of all tokens from this rank's.
-        part: this rank's from those of all tokens.
-        tally: counts what came by.
-        dry: nothing is sent and the values mean nothing: finds out whether a method runs at all.
+        layout: the shape of the hidden states of all tokens, and of a rank's.
+        dry: nothing is sent and the values mean nothing, to find out whether a method runs at all.
+        tally: counts the attention calls that came by.
     """
 
     method: str
     stream: Stream
-    shape: torch.Size
-    whole: Callable[[Tensor], Tensor]
-    part: Callable[[Tensor], Tensor]
-    tally: Counter[str] = field(default_factory=Counter)
+    layout: HiddenShape | SequencesShape
     dry: bool = False
+    tally: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def shape(self) -> torch.Size:
+        """This rank's hidden states without their channels."""
+        return self.own(torch.empty(self.layout.shape, device="meta")).shape[:-1]
+
+    def gather(self, local: Tensor) -> Tensor:
+        """The hidden states of all tokens, from this rank's."""
+        if self.dry:
+            return local.new_zeros(*self.layout.shape[:-1], local.shape[-1])
+        return self.layout.restore(stages.gather(self.layout.rows(local), self.stream))
+
+    def own(self, x: Tensor) -> Tensor:
+        """This rank's hidden states, from those of all tokens."""
+        return self.layout.local(stages.shard(self.layout.flat(x), self.stream))
 
 
 # --- heads exchanged -----------------------------------------------------------------------------------------------
@@ -101,7 +113,7 @@ def _sharded_sdpa(
         )
     if query.ndim == 3:
         return _sharded_sdpa(scope, query[None], key[None], value[None], attn_mask, 0.0, is_causal, scale)[0]
-    tokens = len(scope.stream.shards.range(scope.stream.group.rank))
+    tokens = len(scope.stream.own)
     rows = scope.shape.numel() // tokens if tokens else query.shape[0]
     fits = query.ndim == 4 and query.shape[0] == rows and query.shape[2] == key.shape[2] == tokens
     if not fits or attn_mask is not None:
@@ -154,19 +166,19 @@ def run_in(scope: OpaqueScope, function: Callable[..., Any], *args: Any, **kwarg
         with active(scope), no_fast_path(), _ShardSDPA(scope):
             return function(*args, **kwargs)
     with active(None), no_fast_path():
-        made: dict[int, Tensor] = {}
+        gathered: dict[int, Tensor] = {}
 
-        def whole(x: Any) -> Any:
+        def gather(x: Any) -> Any:
             if not isinstance(x, Tensor) or x.shape[:-1] != scope.shape:
                 return x
-            if id(x) not in made:  # self-attention stays self-attention: q, k and v are one object
-                made[id(x)] = scope.whole(x)
-            return made[id(x)]
+            if id(x) not in gathered:  # self-attention stays self-attention: q, k and v are one object
+                gathered[id(x)] = scope.gather(x)
+            return gathered[id(x)]
 
-        out = function(*map(whole, args), **{name: whole(value) for name, value in kwargs.items()})
+        out = function(*map(gather, args), **{name: gather(value) for name, value in kwargs.items()})
     if isinstance(out, tuple):
-        return (scope.part(out[0]), *out[1:])
-    return scope.part(out)
+        return (scope.own(out[0]), *out[1:])
+    return scope.own(out)
 
 
 def same_tokens(out: Any, scope: OpaqueScope, module: nn.Module) -> Any:
@@ -191,20 +203,7 @@ def method_of(module: nn.Module) -> str | None:
 
 def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: dict[str, Any]) -> Any:
     """A block on this rank's tokens. `arguments` are those of all tokens; what runs along the tokens is cut here."""
-    block, layout = override.module, tower.layout
-    assert layout is not None
-
-    def scope_of(stream: Stream, method: str, dry: bool) -> OpaqueScope:
-        def whole(local: Tensor) -> Tensor:
-            if dry:
-                return local.new_zeros(*layout.shape[:-1], local.shape[-1])
-            return layout.restore(stages.gather(local.flatten(0, -2), stream))
-
-        def part(x: Tensor) -> Tensor:
-            return layout.local(stages.shard(layout.flat(x), stream))
-
-        shape = layout.local(torch.empty(len(stream.shards.range(stream.group.rank)), 0, device="meta")).shape[:-1]
-        return OpaqueScope(method, stream, shape, whole, part, dry=dry)
+    block, layout = override.module, tower.shape
 
     def run(scope: OpaqueScope | None, states: Tensor) -> Any:
         if scope is not None and scope.method == HEADS:
@@ -219,21 +218,20 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
     if method is None:
         cut = Stream(stream.group, shards_inside(layout.tokens, layout.length, stream.group.size), stream.cu_seqlens)
         probe = random_states(layout.shape, hidden)
-        method = find_method(block, run, partial(scope_of, cut), probe, stream.group)
+        method = find_method(block, run, lambda method, dry: OpaqueScope(method, cut, layout, dry), probe, stream.group)
         override.installation.set(block, METHOD, method)
-    scope = scope_of(stream, method, False)
+    scope = OpaqueScope(method, stream, layout)
     out = same_tokens(run(scope, hidden), scope, block)
     tower.tally["attention"] += 1
     return out
 
 
-def localise_arguments(arguments: dict[str, Any], stream: Stream, layout: Layout) -> dict[str, Any]:
+def localise_arguments(arguments: dict[str, Any], stream: Stream, layout: HiddenShape) -> dict[str, Any]:
     """Arguments with this rank's rows of every tensor that runs along the tokens of the batch or of each image.
 
     Only shapes are looked at. Where these mislead, the trial shows it.
     """
-    start = stream.shards.starts[stream.group.rank]
-    count = len(stream.shards.range(stream.group.rank))
+    start, count = stream.own.start, len(stream.own)
 
     def rows(x: Any) -> Any:
         if isinstance(x, tuple | list):

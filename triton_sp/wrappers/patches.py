@@ -1,8 +1,9 @@
-"""Towers of packed patches (Qwen-VL): each rank gets its pixels, and what the tower would have worked out of the grids.
+"""Patches: the placement of towers of packed patches (Qwen-VL, GLM-4V). Each rank is given the pixels of its shard, and
+what the tower would have worked out of the grids for them.
 
 Since 5.17 transformers computes what a tower has to know about its patches (positions, segments, the order of windows)
-by functions beside the tower, and towers take the results as arguments. So the whole batch's are computed here, and
-the tower's own forward runs on this rank's rows, from the patch embedding to the merger.
+by functions beside the tower, and towers take the results as arguments. So these are called for the whole batch here,
+and the tower's own forward runs on this rank's rows of the results, from the patch embedding to the merger.
 """
 
 from __future__ import annotations
@@ -18,39 +19,49 @@ from torch import Tensor
 from triton_sp import stages
 from triton_sp.anatomy.parts import Stack
 from triton_sp.config import SPConfig
-from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
+from triton_sp.plan.stream import Stream
 from triton_sp.ranks.groups import Group
-from triton_sp.wrappers.planning import plan_tower
+from triton_sp.wrappers.hidden import HiddenShape
+from triton_sp.wrappers.placement import Placement, Streams
+from triton_sp.wrappers.planning import plan_stack
 
 
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """The patches of a batch, cut.
+@dataclass(eq=False)
+class Patches(Placement):
+    """Each rank has its shard of the patches, outside of the blocks and inside: nothing moves at their ends.
+
+    The stream is cut before the tower runs, anywhere between merge units (the neighbouring patches that the merger
+    makes one row of). With the plan "replicate" the shard of every rank is all patches.
 
     Attributes:
-        metadata: arguments for the tower's forward: of this rank's patches, segments those of all.
-        streams: cu_seqlens as the blocks will hand them out, and their values; those of the first block first.
-        order: (units,) int64 on the CPU, in which order the tower runs the merge units, or None for their own.
-        unit: patches in a merge unit.
-        grid: (images, 3), frames, height and width of each in patches.
+        streams: the cut, and the streams in the segments that blocks will be given.
+        order: (merge units,) int64 on the CPU, in which order the tower runs the merge units; None for their own order.
+        merge: patches in a merge unit.
+        grid: (images, 3), frames, height and width of each image in patches.
+        arguments: what the tower's forward needs to know of this rank's patches, and the segments of all.
     """
 
     group: Group
-    choice: PlanChoice
-    metadata: dict[str, Any]
-    streams: list[tuple[Tensor, Segments]]
+    streams: Streams
     order: Tensor | None
-    unit: int
+    merge: int
     grid: Tensor
+
+    def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
+        return self.streams
+
+    def enter(self, rows: Tensor, stream: Stream) -> Tensor:
+        return rows
+
+    def leave(self, local: Tensor, stream: Stream) -> Tensor:
+        return local
 
     @property
     def own(self) -> range:
         """This rank's patches, in the tower's order."""
-        if self.choice.plan == "replicate":
-            return range(self.choice.shards.total)
-        return self.choice.shards.range(self.group.rank)
+        return self.streams.first.own
 
     @property
     def frames(self) -> tuple[Tensor, Tensor]:
@@ -63,24 +74,24 @@ class Patches:
         return counts, each[index].index_fill(1, self.grid.new_zeros(1), 1)
 
     def pick(self, x: Tensor) -> Tensor:
-        """This rank's rows of a tensor with a row for each patch."""
-        return _pick(x, self.own, self.order, self.unit)
+        """This rank's rows of a tensor that has a row for each patch of the batch."""
+        return _pick(x, self.own, self.order, self.merge)
 
-    def route(self, rows: Tensor, needed: Shards) -> Tensor:
-        """The merged rows that this rank's placeholders need, from those that its patches gave."""
-        if self.choice.plan == "replicate":
+    def deliver(self, rows: Tensor, needed: Shards) -> Tensor:
+        """The merged rows that this rank's placeholders need, from those that were made of this rank's patches."""
+        if self.streams.choice.plan == "replicate":
             wanted = needed.range(self.group.rank)
             if self.order is None:
                 return rows[wanted.start : wanted.stop]
             return rows[torch.argsort(self.order)[wanted.start : wanted.stop].to(rows.device)]
-        return stages.reshard(rows, self.choice.shards.merged(self.unit), needed, self.group, self.order)
+        return stages.reshard(rows, self.streams.choice.shards.merged(self.merge), needed, self.group, self.order)
 
 
-def _pick(x: Tensor, own: range, order: Tensor | None, unit: int) -> Tensor:
+def _pick(x: Tensor, own: range, order: Tensor | None, merge: int) -> Tensor:
     if order is None:
         return x[own.start : own.stop]
-    units = order[own.start // unit : own.stop // unit].to(x.device)
-    return x.unflatten(0, (-1, unit))[units].flatten(0, 1)
+    units = order[own.start // merge : own.stop // merge].to(x.device)
+    return x.unflatten(0, (-1, merge))[units].flatten(0, 1)
 
 
 def merged_rows(grid: Tensor, stack: Stack) -> int:
@@ -102,13 +113,13 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
     merge = tower.spatial_merge_size
     cu_seqlens = vision_utils.get_vision_cu_seqlens(grid)
     of_patches = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
-    metadata: dict[str, Any] = {"cu_seqlens": cu_seqlens}
-    streams, order = [cu_seqlens], None
+    arguments: dict[str, Any] = {"cu_seqlens": cu_seqlens}
+    segments, order = [cu_seqlens], None
     if "get_vision_window_index" in uses:
         order, windows = vision_utils.get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
         order = order.cpu()
-        metadata["cu_window_seqlens"] = windows
-        streams = [cu_seqlens, windows] if 0 in tower.fullatt_block_indexes else [windows, cu_seqlens]
+        arguments["cu_window_seqlens"] = windows
+        segments = [cu_seqlens, windows] if 0 in tower.fullatt_block_indexes else [windows, cu_seqlens]
     if "get_vision_interpolation_indices_and_weights" in uses:
         of_patches["interp_indices"], of_patches["interp_weights"] = (
             vision_utils.get_vision_interpolation_indices_and_weights(
@@ -119,11 +130,13 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
                 spatial_merge_size=merge,
             )
         )
-    known = [(cu, Segments(tuple(cu.tolist()))) for cu in streams]
+    known = [(cu, Segments(tuple(cu.tolist()))) for cu in segments]
     like = torch.empty(0, tower.patch_embed.embed_dim, dtype=next(tower.parameters()).dtype, device=device)
-    choice = plan_tower(stack, config, group, known[0][1], like)
-    patches = Patches(group, choice, metadata, known, order, stack.unit, grid)
-    metadata |= {name: patches.pick(value) for name, value in of_patches.items()}
+    streams = Streams(group, plan_stack(stack, config, group, known[0][1], like))
+    for cu, values in known:
+        streams.of(cu, values)
+    own = streams.first.own
+    arguments |= {name: _pick(value, own, order, stack.unit) for name, value in of_patches.items()}
     if order is not None:  # this rank's units come in the order of windows already
-        metadata["window_index"] = torch.arange(len(patches.own) // stack.unit)
-    return patches
+        arguments["window_index"] = torch.arange(len(own) // stack.unit)
+    return Patches(group, streams, order, stack.unit, grid, arguments=arguments)

@@ -17,33 +17,39 @@ from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.install import Installation
 
 
-def plan_tower(
-    stack: Stack, config: SPConfig, group: Group, segments: Segments, hidden: Tensor, owned: Shards | None = None
+def plan_stack(
+    stack: Stack,
+    config: SPConfig,
+    group: Group,
+    segments: Segments,
+    like: Tensor,
+    *,
+    causal: bool = False,
+    owned: Shards | None = None,
 ) -> PlanChoice:
-    """The plan of a vision tower whose first block attends in `segments`. The same on every rank.
+    """The plan of a stack whose first block attends in `segments`. The same on every rank.
 
     Args:
-        hidden: what the first block gets, or an empty tensor (0, C) like it.
-        owned: the tokens of each rank's own images, where ranks have shared them out.
+        like: a tensor with the channels (its last dimension), dtype and device of the hidden states.
+        causal: whether the stack is a decoder, which is never replicated: each token's loss is one rank's.
+        owned: the tokens of each rank's own images, where the ranks have shared images out.
     """
-    layers = layers_of(stack, hidden.shape[-1], hidden.dtype, causal=False)
-    link = find_link(config.link, hidden.device.type, group.size)
-    # A plain module is tried out on shards at its first call, so it must have some.
-    replicable = stack.by_interface and owned is None
+    layers = layers_of(stack, like.shape[-1], like.dtype, causal)
+    link = find_link(config.link, like.device.type, group.size)
+    # A plain module is tried out on shards in its first call, so it must have shards.
+    replicable = stack.by_interface and owned is None and not causal
     choice = choose_plan(segments, group.size, stack.unit, layers, link, config.plan, replicable, owned)
     return replace(choice, chunks=config.chunks)
 
 
 def plan_decoder(installation: Installation, device: torch.device, segments: Segments) -> PlanChoice:
-    """The plan of the decoder, which is never replicated: each token's loss is one rank's."""
-    stack, group, config = installation.anatomy.decoder, installation.group, installation.config
+    """The plan of the decoder for a batch on `device` whose rows and documents are `segments`."""
+    stack = installation.anatomy.decoder
     assert stack is not None
     model_config: Any = stack.module.config
     dtype = next(stack.module.parameters()).dtype
-    layers = layers_of(stack, model_config.hidden_size, dtype, causal=True)
-    link = find_link(config.link, device.type, group.size)
-    choice = choose_plan(segments, group.size, 1, layers, link, config.plan, replicable=False)
-    return replace(choice, chunks=config.chunks)
+    like = torch.empty(0, model_config.hidden_size, dtype=dtype, device=device)
+    return plan_stack(stack, installation.config, installation.group, segments, like, causal=True)
 
 
 def layers_of(stack: Stack, width: int, dtype: torch.dtype, causal: bool) -> Layers:

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
-from triton_sp.wrappers.install import Override
+from triton_sp.wrappers.install import Override, replaced
+
+if TYPE_CHECKING:
+    from triton_sp.wrappers.placement import Placement
 
 KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention finds its scope
 
@@ -30,20 +33,14 @@ KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention f
 @dataclass(frozen=True, eq=False)
 class Call:
     """While the wrapped model's forward runs: its parts are sharded. Outside of it they run as they always did, or
-    raise: see refuse_lost_scope."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureCall(Call):
-    """While a composite model turns pixels into features: how its tower begins and ends.
+    raise: see refuse_lost_scope.
 
     Attributes:
-        prepare: given the pass of the tower and the arguments of its forward, the arguments to run it with.
-        finish: given the pass and the tower's output, the output that the composite gets.
+        placement: while a method makes features: where the tokens of the tower that it calls are outside of its blocks.
+            None everywhere else: all ranks have all tokens there.
     """
 
-    prepare: Callable[[Any, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-    finish: Callable[[Any, Any], Any]
+    placement: Placement | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +101,11 @@ def _checkpoint_in_scope(
 def bound_checkpoints(model: nn.Module) -> Iterator[None]:
     """While a model runs, what it checkpoints is bound to the scope that is active at that moment."""
     name = "_gradient_checkpointing_func"
-    modules = [module for module in model.modules() if name in module.__dict__]
-    saved = [module.__dict__[name] for module in modules]
-    for module, checkpoint in zip(modules, saved, strict=True):
-        module.__dict__[name] = partial(_checkpoint_in_scope, checkpoint)
-    try:
+    with ExitStack() as stack:
+        for module in [module for module in model.modules() if name in module.__dict__]:
+            bound = partial(_checkpoint_in_scope, module.__dict__[name])
+            stack.enter_context(replaced(module, name, bound))
         yield
-    finally:
-        for module, checkpoint in zip(modules, saved, strict=True):
-            module.__dict__[name] = checkpoint
 
 
 def check_tally(tally: Counter[str], calls: int, stack: str, kind: str = "attention") -> None:

@@ -25,10 +25,11 @@ Run = Callable[[Any, Tensor], Any]
 
 
 def find_method(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any], probe: Tensor, group: Group) -> str:
-    """The method by which a module computes on shards what it computes on all tokens.
+    """Find out how a module can be sharded: HEADS if its SDPA calls can exchange heads, otherwise GATHERED.
 
-    Decided by trial, on random hidden states and random weights: weights that start at zero, and images that are all
-    alike, would hide tokens that meet outside of attention. All ranks come to the same verdict.
+    The module is run both ways, on shards and on all tokens. Hidden states and weights are random: weights that start
+    at zero, or images that are all alike, would hide tokens that meet outside of attention. All ranks come to the same
+    verdict.
 
     Args:
         scopes: the scope of a method, dry or not. Its shards are to cut through images.
@@ -47,14 +48,14 @@ def find_method(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any],
         for method in (HEADS, GATHERED):
             dry = scopes(method, True)
             try:
-                call(dry, dry.part(probe))
+                call(dry, dry.own(probe))
                 runs = method == GATHERED or dry.tally["sdpa"] > 0
             except Exception as error:  # a module of anybody's: whatever it raises, this method is not for it
                 runs, found = False, f"{type(error).__name__} on a shard: {error}"
             if not everywhere(runs):
                 continue
             scope = scopes(method, False)
-            result, target = hidden_of(call(scope, scope.part(probe))), scope.part(expected)
+            result, target = hidden_of(call(scope, scope.own(probe))), scope.own(expected)
             if everywhere(result.shape == target.shape and torch.allclose(result, target, rtol=1e-3, atol=1e-3)):
                 return method
     raise UnsupportedModelError(

@@ -1,13 +1,14 @@
 """Vision towers: cut before the first block, put together after the last.
 
-A tower's own forward runs on every rank. Its first block takes the rank's part of the patches of the whole batch (a
-CLS token is a token like another), every block runs on that part, and after the last one tokens are where they were
-before, see tower.py. What a tower reads from between its blocks (DeepStack mergers, LLaVA's second to last hidden
-state) is brought there when it is read.
+A tower's own forward runs on every rank. Its first block takes the rank's shard of the patches of the whole batch (a
+CLS token is a token like another), every block runs on that shard, and after the last block tokens are where they were
+before: see placement.py. What a tower reads from between its blocks (DeepStack's mergers, LLaVA's second to last
+hidden state) is brought there when it is read.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from triton_sp.plan.stream import Stream
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
+from triton_sp.wrappers.patches import Patches
+from triton_sp.wrappers.placement import Replicated
 from triton_sp.wrappers.scope import (
     AttentionScope,
     Call,
-    FeatureCall,
     active,
     bound_checkpoints,
     check_tally,
@@ -40,16 +42,16 @@ def install(stack: Stack, installation: Installation) -> None:
     if stack.by_interface:
         redirect(stack.attention, installation)
     else:
-        for unit in stack.attention:
-            if unit not in stack.blocks:
-                installation.override(unit, opaque.run_attention_module)
+        for attention in stack.attention:
+            if attention not in stack.blocks:
+                installation.override(attention, opaque.run_attention_module)
     for block in stack.blocks:
         installation.override(block, _run_block)
     for part in stack.outside:
         if part is not stack.embeddings:
             installation.override(part, _run_outside)
-    for tap in stack.side_modules:
-        installation.override(tap, _run_side_module)
+    for module in stack.side_modules:
+        installation.override(module, _run_side_module)
     if stack.embeddings is not None:
         installation.override(stack.embeddings, _run_embeddings)
     installation.override(stack.module, _run_tower)
@@ -62,10 +64,11 @@ def _stack_of(override: Override) -> Stack:
 
 
 def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes: Tensor, *places: Tensor) -> Tensor:
-    """GLM-4V interpolates positions by the sizes of the frames that patches are of: it gets those of this rank's."""
+    """GLM-4V interpolates positions by the sizes of the frames that patches belong to. Where this rank has a shard of
+    the patches, it gets the sizes of its frames."""
     tower = current(TowerPass)
-    if tower is not None and tower.frames is not None:
-        lengths, shapes = (table.to(hidden.device) for table in tower.frames)
+    if tower is not None and isinstance(tower.placement, Patches):
+        lengths, shapes = (table.to(hidden.device) for table in tower.placement.frames)
     if not len(hidden):  # nothing can be interpolated, but the weight must have its gradient
         module: Any = override.module
         return hidden + module.position_embedding.weight[:0]
@@ -73,32 +76,27 @@ def _run_embeddings(override: Override, hidden: Tensor, lengths: Tensor, shapes:
 
 
 def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
-    if current(Call) is None:
+    call = current(Call)
+    if call is None:
         refuse_lost_scope(override)
         return override.original(*args, **kwargs)
-    stack = _stack_of(override)
-    features = current(FeatureCall)
-    tower = TowerPass(override.installation.group, stack, override.installation.config)
-    if features is not None:
-        args, kwargs = features.prepare(tower, args, kwargs)
+    installation, stack = override.installation, _stack_of(override)
+    # A copy: what is planned in one call of a tower is not another's.
+    placement = replace(call.placement or Replicated(installation.group))
+    tower = TowerPass(stack, installation.config, placement)
     if joins_images(stack):
         tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
-    guards = (
-        bound_checkpoints(stack.module),
-        without_dense_mask(tower) if stack.by_interface else opaque.no_fast_path(),
-    )
-    with active(tower), guards[0], guards[1]:
-        out = override.original(*args, **kwargs)
+    guard = without_dense_mask(tower) if stack.by_interface else opaque.no_fast_path()
+    with active(tower), bound_checkpoints(stack.module), guard:
+        out = override.original(*args, **{**kwargs, **placement.arguments})
     tower.last_output = None
-    layers = len(stack.attention if stack.by_interface else stack.blocks)
-    check_tally(tower.tally, layers, stack.name)
-    if tower.choice is not None:
-        attended = tuple(filter(None, dict.fromkeys(stream.describe() for stream in tower.streams.values())))
-        override.installation.last_calls[stack.name] = LastCall(tower.choice, attended)
+    check_tally(tower.tally, len(stack.attention if stack.by_interface else stack.blocks), stack.name)
+    if tower.streams is not None:
+        installation.last_calls[stack.name] = LastCall(tower.streams.choice, tower.streams.describe())
     states = getattr(out, "hidden_states", None)
     if isinstance(states, tuple):
         out.hidden_states = TowerStates(states, tower)
-    return out if features is None else features.finish(tower, out)
+    return out
 
 
 def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
@@ -112,7 +110,7 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     name = next(iter(override.__signature__.parameters))
     hidden = arguments.pop(name)
     if first:
-        _check_unit(tower, hidden)
+        _check_merge_units(tower, hidden)
     if first and not recomputing():
         tower.plan(
             hidden, arguments.get("cu_seqlens"), arguments.get("attention_mask") if tower.stack.by_interface else None
@@ -136,7 +134,7 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
     return (local, *out[1:]) if isinstance(out, tuple) else local
 
 
-def _check_unit(tower: TowerPass, hidden: Tensor) -> None:
+def _check_merge_units(tower: TowerPass, hidden: Tensor) -> None:
     if hidden.shape[:-1].numel() % tower.stack.unit:
         raise InputError(
             "pixel_values",
@@ -162,7 +160,6 @@ def _check_chain(tower: TowerPass, block: nn.Module, hidden: Tensor) -> None:
 
 def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block: nn.Module) -> None:
     """Replace what describes the whole stream by what describes this rank's tokens."""
-    tokens = len(stream.shards.range(stream.group.rank))
     for name in ("position_embeddings", "rotary_pos_emb"):
         value = arguments.get(name)
         if isinstance(value, Tensor):
@@ -171,7 +168,7 @@ def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: 
             arguments[name] = tuple(map(tower.table, value))
     if arguments.get("cu_seqlens") is not None:
         # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
-        arguments["cu_seqlens"] = torch.tensor([0, tokens], dtype=torch.int32)
+        arguments["cu_seqlens"] = torch.tensor([0, len(stream.own)], dtype=torch.int32)
     if arguments.get("attention_mask") is not None and tower.is_planned_for(arguments["attention_mask"]):
         arguments["attention_mask"] = None  # all that it says is in the stream
     for name in ("attention_mask", "causal_attention_mask", "head_mask", "layer_head_mask"):
@@ -208,8 +205,9 @@ def _run_outside(override: Override, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_side_module(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A module between blocks: run on the rank's tokens, `unit` of which become one row; its rows are gathered."""
+    """A module that a tower runs on hidden states between its blocks, on this rank's tokens: its rows are gathered."""
     tower = current(TowerPass)
-    if tower is None or tower.outside == "patches" or tower.last_output is None:  # or after the last block
-        return override.original(hidden, *args, **kwargs)
-    return stages.gather(override.original(hidden, *args, **kwargs), tower.stream(), tower.stack.unit)
+    rows = override.original(hidden, *args, **kwargs)
+    if tower is None or isinstance(tower.placement, Patches) or tower.last_output is None:  # or after the last block
+        return rows
+    return stages.gather(rows, tower.stream(), tower.stack.unit)

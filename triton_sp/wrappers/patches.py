@@ -50,12 +50,15 @@ class Patches(Placement):
     grid: Tensor
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
+        """The streams that were planned before the tower ran."""
         return self.streams
 
     def enter(self, rows: Tensor, stream: Stream) -> Tensor:
+        """The rows themselves, which are the shard."""
         return rows
 
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
+        """The shard itself."""
         return local
 
     @property

@@ -125,15 +125,18 @@ class Replicated(Placement):
     group: Group
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
+        """Every rank knows all segments."""
         segments = _segments(hidden, cu)
         streams = Streams(self.group, plan_stack(stack, config, self.group, segments, like), hidden.used)
         streams.of(_cu_seqlens(segments, like) if cu is None else cu, segments)
         return streams
 
     def enter(self, rows: Tensor, stream: Stream) -> Tensor:
+        """A slice."""
         return stages.shard(rows, stream)
 
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
+        """A gather."""
         return stages.gather(local, stream)
 
 
@@ -158,6 +161,7 @@ class Images(Placement):
     _tables: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
+        """Ranks tell each other the sizes of their images, of which each knows its own only."""
         lengths = [stop - start for start, stop in pairwise(_segments(hidden, cu).starts)]
         used = lengths if hidden.used is None else hidden.used.tolist()
         if self.stand_in:
@@ -196,10 +200,12 @@ class Images(Placement):
             )
 
     def enter(self, rows: Tensor, stream: Stream) -> Tensor:
+        """An exchange from the ranks that have the images to those that have the shards."""
         own = rows[: self.tokens.sizes[self.group.rank]]
         return stages.reshard(own, self.tokens, stream.shards, self.group)
 
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
+        """The exchange back."""
         rows = stages.reshard(local, stream.shards, self.tokens, self.group)
         if self._dropped:
             # The stand-in leaves as zeros. They are joined to the (empty) rows that have arrived, so that the backward
@@ -208,6 +214,7 @@ class Images(Placement):
         return rows
 
     def table(self, x: Tensor, stream: Stream) -> Tensor:
+        """An exchange once for all blocks that are given the same table."""
         key = (x.data_ptr(), x.shape)
         if key not in self._tables:  # every block gets the same; x is held, so that its memory isn't given to another
             self._tables[key] = x, self.enter(x, stream)

@@ -558,6 +558,40 @@ def hybrid(case: Case) -> Case:
     return replace(case, suite=(), documents_alone=True, widened=True)
 
 
+def flat_patches(counts: list[tuple[int, int]], count: int, dtype: torch.dtype) -> Batch:
+    """SigLIP 2 takes (N, most patches of an image, pixels of a patch), padding 0."""
+    shapes = counts[:count]
+    most = max(height * width for height, width in shapes)
+    mask = torch.stack([torch.arange(most) < height * width for height, width in shapes]).long()
+    patches = pixels(count, most, 3 * PATCH**2, dtype=dtype, seed=count) * mask[..., None]
+    return {"pixel_values": patches, "spatial_shapes": torch.tensor(shapes), "pixel_attention_mask": mask}
+
+
+def joined_patches(counts: list[tuple[int, int]], count: int, dtype: torch.dtype) -> Batch:
+    """MiniCPM-V takes the patches of all images side by side."""
+    shapes = counts[:count]
+    patches = sum(height * width for height, width in shapes)
+    return {"pixel_values": pixels(1, 3, PATCH, patches * PATCH, dtype=dtype), "target_sizes": torch.tensor(shapes)}
+
+
+def small_vlm_cases(conv: dict[str, Any], text: dict[str, Any]) -> list[Case]:
+    """LFM2-VL, whose features are gathered, and MiniCPM-V 4.6, whose tower stays whole."""
+    lfm2 = text_config("Lfm2", **conv).to_dict()
+    vision = {"hidden_size": HEADS * 4, "num_attention_heads": HEADS, "intermediate_size": 64, "patch_size": PATCH}
+    siglip2 = vision | {"model_type": "siglip2_vision_model", "num_hidden_layers": 2, "num_patches": GRID**2}
+    siglip2["vision_use_head"] = False
+    flat = [(6, 4), (4, 4), (2, 6), (4, 8), (6, 6)]
+    flats = {"image": Visuals([[height * width // 4] for height, width in flat], partial(flat_patches, flat))}
+    minicpm = vision | {"num_hidden_layers": 3, "image_size": GRID * PATCH, "insert_layer_id": 1}
+    joined = [(8, 8), (4, 8), (4, 4), (8, 4), (12, 4)]
+    joint = {"image": Visuals([[height * width // 16] for height, width in joined], partial(joined_patches, joined))}
+    ids = {"video_token_id": VIDEO, "image_size": GRID * PATCH, "insert_layer_id": 1}
+    return [
+        hybrid(vlm_case("lfm2_vl", "Lfm2Vl", (siglip2, lfm2, flats), projector_hidden_size=40)),
+        hybrid(vlm_case("minicpmv4_6", "MiniCPMV4_6", (minicpm, text, joint), **ids)),
+    ]
+
+
 def hybrid_cases() -> list[Case]:
     """In `tests/wrappers/test_hybrids.py`, each on a few ranks."""
     small = {"kv_heads": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 24}
@@ -574,6 +608,8 @@ def hybrid_cases() -> list[Case]:
     vision = {"num_heads": HEADS, "patch_size": PATCH, "spatial_merge_size": MERGE, "hidden_size": WIDTH, "depth": 2}
     vision |= {"intermediate_size": 80, "out_hidden_size": 32, "num_position_embeddings": 64}
     ids = {"video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+    conv = small | {"layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    lara = moe | delta | {"layer_types": ["linear_attention", "full_attention", "sliding_attention"]}
     text = text_config("Qwen3_5Text", **mrope).to_dict()
     text_moe = text_config("Qwen3_5MoeText", **mrope, **moe).to_dict()
     visuals = qwen_visuals(frame_spans=True)
@@ -583,15 +619,20 @@ def hybrid_cases() -> list[Case]:
         hybrid(text_case("qwen3_next", "Qwen3Next", **delta, **moe)),
         hybrid(text_case("olmo_hybrid", "OlmoHybrid", **delta)),
         hybrid(text_case("kimi_linear", "KimiLinear", **kimi)),
-        hybrid(text_case("lfm2", "Lfm2", layers=3, layer_types=["conv", "full_attention", "conv"], **small)),
+        hybrid(text_case("lara_mini", "LaraMini", sliding_window=7, **lara)),
+        hybrid(text_case("bailing_hybrid", "BailingHybrid", num_local_experts=4, **kimi)),
+        hybrid(text_case("lfm2", "Lfm2", **conv)),
+        hybrid(text_case("lfm2_moe", "Lfm2Moe", num_dense_layers=1, num_experts=4, **EXPERTS, **conv)),
         hybrid(text_case("nemotron_h", "NemotronH", **nemotron)),
         hybrid(text_case("bamba", "Bamba", attn_layer_indices=[1], **mamba)),
         hybrid(text_case("falcon_h1", "FalconH1", mamba_d_ssm=96, **mamba)),
-        hybrid(text_case("granite_hybrid", "GraniteMoeHybrid", **granite)),
+        # Its masks are made without position_ids: nothing keeps documents apart, in one process or on ranks.
+        replace(hybrid(text_case("granite_hybrid", "GraniteMoeHybrid", **granite)), documents_alone=False),
         hybrid(vlm_case("qwen3_5_vl", "Qwen3_5", (vision, text, visuals), **ids)),
         hybrid(
             vlm_case("qwen3_5_moe_vl", "Qwen3_5Moe", (vision, text_moe, visuals), experts_implementation="eager", **ids)
         ),
+        *small_vlm_cases(conv, text),
     ]
 
 

@@ -16,12 +16,17 @@ class Family:
     """What can't be read off a part's structure, by the `model_type` of its configuration."""
 
     embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
+    whole: str = ""  # why the tower stays whole on every rank
     joins_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
 
 
 FAMILIES: dict[str, Family] = {
     "glm4v_vision": Family(embeddings="embeddings"),
     "pixtral": Family(joins_images=True),
+    **dict.fromkeys(
+        ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"),
+        Family(whole="a merger between its blocks leaves fewer tokens"),
+    ),
 }
 
 # Towers and decoders whose loss and gradients are compared with one process's, see tests/kit/zoo.py. Others are
@@ -31,10 +36,13 @@ PROVEN = {
     "clip_vision_model", "dinov2", "glm4v_vision", "idefics2", "idefics2_vision", "idefics3_vision", "internvl_vision",
     "pixtral", "qwen2_vl_vision", "qwen2_vl", "qwen2_5_vl_vision", "qwen2_5_vl", "qwen3_vl_vision", "qwen3_vl",
     "qwen3_vl_moe_vision", "qwen3_vl_moe", "qwen3_5_vision", "qwen3_5_moe_vision", "siglip_vision_model",
-    "smolvlm_vision", "vit",
+    "siglip2_vision_model", "smolvlm_vision", "vit",
     # decoders
     "gemma", "gemma2", "gemma3_text", "glm4v_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
+    # decoders with recurrent layers
+    "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
+    "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 
 _IMAGES = FeatureMethod("get_image_features", "image_token_id", "images", per_image_arguments=("image_sizes",))

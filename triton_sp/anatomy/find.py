@@ -49,7 +49,11 @@ def find_parts(model: nn.Module) -> Anatomy:
     if entry is model and not is_hf(model):
         anatomy.towers.extend(_opaque_stacks(model, names))
     for owner, list_name, blocks in _hf_stacks(entry):
-        _sort_in(anatomy, owner, f"{names[id(owner)]}.{list_name}".strip("."), blocks, names)
+        name, whole = f"{names[id(owner)]}.{list_name}".strip("."), FAMILIES.get(_family(owner), Family()).whole
+        if whole:
+            anatomy.unsharded.append((name, whole))
+        else:
+            _sort_in(anatomy, owner, name, blocks, names)
     if not anatomy.stacks:
         raise UnsupportedModelError(
             type(model).__name__,
@@ -121,6 +125,11 @@ def _innermost_model(owner: nn.Module, path: str) -> nn.Module:
     return innermost
 
 
+def _family(owner: nn.Module) -> str:
+    config: Any = owner.config
+    return config.model_type
+
+
 def _takes_pixels(module: nn.Module) -> bool:
     key = getattr(module.config, "base_config_key", "")
     return key == "vision_config" or getattr(module, "main_input_name", "") == "pixel_values"
@@ -130,8 +139,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     # torch's checkpoint_wrapper puts a module around each block; the overrides belong on the block itself.
     blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
     attention = [module for block in blocks for module in block.modules() if calls_attention_interface(module)]
-    config: Any = owner.config
-    family = config.model_type
+    family = _family(owner)
     stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
     stack.recurrent = recurrent_layers(blocks)
     if _takes_pixels(owner):

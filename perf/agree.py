@@ -23,7 +23,7 @@ from perf.engines import Size, build_llm
 from perf.rows import Row
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankPool
-from triton_sp.wrappers import entry as wrapped_model
+from triton_sp.wrappers import entry
 
 CHECKS = ("off", "first", "always")
 RANKS = (2, 4)
@@ -39,17 +39,18 @@ def measure(tokens: int, repeats: int) -> dict[str, dict[str, Any]]:
         model, batch = build_llm(Size(0, tokens))
         batch["position_ids"] = torch.arange(tokens)[None] % DOCUMENT
         models[check] = triton_sp.wrap(model, config=triton_sp.SPConfig(check=check))
-    agree: Callable[..., None] = wrapped_model._agree
+    prepare: Callable[..., Any] = entry.prepare_on_all
     for _ in range(WARM_UP + repeats):
         for check, model in models.items():
 
-            def timed(*args: Any, check: str = check) -> None:
+            def timed(*args: Any, check: str = check) -> Any:
                 dist.barrier()
                 begin = time.perf_counter()
-                agree(*args)
+                prepared = prepare(*args)
                 times[check].append(1e3 * (time.perf_counter() - begin))
+                return prepared
 
-            with mock.patch.object(wrapped_model, "_agree", timed), collectives.record() as ledger, torch.no_grad():
+            with mock.patch.object(entry, "prepare_on_all", timed), collectives.record() as ledger, torch.no_grad():
                 model(**batch)
             sent[check] = sum(size for name, size in ledger.entries if name == "agree")
     return {check: {"sent_bytes": sent[check], **statistics(taken[WARM_UP:])} for check, taken in times.items()}

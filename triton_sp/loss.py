@@ -58,25 +58,6 @@ def shift(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def sharded_cross_entropy(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    count: Tensor | float,
-    group: Group,
-    gradient: str,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """The mean cross entropy of the batch, the same on every rank, from the tokens of this rank.
-
-    Args:
-        logits_TV: the logits of this rank's tokens. A chunk at a time is converted to fp32 or wider.
-        targets_T: int64, their targets; -100 is ignored.
-        count, gradient: see `mean_of_shares`.
-        label_smoothing: see `cross_entropy`.
-    """
-    return mean_of_shares(cross_entropy(logits_TV, targets_T, label_smoothing), count, group, gradient)
-
-
 def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient: str) -> Tensor:
     """The sum over ranks of their cross entropies, divided by the label count of the batch.
 

@@ -42,14 +42,14 @@ def gather_whose_backward_only_slices(ctx: Any, grad: Tensor) -> tuple[Tensor | 
     return grad[own.start : own.stop], None, None
 
 
-def loss_of_a_local_count(logits: Tensor, targets: Tensor, count: Any, group: Any, *rest: Any) -> Tensor:
-    local = (targets != loss.IGNORE).sum().clamp(min=1) * group.size
-    return sharded_cross_entropy(logits, targets, local, group, *rest)
+def loss_of_a_local_count(fields: Any, local_T: Tensor, head: Any, count: Any, installation: Any) -> Tensor:
+    local = int((local_T != loss.IGNORE).sum()) * installation.group.size
+    return form_loss(fields, local_T, head, local, installation)
 
 
-def labels_shifted_on_the_shard(logits: Tensor, targets: Tensor, count: Any, *rest: Any) -> Tensor:
+def labels_shifted_on_the_shard(fields: Any, local_T: Tensor, *rest: Any) -> Tensor:
     """The last token of a shard has no label then."""
-    return sharded_cross_entropy(logits, F.pad(targets[:-1], (0, 1), value=loss.IGNORE), count, *rest)
+    return form_loss(fields, F.pad(local_T[:-1], (0, 1), value=loss.IGNORE), *rest)
 
 
 def total_with_an_all_reduce_in_its_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -58,15 +58,15 @@ def total_with_an_all_reduce_in_its_backward(ctx: Any, grad: Tensor) -> tuple[Te
 
 
 gather, begin_all_to_all = collectives.gather, collectives.begin_all_to_all
-sharded_cross_entropy = loss.sharded_cross_entropy
+form_loss = entry._loss
 # name: the model that shows it, and what is replaced by what
 MUTANTS: dict[str, tuple[str, Any, str, Any]] = {
     "gather": ("vit", collectives, "gather", gather_without_gradient),
     "gather_backward": ("vit", collectives._Gather, "backward", staticmethod(gather_whose_backward_only_slices)),
     "exchange": ("llama", stages, "begin_all_to_all", backward_of_exchange_does_not_exchange),
     "total": ("llama", collectives._TotalOfShares, "backward", staticmethod(total_with_an_all_reduce_in_its_backward)),
-    "count": ("llama", entry, "sharded_cross_entropy", loss_of_a_local_count),
-    "shift": ("llama", entry, "sharded_cross_entropy", labels_shifted_on_the_shard),
+    "count": ("llama", entry, "_loss", loss_of_a_local_count),
+    "shift": ("llama", entry, "_loss", labels_shifted_on_the_shard),
 }
 BATCH = {"vit": "many_images", "llama": "right_pad"}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import pytest
 import torch.distributed as dist
 
@@ -34,7 +36,7 @@ def repeat(kinds: list[str], contents: list[str], other: str) -> list[int]:
         last = number == len(kinds) - 1 and dist.get_rank() == dist.get_world_size() - 1
         mine = other if last else content
         with collectives.record() as ledger:
-            agree(group, lambda kind=kind, mine=mine: f"{kind}\nids={mine}", lambda kind=kind: kind, known)
+            agree(group, lambda kind=kind, mine=mine: (kind, mine), "{0[0]}\nids={0[1]}".format, itemgetter(0), known)
         sent.append(ledger.bytes)
     return sent
 
@@ -55,8 +57,8 @@ def of_different_kind() -> None:
     """A rank knows the kind, another does not: neither leaves the other waiting."""
     kind = "old" if dist.get_rank() else "new"
     known: set[int] = set()
-    agree(groups.resolve_group(), lambda: "kind=old", lambda: "old", known)
-    agree(groups.resolve_group(), lambda: f"kind={kind}", lambda: kind, known)
+    agree(groups.resolve_group(), lambda: "old", "kind={}".format, str, known)
+    agree(groups.resolve_group(), lambda: kind, "kind={}".format, str, known)
 
 
 def test_a_kind_that_only_one_rank_knows(ranks) -> None:

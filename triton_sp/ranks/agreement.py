@@ -8,37 +8,51 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import cache
+from typing import TypeVar
 
 from triton_sp.errors import DisagreementError, SPError
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 
+_T = TypeVar("_T")
+
 
 def agree(
-    group: Group, describe: Callable[[], str], brief: Callable[[], str] | None = None, known: set[int] | None = None
-) -> None:
-    """Compare the inputs of all ranks, and return on all of them or raise on all of them.
+    group: Group,
+    prepare: Callable[[], _T],
+    describe: Callable[[_T], str] = str,
+    brief: Callable[[_T], str] | None = None,
+    known: set[int] | None = None,
+) -> _T:
+    """Compare the inputs of all ranks, and go on with them on all ranks or raise on all of them.
 
     Args:
-        describe: validates this rank's inputs and returns what must be equal on all ranks, as lines `field=value`.
+        prepare: validates this rank's inputs, and returns what it has made of them.
+        describe: from that, what must be equal on all ranks, as lines `field=value`.
         brief: a cheaper `describe`. With it the ranks first exchange only the digest of this description and whether
             they know it already, 16 bytes. If all digests are equal and known on every rank, `describe` is skipped. A
             rank must not decide this alone, because the others would wait for it.
         known: the digests that the ranks have agreed on before; a new one is added.
 
+    Returns:
+        What `prepare` returned.
+
     Raises:
-        SPError: the rank's own, where `describe` raised one.
-        DisagreementError: `describe` raised on another rank, or the descriptions differ.
+        SPError: the rank's own, where `prepare` or `describe` raised one.
+        DisagreementError: they raised on another rank, or the descriptions differ.
     """
+    prepared = cache(prepare)  # once, though it may be described twice
+    digest = None
     if brief is not None and known is not None:
-        digest = _digest(brief)
+        digest = _digest(lambda: brief(prepared()))
         everyone = collectives.integers_of_all([digest, digest in known], group)
         if all(seen and theirs == digest for theirs, seen in everyone):
-            return
-        _compare(group, describe)
+            return prepared()
+    _compare(group, lambda: describe(prepared()))
+    if known is not None and digest is not None:
         known.add(digest)
-    else:
-        _compare(group, describe)
+    return prepared()
 
 
 def _digest(brief: Callable[[], str]) -> int:
@@ -46,7 +60,7 @@ def _digest(brief: Callable[[], str]) -> int:
     try:
         return int.from_bytes(hashlib.blake2s(brief().encode(), digest_size=8).digest(), "little") >> 1
     except Exception:
-        return 0  # `describe` will raise it again
+        return 0  # `_compare` will meet it again
 
 
 def _compare(group: Group, describe: Callable[[], str]) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 from triton_sp.anatomy.families import first_position
 from triton_sp.anatomy.parts import FeatureMethod, Fusion
 from triton_sp.plan.shards import Shards
-from triton_sp.wrappers.decoder import TextCall, localise_text
+from triton_sp.wrappers.decoder import localise_text
 from triton_sp.wrappers.features import change_rows, check_count, make_features
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.scope import active, current, refuse_lost_scope
 
 

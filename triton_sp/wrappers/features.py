@@ -22,8 +22,8 @@ from triton_sp.errors import InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
-from triton_sp.wrappers.decoder import TextCall
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.patches import cut_patches, merged_rows
 from triton_sp.wrappers.placement import Images
 from triton_sp.wrappers.scope import Call, active, current, refuse_lost_scope

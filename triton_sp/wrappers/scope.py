@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
@@ -56,13 +56,6 @@ class AttentionScope:
     tally: Counter[str] = field(default_factory=Counter)
     ways: set[str] = field(default_factory=set)
     causal: bool | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class DecoderScope:
-    """While a decoder runs: the longest position of the batch, on which some rotary frequencies depend."""
-
-    longest_position: Tensor
 
 
 _active: ContextVar[object] = ContextVar("triton_sp_scope", default=None)

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, LogitTransform, chunk_rows
-from triton_sp.wrappers.decoder import TextCall, gather_tokens
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.layout import TextCall, gather_tokens
 from triton_sp.wrappers.scope import active
 
 FUSED = "fused_lm_head"

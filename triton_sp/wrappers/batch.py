@@ -1,0 +1,187 @@
+"""A batch of text as one value: what the wrapped model's forward is given, once its fields are known to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sp.anatomy.parts import Spans, Stack
+from triton_sp.errors import InputError
+from triton_sp.loss import IGNORE, shift
+from triton_sp.wrappers.head import causal_lm_loss
+from triton_sp.wrappers.install import Override
+from triton_sp.wrappers.masks import documents_of
+
+_CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
+_REMEDIES = {
+    "output_attentions": "attention weights are never formed; call triton_sp.unwrap(model) to look at them",
+    "output_hidden_states": "take last_hidden_state of the model without its head",
+    "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
+    "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The whole batch, the same on every rank.
+
+    Attributes:
+        tokens: (B, S) ids, or (B, S, C) embeddings.
+        mask: (B, S), non-zero at tokens; None if all are.
+        documents: (B, S) bool on the CPU, where packed documents begin, or None.
+        mutual: (B, S) bool, the tokens that see one another in runs (see `Spans`), or None.
+        labels: (B, S), or None.
+        targets: (B, S), the labels shifted to the tokens that predict them, or None.
+        items: how many labels the caller says that the loss is divided by, or None.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    documents: Tensor | None
+    mutual: Tensor | None
+    labels: Tensor | None
+    targets: Tensor | None
+    items: Tensor | int | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        rows, length = self.tokens.shape[:2]
+        return rows, length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch is."""
+        return self.tokens.device
+
+    @property
+    def label_count(self) -> Tensor | int:
+        """What the summed loss is divided by."""
+        if self.items is not None:
+            return self.items
+        return 0 if self.targets is None else (self.targets != IGNORE).sum()
+
+
+def decodes(override: Override, arguments: dict[str, Any]) -> bool:
+    """Whether the call reads or writes a key/value cache, which holds whole sequences."""
+    if override.module.training and torch.is_grad_enabled():
+        return False  # a step of training: read_batch refuses a cache there
+    return bool(arguments.get("use_cache")) or any(arguments.get(name) is not None for name in _CACHES)
+
+
+def refuse(arguments: dict[str, Any], *names: str) -> None:
+    """Raise an InputError for arguments that ask for what is not formed, or not handled."""
+    for name in names:
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, (bool, int)) and value == 0):
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise InputError(name, expected="it left out", found=shown, remedy=_REMEDIES[name])
+
+
+def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) -> Batch:
+    """The batch that the arguments of a call hold.
+
+    Raises:
+        InputError: a field is missing, does not fit the others, or is not handled.
+    """
+    refuse(arguments, *_REMEDIES)
+    _refuse_cache(arguments)
+    tokens = _tokens(arguments)
+    rows, length = tokens.shape[:2]
+    _check_shapes(arguments, rows, length)
+    _check_loss(override, arguments)
+    labels = arguments.get("labels")
+    return Batch(
+        tokens,
+        mask=arguments.get("attention_mask"),
+        documents=documents_of(decoder.module, arguments, (rows, length)),
+        mutual=_mutual(decoder.spans, arguments),
+        labels=labels,
+        targets=None if labels is None else shift(labels),
+        items=arguments.get("num_items_in_batch"),
+    )
+
+
+def _refuse_cache(arguments: dict[str, Any]) -> None:
+    for name in ("use_cache", *_CACHES):
+        if arguments.get(name) not in (None, False):
+            raise InputError(
+                name,
+                expected=f"{name} left out in training",
+                found=f"{arguments[name]!s:.40}",
+                remedy="a cache holds whole sequences; use it in eval mode or under torch.no_grad()",
+            )
+
+
+def _tokens(arguments: dict[str, Any]) -> Tensor:
+    """The ids (B, S), or the embeddings (B, S, C)."""
+    name = next((name for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
+    if name is None:
+        raise InputError("input_ids", expected="ids or inputs_embeds", found="neither", remedy="pass one of them")
+    tokens, axes = arguments[name], 2 if name == "input_ids" else 3
+    if not isinstance(tokens, Tensor) or tokens.ndim != axes or tokens.is_floating_point() != (axes == 3):
+        expected = "integers (B, S)" if axes == 2 else "embeddings (B, S, C)"
+        raise InputError(name, expected=expected, found=_shown(tokens), remedy="pass a batch of token ids")
+    return tokens
+
+
+def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
+    for name in ("attention_mask", "labels", "token_type_ids"):
+        value = arguments.get(name)
+        if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
+            expected = f"a tensor of shape {(rows, length)}"
+            raise InputError(name, expected=expected, found=_shown(value), remedy="give one entry a token")
+    positions = arguments.get("position_ids")
+    if positions is None and arguments.get("cu_seq_lens_q") is not None:
+        raise InputError(
+            "cu_seq_lens_q", expected="position_ids beside it", found="none", remedy="mark documents by position_ids"
+        )
+    if positions is not None and (positions.ndim not in (2, 3) or positions.shape[-1] != length):
+        raise InputError(
+            "position_ids",
+            expected=f"(B, {length}), (1, {length}) or (axes, B, {length})",
+            found=f"{tuple(positions.shape)}",
+            remedy="give the positions of the whole sequence",
+        )
+
+
+def _check_loss(override: Override, arguments: dict[str, Any]) -> None:
+    labelled = arguments.get("labels") is not None
+    trained = override.module.training and not override.installation.config.gather_logits
+    if not labelled and trained and arguments.get("num_items_in_batch") is not None:
+        raise InputError(
+            "num_items_in_batch",
+            expected="labels beside it",
+            found="none: a trainer forms the loss from out.logits itself, which hold this rank's tokens",
+            remedy="smooth labels by SPConfig(label_smoothing=...) and leave label_smoothing_factor 0; for another "
+            "loss of your own, SPConfig(gather_logits=True)",
+        )
+    if labelled and not causal_lm_loss(override.module):
+        raise InputError(
+            "labels",
+            expected="a model whose loss is the shifted cross entropy",
+            found=f"{override.module.loss_type} loss",
+            remedy="compute the loss from the outputs (SPConfig(gather_logits=True))",
+        )
+
+
+def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
+    """(B, S), the tokens that see one another in runs, as the model itself would take it from token_type_ids."""
+    types = arguments.get("token_type_ids")
+    if spans is not None and spans.required and types is None:
+        raise InputError(
+            "token_type_ids",
+            expected="them beside input_ids: without, this model's attention depends on padding and implementation",
+            found="none",
+            remedy=f"pass the processor's: {spans.token_type} at the tokens that see one another",
+        )
+    return None if spans is None or types is None else types == spans.token_type
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,82 @@
+"""What the ranks compare of a call before it runs: its arguments, and what each rank has prepared of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from triton_sp._version import __version__
+from triton_sp.anatomy.parts import device_of
+from triton_sp.errors import InputError
+from triton_sp.plan.cost import find_link
+from triton_sp.ranks.agreement import agree
+from triton_sp.wrappers.install import Installation, Override
+
+# Integer tensors up to so many elements are compared by value, others by shape. With check="first" grids of images
+# still are: towers make their plans of them.
+_CHECKED_VALUES, _ALWAYS_CHECKED = 1 << 22, 1 << 10
+_T = TypeVar("_T")
+
+
+def bind_on_all(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name. A rank whose call does not fit the model's signature must not leave the others waiting."""
+    try:
+        return override.bind(args, kwargs)
+    except TypeError as error:
+        failure = error  # Python forgets `error` here
+
+    def refuse() -> None:
+        name = type(override.module).__name__
+        raise InputError(
+            f"arguments of {name}", expected=f"{override.__signature__}", found=str(failure), remedy="correct the call"
+        ) from failure
+
+    prepare_on_all(override.installation, {}, refuse)
+    raise failure
+
+
+def prepare_on_all(
+    installation: Installation, arguments: dict[str, Any], prepare: Callable[[], _T], plan: Callable[[_T], str] = repr
+) -> _T:
+    """What `prepare` makes of a call's arguments, once all ranks agree on these, as `SPConfig.check` says.
+
+    Args:
+        prepare: validates the arguments; what it raises is raised on every rank.
+        plan: what must be equal on all ranks of what was prepared, in a line.
+    """
+    check = installation.config.check
+    if check == "off":
+        return prepare()
+
+    def describe(most: int, prepared: _T) -> str:
+        return f"{_describe(installation, arguments, most)}\nplan={plan(prepared)}"
+
+    brief = partial(describe, _ALWAYS_CHECKED) if check == "first" else None
+    return agree(installation.group, prepare, partial(describe, _CHECKED_VALUES), brief, installation.agreed)
+
+
+def _describe(installation: Installation, arguments: dict[str, Any], most: int) -> str:
+    """What must be equal on all ranks, a line a field; tensors of up to `most` elements by content."""
+    model = installation.anatomy.entry
+    lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
+    lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
+    # Calibrated on each host: where they differ, plans would.
+    lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
+    for name, value in sorted(arguments.items()):
+        if isinstance(value, Tensor):
+            lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value, most)}")
+        elif value is not None and not isinstance(value, Mapping | list | tuple):
+            lines.append(f"{name}={value!s:.40}")
+    return "\n".join(lines)
+
+
+def _digest(value: Tensor, most: int) -> str:
+    """Ids, labels, masks and grids by content: they decide every rank's plan."""
+    if value.is_floating_point() or value.numel() > most:
+        return ""
+    return " " + hashlib.blake2s(value.detach().cpu().contiguous().numpy().tobytes(), digest_size=6).hexdigest()

@@ -1,0 +1,172 @@
+"""The layout of a batch of text: one stream of its tokens without padding, cut into shards before anything is embedded.
+
+A padded (B, S) batch becomes a stream (1, S') of its tokens, row after row. Each row, or each packed document, is a
+segment.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_sp import stages
+from triton_sp.anatomy.parts import Spans
+from triton_sp.errors import InputError
+from triton_sp.loss import IGNORE
+from triton_sp.plan.cost import PlanChoice
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.plan.stream import Stream
+from triton_sp.ranks import collectives
+from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.batch import Batch
+from triton_sp.wrappers.install import Installation
+from triton_sp.wrappers.scope import Call
+
+# Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
+UNTOUCHED = torch.zeros(1, 1, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class TextCall(Call):
+    """One call of the wrapped model, as its decoder needs it.
+
+    Attributes:
+        stream: the stream that the batch's tokens form.
+        shape: (B, S) of the batch.
+        index: (S',) where each token of the stream stands in the flattened batch.
+        mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
+        needed: how many features each rank's placeholders need, by the method that makes them.
+        longest: the longest position of the batch, once its tokens have been cut.
+        records_routers: whether the decoder returns the logits of its routers.
+    """
+
+    stream: Stream
+    shape: tuple[int, int]
+    index: Tensor
+    mask: Tensor | None
+    choice: PlanChoice
+    needed: dict[str, Shards] = field(default_factory=dict)
+    longest: Tensor | None = None
+    records_routers: bool = False
+    tally: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def local_index(self) -> Tensor:
+        return self.index[self.stream.local]
+
+
+def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Segments], PlanChoice]) -> TextCall:
+    """Plan the stream of a batch, which every rank has whole, so that the answer is the same on every rank.
+
+    Args:
+        spans: how a model that makes its masks itself reads `batch.mutual`.
+        plan: decides how the stream is cut, from its segments.
+
+    Raises:
+        InputError: a mask with holes, a label that is predicted from padding after the tokens, or spans that are not.
+    """
+    keep = torch.ones(batch.shape, dtype=torch.bool) if batch.mask is None else batch.mask.detach().cpu().bool()
+    labelled = torch.zeros_like(keep) if batch.targets is None else batch.targets.detach().cpu() != IGNORE
+    _check_mask(keep, labelled)
+    # The last padding before the first token predicts that token: without keys, as sdpa and flash attention have it.
+    keyless = ~keep & labelled
+    index = (keep | keyless).flatten().nonzero().flatten()
+    if not len(index):
+        raise InputError(
+            "attention_mask", expected="at least one token", found="only padding", remedy="drop empty batches"
+        )
+    alone, row = keyless.flatten()[index], index // batch.shape[1]
+    starts = F.pad((row[1:] != row[:-1]) | alone[1:] | alone[:-1], (1, 0), value=True)
+    if batch.documents is not None:
+        starts |= batch.documents.flatten()[index]
+    firsts = starts.nonzero().flatten()
+    cu_seqlens = torch.cat([firsts, torch.tensor([len(index)])]).to(torch.int32)
+    seqused_k = None
+    if bool(alone.any()):
+        seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(batch.device, torch.int32)
+    segments = Segments(tuple(cu_seqlens.tolist()))
+    if spans is not None and batch.mutual is not None:
+        mutual = batch.mutual.detach().cpu()
+        _check_keyless(keyless & mutual)
+        found = _find_spans(mutual.flatten()[index], row, starts, spans)
+        segments = replace(segments, spans=found, cut_spans=spans.cut)
+    choice = plan(segments)
+    stream = Stream(group, choice.shards, cu_seqlens.to(batch.device), seqused_k, segments, choice.plan, choice.chunks)
+    mask = batch.mask if spans is None else UNTOUCHED.to(batch.device)
+    return TextCall(stream, batch.shape, index.to(batch.device), mask, choice)
+
+
+def _check_mask(keep: Tensor, labelled: Tensor) -> None:
+    after_tokens = keep.cumsum(1) > 0  # at or behind the first token of the row
+    tokens_left = keep.flip(1).cumsum(1).flip(1) > 0
+    holes = ~keep & after_tokens & tokens_left
+    if bool(holes.any()):
+        row, column = holes.nonzero()[0].tolist()
+        raise InputError(
+            "attention_mask",
+            expected="padding before or after the tokens of a row, not between them",
+            found=f"a hole in row {row} at column {column}",
+            remedy="remove the masked tokens, or pass packed documents by position_ids",
+        )
+    wrong = ~keep & after_tokens & labelled
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise InputError(
+            "labels",
+            expected="-100 at the padding behind the tokens",
+            found=f"a label in row {row} at column {column + 1}, predicted from padding",
+            remedy="labels[attention_mask == 0] = -100",
+        )
+
+
+def _check_keyless(wrong: Tensor) -> None:
+    if bool(wrong.any()):
+        raise InputError(
+            "labels",
+            expected="-100 at the first token behind padding",
+            found=f"a label in row {int(wrong.nonzero()[0, 0])}, predicted from padding that sees tokens",
+            remedy="set labels to -100 where token_type_ids mark a span, as the model's processor does",
+        )
+
+
+def _find_spans(mutual: Tensor, row: Tensor, starts: Tensor, spans: Spans) -> tuple[range, ...]:
+    """The runs of tokens that see one another, of more than one token.
+
+    Args: for each token of the stream whether it is of a span, its row in the batch, and whether a segment starts.
+    """
+    joined = F.pad(mutual[:-1] & mutual[1:] & (row[:-1] == row[1:]), (1, 0))  # to the token before
+    firsts = mutual & ~joined
+    crossing = joined & starts
+    if bool(crossing.any()):
+        raise InputError(
+            "position_ids",
+            expected="packed documents that end where spans of token_type_ids do",
+            found=f"a document that starts inside a span, in row {int(row[crossing][0])}",
+            remedy="put a token of another type between the images of two documents",
+        )
+    if spans.single and bool((row[firsts].bincount() > 1).any()):
+        raise InputError(
+            "token_type_ids",
+            expected=f"one run of {spans.token_type} in each row, its prefix",
+            found=f"{int(row[firsts].bincount().max())} in row {int(row[firsts].bincount().argmax())}",
+            remedy="mark the prefix alone, and put documents into rows of their own",
+        )
+    begins = firsts.nonzero().flatten().tolist()
+    ends = (mutual & ~F.pad(joined[1:], (0, 1))).nonzero().flatten().tolist()
+    return tuple(range(begin, end + 1) for begin, end in zip(begins, ends, strict=True) if end > begin)
+
+
+def gather_tokens(local: Tensor, call: TextCall, installation: Installation) -> Tensor:
+    """(1, T, V) of this rank -> (B, S, V) of the batch, 0 at padding."""
+    whole = stages.gather(local[0], call.stream)
+    rows, length = call.shape
+    out = whole.new_zeros(rows * length, whole.shape[-1]).index_copy(0, call.index, whole).view(rows, length, -1)
+    return collectives.scale_gradient(
+        out, 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size
+    )

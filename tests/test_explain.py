@@ -61,8 +61,9 @@ def test_every_seam_is_known(name: str) -> None:
         assert seams == ["features gathered" if name in zoo.FEATURES_GATHERED else "features routed"]
 
 
-def explained_when_wrapped(name: str) -> Explanation:
-    return triton_sp.explain(triton_sp.wrap(zoo.CASES[name].model()))
+def explained_when_wrapped(name: str, option: str | None = None) -> Explanation:
+    config = triton_sp.SPConfig(**{option: True} if option else {})
+    return triton_sp.explain(triton_sp.wrap(zoo.CASES[name].model(), config=config))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -75,6 +76,14 @@ def test_after_wrap(ranks, name: str) -> None:
 def test_on_one_rank(ranks) -> None:
     (explanation,) = ranks.run(explained_when_wrapped, "vit", ranks=1)
     assert [row.decision for row in explanation.rows] == ["unchanged"]
+
+
+@pytest.mark.parametrize("option", ["single", "chunked_loss"])
+def test_on_one_rank_that_is_wrapped(ranks, option: str) -> None:
+    """It runs as on several ranks, and is told so."""
+    (explanation,) = ranks.run(explained_when_wrapped, "llava", option, ranks=1)
+    assert [row.decision for row in explanation.rows] == ["sharded", "features routed", "sharded"]
+    assert {row.why for row in explanation.rows if "fusion" not in row.kind} == {"proven"}
 
 
 def test_table_is_aligned() -> None:

@@ -114,11 +114,11 @@ def test_scores(ranks, name: str, batch: str | None, head: str, options: dict[st
     ranks.run(compare, name, batch or next(iter(zoo.CASES[name].batches)), head, options, ranks=2)
 
 
-def alone() -> None:
+def alone(options: dict[str, Any]) -> None:
     model = zoo.CASES["llama"].build(torch.float64)
     batch = zoo.CASES["llama"].batches["right_pad"](torch.float64)
     expected = by_hand(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
-    found = triton_sp.log_probs(triton_sp.wrap(model), batch)
+    found = triton_sp.log_probs(triton_sp.wrap(model, config=SPConfig(**options)), batch)
     assert all(relative_error(x.double(), y.double()) < 1e-12 for x, y in zip(found, expected, strict=True))
 
 
@@ -137,8 +137,11 @@ def wrong(what: str) -> None:
     triton_sp.log_probs(model, batch, temperature=0.0)
 
 
-def test_alone(ranks) -> None:
-    ranks.run(alone, ranks=1)
+@pytest.mark.parametrize(
+    "options", [{}, {"single": True}, {"chunked_loss": True}], ids=lambda options: "".join(options)
+)
+def test_alone(ranks, options: dict[str, bool]) -> None:
+    ranks.run(alone, options, ranks=1)
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def log_probs(model_: nn.Module, batch: Mapping[str, Any], *, temperature: float
             "labels", expected="a tensor (B, S)", found="none", remedy="input_ids, with -100 where no score is wanted"
         )
     request = ScoreRequest(float(temperature))
-    if installation.group.size == 1:
+    if installation.idle:
         return score_alone(installation, model_, dict(batch), request)
     with asking(request):
         return model_(**batch)

@@ -116,20 +116,25 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     installation = installation_of(model)
     if installation is not None:
         ranks = installation.group.size
-        state = f"wrapped, {ranks} rank{'s' * (ranks > 1)} share each batch"
+        state, unchanged = f"wrapped, {ranks} rank{'s' * (ranks > 1)} share each batch", installation.idle
     else:
-        state = "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else "")
+        state, unchanged = (
+            "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else ""),
+            ranks == 1,
+        )
     title, attention = f"{type(model).__name__}: {state}", implementation(device_of(model))
     loss = "" if installation is None else loss_implementation(installation)
     try:
         anatomy = installation.anatomy if installation else find_parts(model)
     except SPError as error:
         return Explanation(title, (Row("", "", None, "", "", "refused", str(error)),), attention)
-    rows = [_row(stack, "vision tower" if stack.by_interface else "blocks", ranks) for stack in anatomy.towers]
-    if anatomy.fusion and ranks != 1:
+    rows = [
+        _row(stack, "vision tower" if stack.by_interface else "blocks", ranks, unchanged) for stack in anatomy.towers
+    ]
+    if anatomy.fusion and not unchanged:
         rows.append(_fusion_row(anatomy.fusion))
     if anatomy.decoder:
-        rows.append(_row(anatomy.decoder, "decoder", ranks))
+        rows.append(_row(anatomy.decoder, "decoder", ranks, unchanged))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
@@ -163,7 +168,7 @@ def _heads(stack: Stack) -> tuple[int, int] | None:
     return (heads, getattr(config, "num_key_value_heads", None) or heads) if isinstance(heads, int) else None
 
 
-def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
+def _row(stack: Stack, kind: str, ranks: int | None, unchanged: bool) -> Row:
     heads = _heads(stack)
     shown = "" if heads is None else str(heads[0]) if heads[0] == heads[1] else f"{heads[0]}/{heads[1]}"
     share = f"{heads[0] / ranks:.3g}" if heads and ranks else ""
@@ -176,7 +181,7 @@ def _row(stack: Stack, kind: str, ranks: int | None) -> Row:
         why = ", ".join(sorted(method or "how is tried out on the first call" for method in methods))
     if stack.recurrent:
         why += f"; {len(stack.recurrent)} recurrent layers hand on states or trade tokens for heads"
-    if ranks == 1:
+    if unchanged:
         decision, why = "unchanged", "one rank"
     if stack.refusal is not None:
         decision, why = "refused", str(stack.refusal)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from triton_sp.errors import InputError
-from triton_sp.loss import IGNORE, LogitTransform, chunk_rows
+from triton_sp.loss import IGNORE, LogitTransform, chunk_rows, shift
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens
@@ -149,7 +149,7 @@ class HeadScores(HeadLoss):
 def score_alone(installation: Installation, model: nn.Module, batch: dict[str, Any], request: ScoreRequest) -> Any:
     """On one rank, where the model's forward is its own. `model` is the entry or what an engine has put around it."""
     labels = batch["labels"]
-    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+    targets = shift(labels).flatten()
     scores = HeadScores.of(installation.anatomy.entry, targets, request.temperature)
     rest = {name: value for name, value in batch.items() if name != "labels"}
     with scores.active():

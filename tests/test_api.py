@@ -223,14 +223,23 @@ def test_save_pretrained(ranks, tmp_path: Path) -> None:
 
 
 def generation(name: str) -> None:
-    model = zoo.CASES[name].model().eval()
+    """By one rank alone, for which no other waits; then by all of them."""
+    model = zoo.CASES[name].model()
     batch = {key: value for key, value in zoo.CASES[name].batch().items() if key != "labels"}
-    options = {"max_new_tokens": 5, "do_sample": False, "use_cache": True}
-    expected = model.generate(**batch, **options)
+    cached, plain = ({"max_new_tokens": 5, "do_sample": False, "use_cache": cache} for cache in (True, False))
+    expected = model.generate(**batch, **cached)
     wrap(model)
-    if dist.get_rank() == 0:  # alone: nothing waits for the others
-        assert torch.equal(model.generate(**batch, **options), expected)
+    if dist.get_rank() == 0:
+        for options in (cached, plain):
+            assert torch.equal(model.generate(**batch, **options), expected)
+    model.generation_config.use_cache = model.config.use_cache = False  # as scripts that train often have it
+    for mode in (True, False):
+        assert torch.equal(model.train(mode).generate(**batch, max_new_tokens=5, do_sample=False), expected)
+    with torch.no_grad():  # evaluation, which comes with no cache either, is sharded
+        tokens = model(**batch).logits.shape[1]
+    assert tokens < batch["input_ids"].numel()
     parity.step(model.train(), zoo.CASES[name].batch())
+    assert "generate" not in vars(triton_sp.unwrap(model))
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "llama"])

@@ -12,7 +12,7 @@ from triton_sp.anatomy.find import find_parts
 from triton_sp.config import SPConfig
 from triton_sp.errors import GroupError, InputError, UnsupportedModelError
 from triton_sp.ranks import collectives, groups
-from triton_sp.wrappers import composite, decoder, entry, vision
+from triton_sp.wrappers import composite, decoder, entry, generation, vision
 from triton_sp.wrappers.install import Installation, attach, installation_of
 from triton_sp.wrappers.scores import ScoreRequest, TokenScores, asking, score_alone
 
@@ -91,6 +91,7 @@ def _install(installation: Installation) -> None:
     if anatomy.fusion is not None and anatomy.fusion.features:
         composite.install(anatomy.fusion, installation)
     installation.override(anatomy.entry, entry.run_model)
+    generation.install(installation)
 
 
 def _mean_if_known(group: Any) -> Literal["mean"]:

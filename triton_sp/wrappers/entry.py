@@ -18,6 +18,7 @@ from triton_sp.ranks.failures import BackwardWatcher, reporting_failures
 from triton_sp.wrappers.batch import Batch, decodes, read_batch, refuse
 from triton_sp.wrappers.described import bind_on_all, prepare_on_all
 from triton_sp.wrappers.features import check_rows, needed_rows
+from triton_sp.wrappers.generation import generating
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens, lay_out
@@ -28,8 +29,10 @@ from triton_sp.wrappers.scores import ScoreRequest, answer, requested
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a wrapped model. With a key/value cache it is the model's own."""
+    """The forward of a wrapped model. In `generate`, and with a key/value cache, it is the model's own."""
     installation = override.installation
+    if generating():  # perhaps on this rank alone: the others are not asked anything
+        return override.original(*args, **kwargs)
     arguments = bind_on_all(override, args, kwargs)
     decoder = installation.anatomy.decoder
     if decoder is not None and decodes(override, arguments):

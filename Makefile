@@ -30,7 +30,7 @@ gpu:
 # Long: the kernels in Triton's interpreter, in every dtype.
 interpreter: .venv/.ready
 	cd tests/kernels && TRITON_INTERPRET=1 ../../$(BIN)/python -m pytest -m "long or not long" --noconftest \
-		attend_cases.py attend_properties.py pack_cases.py splice_cases.py
+		attend_cases.py attend_properties.py bounds_cases.py check_cases.py pack_cases.py splice_cases.py
 
 # Long: every model with every plan.
 all-plans: .venv/.ready

@@ -7,12 +7,19 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_sp.kernels import check as portable
+from triton_sp.kernels import verdict
 from triton_sp.kernels.hopper import attend, check, gate
 from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.verdict import Verdict
 from triton_sp.ops import dispatch
 
 HERE = {"gpu": "H", "driver": "1", "triton": "3.6.0"}
-PASSED = gate.Verdict(True, "as expected")
+PASSED = Verdict(True, "as expected")
+
+
+def write(found):
+    return verdict.write(gate.KIND, HERE, found)
 
 
 @pytest.fixture
@@ -26,40 +33,39 @@ def hopper(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(gate, "missing_api", lambda: "")
-    monkeypatch.setattr(gate, "machine", lambda index: HERE)
+    monkeypatch.setattr(verdict, "machine", lambda index, sources: HERE)
+    monkeypatch.setattr(portable, "_known", {0: PASSED})
     gate.known.cache_clear()
     yield tmp_path
     gate.known.cache_clear()
 
 
 def test_opens_only_with_a_passed_check(hopper):
-    assert gate.verdict("cuda") == gate.Verdict(False, gate.MISSING) and dispatch.implementation("cuda") == "triton"
+    assert gate.verdict("cuda") == Verdict(False, gate.MISSING) and dispatch.implementation("cuda") == "triton"
     gate.known.cache_clear()
-    gate.write(HERE, PASSED)
+    write(PASSED)
     assert gate.verdict("cuda:0") == PASSED and dispatch.implementation("cuda") == "gluon"
     assert gate.verdict("cpu").reason == "cpu is no GPU that PyTorch sees"
-    gate.path_of(HERE).unlink()
+    verdict.path_of(gate.KIND, HERE).unlink()
     assert gate.verdict("cuda").passed, "read once in a process"
 
 
 def test_environment_closes_it_at_any_time(hopper, monkeypatch):
-    gate.write(HERE, PASSED)
+    write(PASSED)
     assert gate.verdict("cuda").passed
     monkeypatch.setenv("TRITON_SP_GLUON", "0")
-    assert (
-        gate.verdict("cuda") == gate.Verdict(False, "TRITON_SP_GLUON=0") and dispatch.implementation("cuda") == "triton"
-    )
+    assert gate.verdict("cuda") == Verdict(False, "TRITON_SP_GLUON=0") and dispatch.implementation("cuda") == "triton"
 
 
 @pytest.mark.parametrize("chip", [(8, 0), (10, 0)])
 def test_other_chips_are_portable(hopper, monkeypatch, chip):
-    gate.write(HERE, PASSED)
+    write(PASSED)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: chip)
     assert "sm_90" in gate.verdict("cuda").reason and dispatch.implementation("cuda") == "triton"
 
 
 def test_other_versions_of_gluon_are_portable(hopper, monkeypatch):
-    gate.write(HERE, PASSED)
+    write(PASSED)
     monkeypatch.undo()
     monkeypatch.setattr(gate, "API", [*gate.API, ("nvidia.hopper.tma", "async_load_of_another_version")])
     assert gate.missing_api().endswith("tma.async_load_of_another_version")
@@ -73,18 +79,21 @@ def test_other_versions_of_gluon_are_portable(hopper, monkeypatch):
         "",
         "{",
         "[]",
-        json.dumps({"machine": HERE, "passed": "yes", "reason": ""}),
-        json.dumps({"machine": {**HERE, "driver": "2"}, "passed": True, "reason": ""}),
+        json.dumps({"machine": HERE, "passed": "yes", "reason": "", "seconds": 1.0}),
+        json.dumps({"machine": {**HERE, "driver": "2"}, "passed": True, "reason": "", "seconds": 1.0}),
         json.dumps({"machine": HERE, "passed": True}),
     ],
 )
 def test_what_is_no_verdict_is_portable(hopper, content):
-    gate.write(HERE, PASSED).write_text(content)
-    assert not gate.verdict("cuda").passed and "not a verdict" in gate.verdict("cuda").reason
+    write(PASSED).write_text(content)
+    assert gate.verdict("cuda") == Verdict(False, gate.MISSING)
 
 
 def test_another_machine_or_version_has_another_file(hopper):
-    assert len({gate.path_of({**HERE, key: "other"}) for key in HERE} | {gate.path_of(HERE)}) == len(HERE) + 1
+    assert (
+        len({verdict.path_of(gate.KIND, {**HERE, key: "other"}) for key in HERE} | {verdict.path_of(gate.KIND, HERE)})
+        == len(HERE) + 1
+    )
     assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/tiles.py", "tiles.py"}
 
 
@@ -107,7 +116,7 @@ def test_check_passes_equal_kernels_and_names_what_differs(monkeypatch):
     few = [case._replace(q=[3, 0, 2], k=case.k and [1, 2, 3]) for case in check.cases()]
     monkeypatch.setattr(check, "cases", lambda: few)
     device = torch.device("cpu")
-    assert check.check(device, fake, fake) == gate.Verdict(True, f"{len(few)} cases agree with the portable kernel")
+    assert check.check(device, fake, fake)[:2] == (True, f"{len(few)} cases agree with the portable kernel")
     assert "out differs" in check.check(device, off(1.0), fake).reason
     assert "out differs" in check.check(device, off(float("nan")), fake).reason
     assert "bit for bit" in check.check(device, off(0.004, only=True), fake).reason
@@ -122,13 +131,16 @@ def test_check_passes_equal_kernels_and_names_what_differs(monkeypatch):
 def test_cases_cover_what_the_tier_takes():
     assert {case.dim for case in check.cases()} == set(attend.DIMS)
     assert {case.dtype for case in check.cases()} == set(attend.DTYPES)
+    (first,) = (case for case in check.cases() if case.heads_first and case.dim == 72 and case.dtype == torch.float16)
+    (q, *_), mask = check.tensors(first, torch.device("cpu"))
+    assert q.stride(0) < q.stride(1) and attend.takes(q, q, q, mask, 0.0)
     (q, *_), mask = check.tensors(next(check.cases()), torch.device("cpu"))
     assert not q.is_contiguous() and q[-5:].isnan().all() and int(mask.cu_seqlens_q[-1]) == len(q) - 5
 
 
 def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
     def agrees(device, gluon, portable):
-        assert gate.read(HERE) == gate.Verdict(False, "the self-check began and did not end")
+        assert verdict.read(gate.KIND, HERE) == Verdict(False, "the self-check began and did not end")
         return PASSED
 
     monkeypatch.setattr(check, "check", agrees)

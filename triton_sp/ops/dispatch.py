@@ -21,13 +21,19 @@ def implementation(device: torch.device | str) -> str:
     where TRITON_INTERPRET=1 is set (before the first import of triton; for tests); "reference", eager PyTorch,
     everywhere else.
 
+    Raises:
+        UnsupportedKernelError: on this GPU the kernels have failed their self-check, which runs before the first call
+            on a machine (`kernels/check.py`).
+
     >>> implementation("meta")
     'reference'
     """
     found = portable(device)
     if found == "triton":
-        from triton_sp.kernels.hopper import gate  # here, so that the package imports without Triton
+        from triton_sp.kernels import check  # here, so that the package imports without Triton
+        from triton_sp.kernels.hopper import gate
 
+        check.require(device)
         return "gluon" if gate.verdict(device).passed else found
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton_sp._version import __version__
 from triton_sp.anatomy.parts import device_of
 from triton_sp.errors import InputError
+from triton_sp.ops.dispatch import implementation
 from triton_sp.plan.cost import find_link
 from triton_sp.ranks.agreement import agree
 from triton_sp.wrappers.install import Installation, Override
@@ -65,6 +66,7 @@ def _describe(installation: Installation, arguments: dict[str, Any], most: int) 
     model = installation.anatomy.entry
     lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
     lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
+    implementation(device_of(model))  # raises where kernels are wrong: here, it does so on every rank
     # Calibrated on each host: where they differ, plans would.
     lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
     for name, value in sorted(arguments.items()):

@@ -1,4 +1,4 @@
-"""The self-check of the Gluon tier: `python -m triton_sp.kernels.hopper.check` (also a step of `make gpu`).
+"""The self-check of the Gluon tier, after that of the portable kernels: `python -m triton_sp.kernels.check`.
 
 On the GPU at hand, against the portable kernel with a tolerance, and bit for bit against a variant that lets no product
 run while something else does: it differs only in when it waits, so a difference is a race or a register taken too
@@ -6,14 +6,17 @@ early. The verdict is recorded (gate.py). It begins as "did not end", so a crash
 """
 
 import importlib
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from triton_sp.kernels import verdict
 from triton_sp.kernels.hopper import gate
 from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.verdict import Verdict
 
 REPEATS = 5  # of the bit-for-bit comparison: a race need not show at once
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # four roundings of the dtype, relative and absolute
@@ -23,7 +26,8 @@ Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Case(NamedTuple):
-    """One call; `k` is None where keys are of the same lengths, and q, k, v then lie interleaved in one buffer."""
+    """One call; `k` is None where keys are of the same lengths, and q, k, v then lie interleaved in one buffer. With
+    `heads_first` the heads lie before the tokens, as in a layer that attends on its own rank."""
 
     dim: int
     dtype: torch.dtype
@@ -32,6 +36,7 @@ class Case(NamedTuple):
     heads: int
     k_heads: int
     causal: bool
+    heads_first: bool = False
 
 
 def cases() -> Iterator[Case]:
@@ -42,6 +47,7 @@ def cases() -> Iterator[Case]:
             yield Case(dim, dtype, RAGGED, None, 3, 3, True)
             yield Case(dim, dtype, RAGGED, RAGGED[::-1], 8, 2, True)
             yield Case(dim, dtype, RAGGED, [400, 9, 0, 1, 130, 640, 700, 0], 4, 1, False)
+            yield Case(dim, dtype, RAGGED, RAGGED, 4, 2, True, heads_first=True)
         yield Case(dim, torch.bfloat16, [2048] * 4, None, 16, 16, False)
 
 
@@ -55,6 +61,8 @@ def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], Mask]:
     else:
         sizes = [(sum(case.q) + 5, case.heads), *[(sum(lengths) + 5, case.k_heads)] * 2]
         found = [torch.randn(*size, case.dim, device=device, dtype=case.dtype) for size in sizes]
+        if case.heads_first:
+            found = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in found]
     for x, n in zip(found, (case.q, lengths, lengths), strict=True):
         x[sum(n) :] = torch.nan
         if len(n) == len(RAGGED):
@@ -90,9 +98,9 @@ def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -
     return ""
 
 
-def check(device: torch.device, gluon: Attend, portable: Attend) -> gate.Verdict:
+def check(device: torch.device, gluon: Attend, portable: Attend) -> Verdict:
     """All cases; the first that is wrong, or any exception, is the verdict's reason."""
-    count = 0
+    begin, count = time.monotonic(), 0
     for case in cases():
         try:
             wrong = examine(case, device, gluon, portable)
@@ -101,27 +109,22 @@ def check(device: torch.device, gluon: Attend, portable: Attend) -> gate.Verdict
         except Exception as error:  # whatever a compiler, a driver or a kernel may raise
             wrong = f"{type(error).__name__}: {error}"[:500]
         if wrong:
-            return gate.Verdict(False, f"{wrong} ({case})")
+            return Verdict(False, f"{wrong} ({case})", time.monotonic() - begin)
         count += 1
-    return gate.Verdict(True, f"{count} cases agree with the portable kernel")
+    return Verdict(True, f"{count} cases agree with the portable kernel", time.monotonic() - begin)
 
 
-def run(index: int = 0) -> gate.Verdict:
+def run(index: int = 0) -> Verdict:
     """Checks GPU number `index` and records the verdict, which holds for processes that start afterwards."""
     if reason := gate.obstacle(index):
-        return gate.Verdict(False, reason)
+        return Verdict(False, reason)
     where = gate.machine(index)
-    gate.write(where, gate.Verdict(False, "the self-check began and did not end"))
+    verdict.write(gate.KIND, where, Verdict(False, "the self-check began and did not end"))
     try:
         modules = [importlib.import_module(f"triton_sp.kernels.{name}") for name in ("hopper.attend", "attend")]
         found = check(torch.device("cuda", index), *(module.forward for module in modules))
     except Exception as error:  # as above: of the import
-        found = gate.Verdict(False, f"{type(error).__name__}: {error}"[:500])
-    gate.write(where, found)
+        found = Verdict(False, f"{type(error).__name__}: {error}"[:500])
+    verdict.write(gate.KIND, where, found)
     gate.known.cache_clear()
     return found
-
-
-if __name__ == "__main__":
-    result = run() if torch.cuda.is_available() else gate.Verdict(False, "PyTorch sees no GPU")
-    print(("gluon: " if result.passed else "portable: ") + result.reason)

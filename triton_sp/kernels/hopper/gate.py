@@ -1,26 +1,24 @@
 """Whether the Gluon tier (attend.py beside this file) may run on a device: only where its self-check has passed.
 
-The self-check (check.py) never runs by itself: a program calls it, or `make gpu`. Its verdict is a JSON file in
-the user's cache, and a call only reads that. So no call waits for a check, none runs while a CUDA graph is captured,
-and all ranks of a machine find the same answer. No file, or one that cannot be read, means no.
+This self-check (check.py) never runs by itself: a program calls it, or `make gpu`. A call only reads the verdict
+(kernels/verdict.py), so none waits for a check, and none runs while a CUDA graph is captured. No verdict means no.
 """
 
 import functools
-import hashlib
 import importlib
-import json
 import os
-import pathlib
-from typing import NamedTuple
 
 import torch
 import triton
 
-from triton_sp import cache
-from triton_sp._version import __version__
+from triton_sp.kernels import check
+from triton_sp.kernels import verdict as verdicts
+from triton_sp.kernels.verdict import Verdict
 
-MISSING = "no self-check ran on this machine with these versions: python -m triton_sp.kernels.hopper.check"
-SOURCES = ("hopper/attend.py", "hopper/tiles.py", "hopper/check.py", "tiles.py", "launch.py")
+KIND = "gluon"
+MISSING = "no self-check ran on this machine with these versions: python -m triton_sp.kernels.check"
+# The portable kernels too: they are what it is compared with.
+SOURCES = ("hopper/attend.py", "hopper/check.py", "hopper/gate.py", "hopper/tiles.py", *check.SOURCES)
 # What the kernel is made of.
 API = [
     ("nvidia.hopper.tma", "async_copy_global_to_shared"),
@@ -30,13 +28,6 @@ API = [
     ("nvidia.hopper", "fence_async_shared"),
     ("", "warp_specialize"),
 ]
-
-
-class Verdict(NamedTuple):
-    """Whether the tier may run, and why (not)."""
-
-    passed: bool
-    reason: str
 
 
 def verdict(device: torch.device | str) -> Verdict:
@@ -52,8 +43,9 @@ def verdict(device: torch.device | str) -> Verdict:
 @functools.cache
 def known(index: int) -> Verdict:
     """What holds for GPU number `index`, all but the environment variable."""
-    reason = obstacle(index)
-    return Verdict(False, reason) if reason else read(machine(index))
+    if reason := obstacle(index):
+        return Verdict(False, reason)
+    return verdicts.read(KIND, machine(index)) or Verdict(False, MISSING)
 
 
 def obstacle(index: int) -> str:
@@ -83,44 +75,4 @@ def missing_api() -> str:
 
 def machine(index: int) -> dict[str, str]:
     """What a verdict holds for: a change in any of these calls for a new self-check."""
-    here = pathlib.Path(__file__).parent.parent
-    source = hashlib.sha256(b"".join((here / name).read_bytes() for name in SOURCES))
-    return {
-        "gpu": torch.cuda.get_device_name(index),
-        "driver": driver(),
-        "triton": triton.__version__,
-        "assembler": os.environ.get("TRITON_PTXAS_PATH", "bundled"),
-        "triton_sp": __version__,
-        "kernel": source.hexdigest()[:16],
-    }
-
-
-def driver() -> str:
-    """The version of the NVIDIA driver; where /proc does not tell, that of the CUDA it brings."""
-    try:
-        return pathlib.Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return f"CUDA {torch._C._cuda_getDriverVersion()}"
-
-
-def path_of(where: dict[str, str]) -> pathlib.Path:
-    """The file in which a verdict is kept."""
-    return cache.cache_file(f"gluon-{hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]}")
-
-
-def read(where: dict[str, str]) -> Verdict:
-    """The recorded verdict. A file that is not one in every part counts as none."""
-    path = path_of(where)
-    try:
-        record = cache.load(path)
-        fits = record["machine"] == where and type(record["passed"]) is bool and isinstance(record["reason"], str)
-    except FileNotFoundError:
-        return Verdict(False, MISSING)
-    except (OSError, ValueError, KeyError, TypeError):
-        fits = False
-    return Verdict(record["passed"], record["reason"]) if fits else Verdict(False, f"not a verdict: {path}")
-
-
-def write(where: dict[str, str], found: Verdict) -> pathlib.Path:
-    """Record a verdict, and say where."""
-    return cache.store(path_of(where), {"machine": where, **found._asdict()})
+    return verdicts.machine(index, SOURCES)

@@ -40,7 +40,8 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
 
     Raises:
         GroupError: there is no group that can be used.
-        InputError: `model_` is not a module, or is wrapped with other settings already.
+        InputError: `model_` is not a module, or is wrapped with other settings already; or `config.attention` names
+            what is not installed.
         UnsupportedModelError: a part cannot be sharded correctly. The error names the module and the remedy.
 
     >>> import torch, torch.distributed as dist

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from triton_sp.plan import cost
-from triton_sp.plan.calibrate import measure_link
+from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups
 
 # What is done by the files of a checkout, which an installed package does not have.
@@ -33,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     calibrate = commands.add_parser(
         "calibrate",
-        help="measure latency, bandwidth and speed of a group on this machine and keep them for the planner",
+        help="measure latency, bandwidth and speed of a group on this machine and keep them for the planner; and "
+        "compare implementations of attention, for SPConfig(attention='auto')",
         description="Starts its own ranks, or measures those it is started on: torchrun ... -m triton_sp.cli calibrate",
     )
     calibrate.add_argument("--ranks", type=int, help="ranks of a group; default: the GPUs, or 2 without one")
@@ -73,6 +74,8 @@ def _calibrate() -> None:
             f"{group.size} ranks on {device.type}: latency {link.latency * 1e6:.0f} us, "
             f"bandwidth {link.bandwidth / 1e9:.2f} GB/s, compute {link.compute / 1e12:.3g} TFLOP/s -> {file}"
         )
+        findings, file = compare_attention(device)
+        print(*findings, f"{len(findings)} comparisons of attention -> {file}", sep="\n")
     groups.leave_world()
 
 

@@ -36,6 +36,10 @@ class SPConfig:
             and buffers are smaller. This helps if exchanges are long; short exchanges only become more.
         single: True wraps a group of one rank too, which `wrap` leaves as it is otherwise: the model then runs on
             packed tokens without padding, with the attention kernels of this library.
+        attention: what attends. "triton": the kernels of this library. "torch" (FlashAttention 2 as PyTorch has it),
+            "cudnn", "flash_attention_2" and "flash_attention_3" (installed, or through the `kernels` package) take the
+            place of these in the forward and the backward, where they take a call; `explain` tells what ran. "auto"
+            uses one of them where `triton-sp calibrate` has found it correct and at least 10 % faster on this machine.
         link: what the cost model assumes: "nvlink", "pcie" or "gloo". "auto" uses what `triton-sp calibrate` has
             measured on this machine, or else "gloo" on CPUs and "nvlink" on GPUs.
 
@@ -53,6 +57,7 @@ class SPConfig:
     recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
     single: bool = False
+    attention: Literal["triton", "auto", "torch", "cudnn", "flash_attention_2", "flash_attention_3"] = "triton"
 
     def __post_init__(self) -> None:
         """Raise an InputError for a setting that is none of the allowed ones."""

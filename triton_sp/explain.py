@@ -157,7 +157,9 @@ def _last_batch(part: str, installation: Installation) -> str:
     if call is None:
         return ""
     tokens = " + ".join(map(str, call.choice.shards.sizes))
-    return f"plan {call.choice.plan}, {tokens} tokens, {'; '.join(call.attended)}; {call.choice.why}"
+    who = call.choice.attention
+    computed = f"; attention {', '.join(sorted(who.ran))}" if who is not None else ""
+    return f"plan {call.choice.plan}, {tokens} tokens, {'; '.join(call.attended)}{computed}; {call.choice.why}"
 
 
 def _heads(stack: Stack) -> tuple[int, int] | None:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_sp.ops import varlen
+from triton_sp.ops.backends.choice import Choice
 from triton_sp.ops.differentiable import once_differentiable
 from triton_sp.plan.route import HeadRoute, States
 from triton_sp.plan.shards import Shards, moves
@@ -43,10 +44,12 @@ class Layer(NamedTuple):
     window: int | None
     softcap: float
     softmax_scale: float
+    attention: Choice | None = None
 
     @property
-    def factors(self) -> dict[str, float]:
-        return {"softcap": self.softcap, "softmax_scale": self.softmax_scale}
+    def factors(self) -> dict[str, Any]:
+        """What the operators of the stage attend are told beside the mask."""
+        return {"softcap": self.softcap, "softmax_scale": self.softmax_scale, "attention": self.attention}
 
 
 @torch.compiler.disable(reason="the exchange of heads is one eager operator a layer")
@@ -70,13 +73,14 @@ def attention(
     Returns:
         (T, H, D), this rank's tokens, all heads.
     """
+    dim, v_dim = q_THD.shape[-1], v_TKD.shape[-1]
+    scale = dim**-0.5 if softmax_scale is None else softmax_scale
+    layer = Layer(causal, window, softcap or 0.0, scale, stream.attention)
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, causal, window)
-        return varlen.varlen_attention(q_THD, k_TKD, v_TKD, mask, softcap=softcap, softmax_scale=softmax_scale)
-    dim, v_dim = q_THD.shape[-1], v_TKD.shape[-1]
+        return varlen.attend_eagerly(q_THD, k_TKD, v_TKD, mask, **layer.factors)
     if v_dim < dim:  # q, k and v travel in one buffer
         v_TKD = F.pad(v_TKD, (0, dim - v_dim))
-    layer = Layer(causal, window, softcap or 0.0, dim**-0.5 if softmax_scale is None else softmax_scale)
     with torch.autocast(q_THD.device.type, enabled=False):
         out = _ExchangeHeads.apply(q_THD, k_TKD, v_TKD, stream, layer)
     return out if v_dim == dim else out[..., :v_dim]  # type: ignore[no-any-return]

@@ -23,6 +23,8 @@ class Mask(NamedTuple):
             PaliGemma (arXiv:2407.07726), the images of Gemma 3 (arXiv:2503.19786).
         causal: a row sees the keys up to its own position; the last row is aligned with the last key that counts.
         window: a row sees this many keys, its own included, behind it (and ahead of it, if not causal).
+        max_seqlens: rows and keys of the longest segment, if the host knows them. Our kernels do without; those of
+            others must be told. They also rely on segments that cover all rows, and on rows that each see a key.
 
     >>> import torch
     >>> mask = Mask(torch.tensor([0, 2, 3]), causal=True, window=5)
@@ -36,6 +38,7 @@ class Mask(NamedTuple):
     key_ranges: Tensor | None = None
     causal: bool = False
     window: int | None = None
+    max_seqlens: tuple[int, int] | None = None
 
     @property
     def left(self) -> int:

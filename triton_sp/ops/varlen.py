@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
 from triton_sp.ops import attend_cpu, dispatch
+from triton_sp.ops.backends.adapter import Call, Results
 from triton_sp.ops.checks import check_call, check_values
 from triton_sp.ops.differentiable import once_differentiable
+
+if TYPE_CHECKING:
+    from triton_sp.ops.backends.choice import Choice
 
 
 @overload
@@ -94,20 +98,41 @@ def varlen_attention(
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
     factors = (q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, softcap or 0.0)
-    settings = (present(mask), mask.causal, mask.window, *factors)
-    run = attend if torch.compiler.is_compiling() else _Attend.apply
+    states = (q_THD, k_TKD, v_TKD)
     with torch.autocast(device, enabled=False):
-        out, lse_HT = run(q_THD, k_TKD, v_TKD, *settings)
+        if torch.compiler.is_compiling():
+            out, lse_HT = attend(*states, present(mask), mask.causal, mask.window, *factors)
+        else:
+            out, lse_HT = _Attend.apply(*states, mask, *factors, None)
     return (out, lse_HT.transpose(0, 1)) if return_lse else out
 
 
 Three = tuple[Tensor, Tensor, Tensor]
 
 
+def attend_eagerly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softmax_scale: float, softcap: float, attention: Choice | None
+) -> Tensor:
+    """`varlen_attention` for callers who have checked, by whom `attention` chooses; None for ours."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _Attend.apply(q, k, v, mask, softmax_scale, softcap, attention)[0]  # type: ignore[no-any-return]
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softmax_scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    attention: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) and the log-sum-exp (H, T), without a gradient, by the implementation that is chosen here."""
+    if attention is not None:
+        call = Call(q, k, v, mask, softmax_scale, softcap)
+        if adapter := attention.pick("forward", call):
+            return adapter.forward(call)
     chosen = dispatch.implementation(q.device)
     check_values(len(q), len(k), mask)
     if chosen == "reference":
@@ -131,9 +156,16 @@ def backward(
     softmax_scale: float,
     softcap: float,
     grads: Three | None = None,
+    attention: Choice | None = None,
 ) -> Three:
     """dq, dk and dv of `forward`, whose q, k, v, out and log-sum-exp are `states`; in `grads` where these are given."""
     q, k, v, out, lse = states
+    if attention is not None and dlse is None:
+        call = Call(q, k, v, mask, softmax_scale, softcap)
+        if adapter := attention.pick("backward", call):
+            grads = grads or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+            adapter.backward(call, Results(dout, out, lse), grads)
+            return grads
     factors = {"softmax_scale": softmax_scale, "softcap": softcap, "grads": grads}
     if dispatch.portable(q.device) == "reference":
         with torch.autocast(q.device.type, enabled=False):
@@ -147,31 +179,21 @@ class _Attend(torch.autograd.Function):
     """The eager way: a registered operator costs the host 50 to 160 us more (measured on a CPU)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
-        tables, causal, window, softmax_scale, softcap = settings
-        mask = _mask(tables, causal, window)
-        output = forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
-        _setup(ctx, (q, k, v, *settings), output)
-        return output
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, attention: Choice | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
+        ctx.mask, ctx.factors = mask, {"softmax_scale": scale, "softcap": softcap, "attention": attention}
+        out, lse = forward(q, k, v, mask, **ctx.factors)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        states, mask, factors, dout = _restore(ctx, dout)
-        return *backward(dout, dlse, states, mask, **factors), None, None, None, None, None
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
-    q, k, v, tables, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
-
-
-def _restore(ctx: Any, dout: Tensor | None) -> tuple[list[Tensor], Mask, dict[str, Any], Tensor]:
-    saved = list(ctx.saved_tensors)  # once: a checkpoint gives each tensor a single time
-    causal, window, softmax_scale, softcap = ctx.settings
-    mask, dout = _mask(saved[5:], causal, window), torch.zeros_like(saved[3]) if dout is None else dout
-    return saved[:5], mask, {"softmax_scale": softmax_scale, "softcap": softcap}, dout
+        states = ctx.saved_tensors  # once: a checkpoint gives each tensor a single time
+        dout = torch.zeros_like(states[3]) if dout is None else dout
+        return *backward(dout, dlse, states, ctx.mask, **ctx.factors), None, None, None, None
 
 
 # --- the same as registered operators, for torch.compile -------------------------------------------------------------
@@ -234,11 +256,17 @@ def _(dout: Tensor, dlse: Tensor | None, states: list[Tensor], *_: Any, **__: An
     return q, k, v
 
 
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    q, k, v, tables, *ctx.settings = inputs
+    ctx.save_for_backward(q, k, v, *output, *tables)
+
+
 def _registered_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    states, mask, factors, dout = _restore(ctx, dout)
-    tables = present(mask)
-    grads = attend_backward(dout, dlse, states, tables, mask.causal, mask.window, **factors)
-    return *grads, [None] * len(tables), None, None, None, None
+    saved = list(ctx.saved_tensors)
+    states, tables = saved[:5], saved[5:]
+    dout = torch.zeros_like(saved[3]) if dout is None else dout
+    return *attend_backward(dout, dlse, states, tables, *ctx.settings), [None] * len(tables), None, None, None, None
 
 
 attend.register_autograd(_registered_backward, setup_context=_setup)

@@ -1,14 +1,17 @@
-"""Measure what the cost model needs to know: latency and bandwidth of the exchange, and speed of matrix products."""
+"""Measure what is to be known of a machine: latency and bandwidth of the exchange and speed of matrix products, for the
+cost model; and which implementation of attention is the fastest."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from triton_sp.ops.backends import measure, verdict
 from triton_sp.plan.cost import Link
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
@@ -58,3 +61,10 @@ def measure_link(group: Group, device: torch.device, large: int = 1 << 23) -> Li
     a = torch.zeros(side, side, device=device, dtype=dtype)
     compute = EFFICIENCY * 2 * side**3 / seconds(lambda: a @ a, group, device)
     return Link(f"calibrated {device.type}", latency, bandwidth, compute)
+
+
+def compare_attention(device: torch.device) -> tuple[list[verdict.Finding], Path]:
+    """Compare what can be chosen by `SPConfig.attention` with ours, and keep the result for "auto": on one rank of a
+    machine, by itself. Returns what was found, and the file."""
+    findings = list(measure.findings(device))
+    return findings, verdict.store(device.type, findings)

@@ -20,6 +20,7 @@ import numpy as np
 
 from triton_sp import cache
 from triton_sp.errors import InputError
+from triton_sp.ops.backends.choice import Choice
 from triton_sp.plan.segments import Segments, shard_segments
 from triton_sp.plan.shards import Shards, shard_tokens
 
@@ -145,6 +146,7 @@ class PlanChoice:
         why: the reason, for `explain`.
         seconds: the modelled time of a step with each candidate.
         chunks: in how many parts heads are exchanged.
+        attention: who attends, where that is not always ours.
     """
 
     plan: PlanName
@@ -152,6 +154,7 @@ class PlanChoice:
     why: str
     seconds: dict[str, float]
     chunks: int = 1
+    attention: Choice | None = None
 
 
 def choose_plan(

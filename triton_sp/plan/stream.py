@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
+from triton_sp.ops.backends.choice import Choice
 from triton_sp.plan.cost import PlanName
 from triton_sp.plan.heads import assign_heads, assign_whole_heads, describe_tasks, route
 from triton_sp.plan.recurrence import Carry, carry
@@ -32,6 +34,7 @@ class Stream:
         plan: "segments" if shards end where segments end, of these layers or of others.
         chunks: heads are exchanged and attended to in so many parts, if they divide, one travelling while another is
             attended to.
+        attention: who attends, where that is not always ours.
     """
 
     group: Group
@@ -41,6 +44,7 @@ class Stream:
     host_segments: Segments | None = None
     plan: PlanName = "heads"
     chunks: int = 1
+    attention: Choice | None = None
     _masks: dict[tuple[range, range, bool, int | None], Mask] = field(default_factory=dict, repr=False)
     _ranges: dict[int | None, Tensor] = field(default_factory=dict, repr=False)
     _routes: dict[tuple[int, int, bool, int | None], HeadRoute] = field(default_factory=dict, repr=False)
@@ -102,8 +106,18 @@ class Stream:
                 ranges = self._key_ranges(window)[:, rows.start : rows.stop]
                 self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)))
             else:
-                self._masks[key] = Mask(*tables, None, causal, window)
+                longest = None if self.host_segments is None else self._max_seqlens(rows, keys)
+                self._masks[key] = Mask(*tables, None, causal, window, longest)
         return self._masks[key]
+
+    def _max_seqlens(self, rows: range, keys: range) -> tuple[int, int]:
+        """How many of some rows, and how many of their keys, the segment has that has most of them."""
+        touched = self.segments.within(rows)
+        bounds = self.segments.table[touched.start : touched.stop + 1]
+        longest_q, longest_k = (
+            int(np.diff(bounds.clip(part.start, part.stop)).max(initial=0)) for part in (rows, keys)
+        )
+        return longest_q, longest_k
 
     def _key_ranges(self, window: int | None) -> Tensor:
         """int32 (2, S), the keys that each row sees in layers with this window: see `Mask.key_ranges`."""

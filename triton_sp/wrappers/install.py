@@ -17,6 +17,7 @@ from torch import nn
 from triton_sp.anatomy.parts import Anatomy
 from triton_sp.config import SPConfig
 from triton_sp.errors import SPError
+from triton_sp.ops.backends import choice
 from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
@@ -47,6 +48,10 @@ class Installation:
     front: Override | None = None  # that of the model's own forward
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
     routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
+
+    def __post_init__(self) -> None:
+        """Raise an InputError where the chosen attention is not installed, before anything is changed."""
+        choice.require(self.config.attention)
 
     @property
     def idle(self) -> bool:

@@ -97,7 +97,10 @@ def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Seg
         found = _find_spans(mutual.flatten()[index], row, starts, spans)
         segments = replace(segments, spans=found, cut_spans=spans.cut)
     choice = plan(segments)
-    stream = Stream(group, choice.shards, cu_seqlens.to(batch.device), seqused_k, segments, choice.plan, choice.chunks)
+    stream = Stream(
+        *(group, choice.shards, cu_seqlens.to(batch.device), seqused_k, segments, choice.plan, choice.chunks),
+        choice.attention,
+    )
     mask = batch.mask if spans is None else UNTOUCHED.to(batch.device)
     return TextCall(stream, batch.shape, index.to(batch.device), mask, choice)
 

@@ -73,7 +73,7 @@ class Streams:
             choice = self.choice
             self.by_segments[key] = Stream(
                 *(ALONE if choice.plan == "replicate" else self.group, choice.shards, cu_seqlens),
-                *(self.seqused_k, segments, choice.plan, choice.chunks),
+                *(self.seqused_k, segments, choice.plan, choice.chunks, choice.attention),
             )
         return self.by_segments[key]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from triton_sp.anatomy.parts import Stack
 from triton_sp.config import SPConfig
+from triton_sp.ops.backends.choice import Choice
 from triton_sp.plan.cost import Layers, PlanChoice, choose_plan, find_link
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
@@ -39,7 +40,8 @@ def plan_stack(
     # A plain module is tried out on shards in its first call, so it must have shards.
     replicable = stack.by_interface and owned is None and not causal
     choice = choose_plan(segments, group.size, stack.unit, layers, link, config.plan, replicable, owned)
-    return replace(choice, chunks=config.chunks)
+    attention = None if config.attention == "triton" else Choice(config.attention)
+    return replace(choice, chunks=config.chunks, attention=attention)
 
 
 def plan_decoder(installation: Installation, device: torch.device, segments: Segments) -> PlanChoice:

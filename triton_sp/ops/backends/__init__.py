@@ -1,0 +1,1 @@
+"""Other implementations of the stage attend, to be chosen by name: `SPConfig(attention=...)`."""

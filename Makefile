@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where Python is told to write no bytecode, each of a test's processes would compile all of transformers: 14 s, not 5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check gpu perf all-plans interpreter engines adapters faults soak compile-table clean
+.PHONY: demo test check docs gpu perf all-plans interpreter engines adapters faults soak compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,10 @@ check: .venv/.ready
 	$(BIN)/python -m perf.plot --check
 	$(BIN)/python -m pytest --doctest-modules triton_sp perf tools -p no:cacheprovider \
 		--import-mode=importlib -o consider_namespace_packages=true
+
+# The site, for reading from a folder: build/site/index.html.
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
 gpu:
@@ -79,4 +83,4 @@ compile-table: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-adapters reports
+	rm -rf .venv .venv-adapters build reports

@@ -18,7 +18,7 @@ from perf.machine import ROOT
 from perf.rows import read
 
 RESULTS = ROOT / "perf" / "results"
-DOCUMENTS = [ROOT / "README.md", ROOT / "perf" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "perf" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 GIB = 2**30
 

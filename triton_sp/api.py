@@ -164,9 +164,10 @@ def log_probs(model_: nn.Module, batch: Mapping[str, Any], *, temperature: float
         `labels[:, i + 1]`.
 
     Raises:
-        GroupError: the model is not wrapped. InputError: no labels, a temperature that is not positive, or a batch that
-        cannot be sharded. UnsupportedModelError: a model without a head, or one that does to its logits what its
-        configuration does not say.
+        GroupError: the model is not wrapped.
+        InputError: no labels, a temperature that is not positive, or a batch that cannot be sharded.
+        UnsupportedModelError: a model without a head, or one that does to its logits what its configuration does not
+            say.
 
     >>> import torch, torch.distributed as dist, triton_sp
     >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -256,7 +256,33 @@ def plot_model(rows: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
-PLOTS = {"kernels": plot_kernels, "model": plot_model}
+def plot_single_rank(rows: pd.DataFrame, path: Path) -> None:
+    """What one rank holds of the shortest case, against P: parameters, what it keeps for the backward, and the rest."""
+    import matplotlib.pyplot as plt
+
+    rows = rows[rows["tokens"] == rows["tokens"].min()]
+    parts = [(ranks, part.set_index("direction")["memory_bytes"] / GIB, part["saved_bytes"].max() / GIB)
+             for ranks, part in rows.groupby("ranks")]  # fmt: skip
+    ranks = [f"P = {ranks}" for ranks, *_ in parts]
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    left = [0.0] * len(parts)
+    for label, color, sizes in (
+        ("parameters", "0.7", [held["parameters"] for _, held, _ in parts]),
+        ("kept for the backward", "tab:blue", [kept for *_, kept in parts]),
+        ("the rest of the peak: gradients, work space", "tab:orange",
+         [held["step"] - held["parameters"] - kept for _, held, kept in parts]),
+    ):  # fmt: skip
+        axis.barh(ranks, sizes, left=left, label=label, color=color)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    axis.invert_yaxis()
+    axis.set(xlabel="GiB on a rank", title=f"{rows['case'].iloc[0]}: {rows['tokens'].iloc[0]:,} visual tokens")
+    axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+PLOTS = {"kernels": plot_kernels, "model": plot_model, "single_rank": plot_single_rank}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

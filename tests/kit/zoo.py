@@ -651,3 +651,7 @@ CASES = {
         *odd_head_cases(),
     )
 }
+
+from kit import special  # noqa: E402  # made of what stands above
+
+CASES |= {case.name: case for case in special.cases()}

@@ -137,6 +137,13 @@ def with_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
+def arange_in_attention() -> nn.Module:
+    """A relative of Llama 4 that nobody has looked at, which numbers the tokens of a shard."""
+    model = zoo.CASES["llama4_text"].model()
+    model.config.model_type = "llama5_text"
+    return model
+
+
 AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "falcon": (lambda: from_config("FalconForCausalLM", "FalconConfig"), "transformer.h", "FalconAttention"),
     "bloom": (lambda: from_config("BloomForCausalLM", "BloomConfig"), "transformer.h", "BloomAttention"),
@@ -168,24 +175,7 @@ AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "self_attn",
         "sinks",
     ),
-    "llama4_counts": (
-        lambda: from_config(
-            *("Llama4ForCausalLM", "Llama4TextConfig"),
-            num_key_value_heads=12,
-            head_dim=8,
-            num_local_experts=2,
-            layer_types=["full_attention"] * 2,
-        ),
-        "self_attn",
-        "arange",
-    ),
-    "llama4": (
-        lambda: from_config(
-            "Llama4ForCausalLM", "Llama4TextConfig", num_key_value_heads=12, head_dim=8, num_local_experts=2
-        ),
-        "model.layers",
-        "chunked_attention",
-    ),
+    "arange": (arange_in_attention, "self_attn", "arange"),
     "minimax": (
         lambda: from_config("MiniMaxForCausalLM", "MiniMaxConfig", num_local_experts=2, num_key_value_heads=12),
         "model.layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ PROVEN = {
     # decoders
     "gemma", "gemma2", "gemma3_text", "glm4v_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
+    # decoders whose attention or positions are special
+    "deepseek_v2", "deepseek_v3", "gpt2", "llama4_text", "opt",
     # decoders with recurrent layers
     "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
@@ -102,13 +105,29 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
 
 def expected_window(attention: nn.Module) -> int | None:
     """The sliding window that a decoder's mask would apply in the layer of this attention module."""
+    window, kind = getattr(attention.config, "sliding_window", None), layer_type(attention)
+    return window if kind in (None, "sliding_attention") else None
+
+
+def layer_type(attention: nn.Module) -> str | None:
+    """The type of the layer of an attention module, as its configuration has it."""
+    kinds, index = getattr(attention.config, "layer_types", None), getattr(attention, "layer_idx", None)
+    return kinds[index] if kinds and index is not None else None
+
+
+def numbers_its_tokens(attention: nn.Module) -> bool:
+    """Whether an attention module numbers its tokens itself, by `torch.arange`: Llama 4 scales queries by it."""
     config: Any = attention.config
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    index = getattr(attention, "layer_idx", None)
-    if kinds and index is not None:
-        return window if kinds[index] == "sliding_attention" else None
-    return window
+    return config.model_type == "llama4_text"
+
+
+def first_positions(decoder: nn.Module, mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+    """(1 or B, S), the positions that a decoder gives to tokens by itself: their number in the row, or (OPT) in the
+    mask, where padding is -1."""
+    if mask is None or "cumsum" not in inspect.unwrap(type(decoder).forward).__code__.co_names:
+        return torch.arange(length, device=device)[None]
+    mask = mask.long()
+    return mask.cumsum(1) * mask - 1
 
 
 def joins_images(tower: Stack) -> bool:

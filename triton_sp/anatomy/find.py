@@ -132,7 +132,8 @@ def _family(owner: nn.Module) -> str:
 
 def _takes_pixels(module: nn.Module) -> bool:
     key = getattr(module.config, "base_config_key", "")
-    return key == "vision_config" or getattr(module, "main_input_name", "") == "pixel_values"
+    first = [*inspect.signature(type(module).forward).parameters, "", ""][1]
+    return key == "vision_config" or "pixel_values" in (first, getattr(module, "main_input_name", ""))
 
 
 def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
@@ -149,6 +150,7 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
         stack.spans = spans_of(anatomy.entry, owner)
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
+        stack.learned_positions = _learned_positions(owner)
         stack.refusal = refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
     elif attention and _embeds_tokens(owner):
@@ -195,6 +197,15 @@ def _outside(owner: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:
             yield part
         elif not held[0]:
             yield from _outside(part, blocks)
+
+
+def _learned_positions(owner: nn.Module) -> nn.Module | None:
+    """The table beside the one of tokens, if there is one more. Whether it is looked up by position is seen when the
+    decoder runs."""
+    model: Any = owner
+    tables = [m for m in owner.children() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
+    rotary = any("rotary" in type(module).__name__.lower() for module in owner.modules())
+    return tables[0] if len(tables) == 1 and not rotary else None
 
 
 def _embeds_tokens(owner: nn.Module) -> bool:

@@ -50,6 +50,7 @@ class Stack:
     recurrent: list[nn.Module] = field(
         default_factory=list
     )  # layers whose tokens meet in a convolution or a recurrence
+    learned_positions: nn.Module | None = None  # of a decoder, the table from which each token takes a row
     spans: Spans | None = None  # where the model around a decoder makes its masks
     tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
 

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from triton_sp.anatomy.families import numbers_its_tokens
 from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attention_interface, own_code_names
 from triton_sp.errors import UnsupportedModelError
 
-DECODER_LAYER_TYPES = {"full_attention", "sliding_attention"}
+DECODER_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _RECURRENT_TYPES, _TOKEN_WISE_TYPES = {"linear_attention", "conv", "hybrid"}, {"mlp", "moe"}
 _TOKEN_WISE = (
     "Norm",
@@ -28,6 +29,7 @@ _BLOCK_PARAMETERS = {
     "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
     "position_ids", "past_key_values", "past_key_value", "cache", "use_cache", "cache_position", "output_attentions",
     "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "mamba_attention_mask",
+    "encoder_hidden_states", "encoder_attention_mask",  # None in a decoder that reads no other sequence
     "kwargs",
 }  # fmt: skip
 
@@ -71,7 +73,7 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             remedy="use a model without them; attention sinks and learned biases are not handled yet",
         )
     along = sorted(own_code_names(module) & _ALONG_TOKENS) if calls_attention_interface(module) else []
-    if along:
+    if along and not (along == ["arange"] and numbers_its_tokens(module)):
         return UnsupportedModelError(
             name,
             expected="attention that gets the positions of its tokens, and does not number them itself",
@@ -100,6 +102,8 @@ def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
 def _token_wise(module: nn.Module) -> bool:
     if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
         return True
+    if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":
+        return True  # GPT-2's linear layer
     if "position_ids" in inspect.signature(type(module).forward).parameters and not attention_like(module):
         # Rotary embeddings turn each token by its own position, but for those that look at the longest one.
         return getattr(module, "rope_type", "default") not in ("dynamic", "longrope")
@@ -122,13 +126,14 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
     missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
     rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
     tables = sum(isinstance(module, nn.Embedding) for module in stack.module.modules())
-    ordered = rotary or (bool(stack.recurrent) and tables <= 1)  # recurrences tell the order without positions
+    # Recurrences tell the order without positions.
+    ordered = rotary or stack.learned_positions is not None or (bool(stack.recurrent) and tables <= 1)
     if missing or not ordered:
         return UnsupportedModelError(
             stack.name,
-            expected="a decoder whose positions enter by rotary embeddings of position_ids",
-            found=f"a {type(stack.module).__name__} without {sorted(missing) or 'a rotary embedding'}",
-            remedy="use a rotary model; ALiBi and learned positions count local tokens",
+            expected="a decoder whose position_ids enter by rotary embeddings, or by one table of positions",
+            found=f"a {type(stack.module).__name__} without {sorted(missing) or 'either'}",
+            remedy="use a model with one of them; ALiBi counts local tokens",
         )
     entry = anatomy.entry
     head = getattr(entry, "get_output_embeddings", lambda: None)()

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from triton_sp import stages
-from triton_sp.anatomy.families import expected_window
+from triton_sp.anatomy.families import expected_window, layer_type, numbers_its_tokens
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.wrappers.install import Installation, Override, replaced
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
@@ -46,8 +47,30 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
 
 
 def _run_attention(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """A rank without tokens attends with one row that counts for nothing: reshapes of the kind (0, -1, D) fail."""
+    """An attention module's forward on this rank's tokens."""
     hidden = args[0] if args else kwargs.get("hidden_states")
+    scope: AttentionScope | None = kwargs.get(KEYWORD)
+    if scope is not None and scope.index is not None and numbers_its_tokens(override.module):
+        with _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1)):
+            return _run_with_a_row(override, hidden, args, kwargs)
+    return _run_with_a_row(override, hidden, args, kwargs)
+
+
+class _TrueIndex(TorchFunctionMode):
+    """Where attention numbers its tokens, it gets the numbers that they have in their rows."""
+
+    def __init__(self, index: Tensor) -> None:
+        super().__init__()
+        self.index = index
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is torch.arange and args == (len(self.index),):
+            return self.index
+        return func(*args, **(kwargs or {}))
+
+
+def _run_with_a_row(override: Override, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A rank without tokens attends with one row that counts for nothing: reshapes of the kind (0, -1, D) fail."""
     if not isinstance(hidden, Tensor) or hidden.numel():
         return override.original(*args, **kwargs)
     arguments = {name: _with_a_row(name, value) for name, value in override.bind(args, kwargs).items()}
@@ -62,7 +85,7 @@ def _with_a_row(name: str, value: Any) -> Any:
         return torch.tensor([0, 1], dtype=value.dtype, device=value.device)
     if not isinstance(value, Tensor) or value.numel():
         return value
-    return F.pad(value, (0, 0, 0, 1) if value.is_floating_point() else (0, 1))
+    return F.pad(value, (0, 1) if value.dtype in (torch.int32, torch.int64, torch.bool) else (0, 0, 0, 1))
 
 
 def attention_forward(
@@ -92,10 +115,10 @@ def attention_forward(
         causal = scope.causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
     scope.tally["attention"] += 1
-    tokens = len(scope.stream.own)
+    tokens, stream = len(scope.stream.own), scope.by_layer_type.get(layer_type(module), scope.stream)
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
     out = stages.attention(
-        q, k, v, scope.stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
+        q, k, v, stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
     )
     if query.shape[2] > tokens:  # the row of `_with_a_row`
         out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))

@@ -13,13 +13,14 @@ from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
 from triton_sp.wrappers.head import causal_lm_loss
 from triton_sp.wrappers.install import Override
-from triton_sp.wrappers.masks import documents_of
+from triton_sp.wrappers.masks import chunks_of, documents_of
 
 _CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
 _REMEDIES = {
     "output_attentions": "attention weights are never formed; call triton_sp.unwrap(model) to look at them",
     "output_hidden_states": "take last_hidden_state of the model without its head",
     "logits_to_keep": "out.logits holds this rank's tokens only; select from SPConfig(gather_logits=True)",
+    "encoder_hidden_states": "cross attention is not sharded; leave it out",
     "shift_labels": "pass labels; they are shifted on the whole sequence before it is sharded",
 }
 
@@ -32,6 +33,7 @@ class Batch:
         tokens: (B, S) ids, or (B, S, C) embeddings.
         mask: (B, S), non-zero at tokens; None if all are.
         documents: (B, S) bool on the CPU, where packed documents begin, or None.
+        chunks: (B, S) bool on the CPU, where chunks begin for layers whose attention is chunked, or None.
         mutual: (B, S) bool, the tokens that see one another in runs (see `Spans`), or None.
         labels: (B, S), or None.
         targets: (B, S), the labels shifted to the tokens that predict them, or None.
@@ -41,6 +43,7 @@ class Batch:
     tokens: Tensor
     mask: Tensor | None
     documents: Tensor | None
+    chunks: Tensor | None
     mutual: Tensor | None
     labels: Tensor | None
     targets: Tensor | None
@@ -98,6 +101,7 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
         tokens,
         mask=arguments.get("attention_mask"),
         documents=documents_of(decoder.module, arguments, (rows, length)),
+        chunks=chunks_of(decoder.module, arguments, (rows, length)),
         mutual=_mutual(decoder.spans, arguments),
         labels=labels,
         targets=None if labels is None else shift(labels),

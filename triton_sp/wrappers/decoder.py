@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sp.anatomy.families import first_positions
 from triton_sp.anatomy.parts import Stack
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.wrappers import recurrent
@@ -26,6 +27,8 @@ def install(stack: Stack, installation: Installation) -> None:
     recurrent.redirect(stack.recurrent, installation)
     for rotary in stack.rotaries:
         installation.override(rotary, _run_rotary)
+    if stack.learned_positions is not None:
+        installation.override(stack.learned_positions, _run_positions)
     installation.override(stack.module, _run_decoder)
 
 
@@ -43,13 +46,19 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     else:
         _expect_mask(arguments.get("attention_mask"), call, stack)
     arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
-    arguments[KEYWORD] = scope = AttentionScope(call.stream, call.tally, causal=True if stack.spans else None)
+    arguments[KEYWORD] = scope = AttentionScope(
+        *(call.stream, call.tally),
+        causal=True if stack.spans else None,
+        by_layer_type=call.by_layer_type,
+        index=call.local_index % call.shape[1],
+    )
     if call.records_routers:
         arguments["output_router_logits"] = True
     with active(call):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
     check_tally(call.tally, len(stack.recurrent), stack.name, "recurrent")
+    check_tally(call.tally, stack.learned_positions is not None, stack.name, "position embedding")
     ways = [f"recurrent layers by {way}" for way in sorted(scope.ways)]
     installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(), *ways))
     return out
@@ -93,13 +102,14 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                     remedy="this model changes the sequence between its input and its decoder, and cannot be sharded",
                 )
             arguments[name] = value.flatten(0, 1)[index][None]
-    _expect_mask(arguments.get("attention_mask"), call, stack)
+    given_mask = arguments.get("attention_mask")
+    _expect_mask(given_mask, call, stack)
     # Padding is left out; a model around the decoder that makes a mask nevertheless is noticed by that.
     arguments["attention_mask"] = mask = call.mask if stack.spans else None
 
     positions = arguments.get("position_ids")
     if positions is None:
-        positions = torch.arange(length, device=index.device)[None]
+        positions = first_positions(stack.module, given_mask, length, index.device)
     longest = positions.max()
     positions = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)
     arguments["position_ids"] = positions[..., None, index]
@@ -117,7 +127,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                 found=f"{name} of shape {tuple(value.shape)}",
                 remedy="leave it out; it is not handled yet",
             )
-    return replace(call, longest=longest, mask=mask)
+    return replace(call, positions=arguments["position_ids"], longest=longest, mask=mask)
 
 
 def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:
@@ -143,3 +153,13 @@ def _run_rotary(override: Override, x: Tensor, position_ids: Tensor, *args: Any,
     extra = call.longest.expand(*position_ids.shape[:-1], 1).to(position_ids.dtype)
     tables = override.original(x, torch.cat([position_ids, extra], -1), *args, **kwargs)
     return tuple(table[..., :-1, :] for table in tables)
+
+
+def _run_positions(override: Override, *args: Any, **kwargs: Any) -> Any:
+    """A table of learned positions: seen to be looked up by the positions that tokens have in the batch."""
+    call = current(TextCall)
+    if call is not None and call.positions is not None:
+        memory = (call.positions.data_ptr(), call.positions.numel())
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        call.tally["position embedding"] += any((x.data_ptr(), x.numel()) == memory for x in given)
+    return override.original(*args, **kwargs)

@@ -7,7 +7,7 @@ segment.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +26,7 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.batch import Batch
 from triton_sp.wrappers.install import Installation
+from triton_sp.wrappers.masks import CHUNKED
 from triton_sp.wrappers.scope import Call
 
 # Every mask factory of transformers hands a 4-D mask on as it is; the real mask travels in the scope.
@@ -42,7 +43,8 @@ class TextCall(Call):
         index: (S',) where each token of the stream stands in the flattened batch.
         mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
         needed: how many features each rank's placeholders need, by the method that makes them.
-        longest: the longest position of the batch, once its tokens have been cut.
+        by_layer_type: the streams of layers that attend in other segments than `stream`'s.
+        positions: this rank's positions, and the longest of the batch, once its tokens have been cut.
         records_routers: whether the decoder returns the logits of its routers.
     """
 
@@ -52,6 +54,8 @@ class TextCall(Call):
     mask: Tensor | None
     choice: PlanChoice
     needed: dict[str, Shards] = field(default_factory=dict)
+    by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
+    positions: Tensor | None = None
     longest: Tensor | None = None
     records_routers: bool = False
     tally: Counter[str] = field(default_factory=Counter)
@@ -85,24 +89,36 @@ def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Seg
     starts = F.pad((row[1:] != row[:-1]) | alone[1:] | alone[:-1], (1, 0), value=True)
     if batch.documents is not None:
         starts |= batch.documents.flatten()[index]
-    firsts = starts.nonzero().flatten()
-    cu_seqlens = torch.cat([firsts, torch.tensor([len(index)])]).to(torch.int32)
-    seqused_k = None
-    if bool(alone.any()):
-        seqused_k = torch.where(alone[firsts], 0, cu_seqlens.diff()).to(batch.device, torch.int32)
-    segments = Segments(tuple(cu_seqlens.tolist()))
+    segments, seqused_k = _segments(starts, alone, batch.device)
     if spans is not None and batch.mutual is not None:
         mutual = batch.mutual.detach().cpu()
         _check_keyless(keyless & mutual)
         found = _find_spans(mutual.flatten()[index], row, starts, spans)
         segments = replace(segments, spans=found, cut_spans=spans.cut)
     choice = plan(segments)
-    stream = Stream(
-        *(group, choice.shards, cu_seqlens.to(batch.device), seqused_k, segments, choice.plan, choice.chunks),
-        choice.attention,
-    )
+
+    def stream_of(segments: Segments, seqused_k: Tensor | None) -> Stream:
+        cu_seqlens = torch.tensor(segments.starts, dtype=torch.int32, device=batch.device)
+        how = (choice.plan, choice.chunks, choice.attention)
+        return Stream(group, choice.shards, cu_seqlens, seqused_k, segments, *how)
+
+    by_layer_type: dict[str | None, Stream] = {}
+    if batch.chunks is not None:
+        chunks = _segments(starts | batch.chunks.flatten()[index], alone, batch.device)
+        by_layer_type[CHUNKED] = stream_of(*chunks)
     mask = batch.mask if spans is None else UNTOUCHED.to(batch.device)
-    return TextCall(stream, batch.shape, index.to(batch.device), mask, choice)
+    stream, index = stream_of(segments, seqused_k), index.to(batch.device)
+    return TextCall(stream, batch.shape, index, mask, choice, by_layer_type=by_layer_type)
+
+
+def _segments(starts: Tensor, alone: Tensor, device: torch.device) -> tuple[Segments, Tensor | None]:
+    """The segments, and how many keys of each count if there are tokens `alone`, which have no keys."""
+    firsts = starts.nonzero().flatten()
+    bounds = torch.cat([firsts, torch.tensor([len(starts)])])
+    segments = Segments(tuple(bounds.tolist()))
+    if not bool(alone.any()):
+        return segments, None
+    return segments, torch.where(alone[firsts], 0, bounds.diff()).to(device, torch.int32)
 
 
 def _check_mask(keep: Tensor, labelled: Tensor) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.errors import InputError
+from triton_sp.errors import InputError, UnsupportedModelError
 
+CHUNKED = "chunked_attention"  # the type of such layers in configurations
 _LOOK = "triton_sp_look"  # the implementation whose masks are looked at
 
 # mask(row of the batch, head, token that sees, token that is seen) -> whether it does, for tensors that broadcast.
@@ -33,11 +34,14 @@ def _found(*_: Any, mask_function: MaskFunction, **__: Any) -> None:
     raise _Found(mask_function)
 
 
-def mask_function_of(decoder: nn.Module, shape: tuple[int, int], **arguments: Any) -> MaskFunction | None:
+def mask_function_of(
+    decoder: nn.Module, shape: tuple[int, int], layer_type: str | None = None, **arguments: Any
+) -> MaskFunction | None:
     """The function by which a decoder describes the mask of a batch; None if it makes it otherwise.
 
     Args:
         shape: (B, S) of the batch.
+        layer_type: the layers whose mask it is, where types have different ones.
         arguments: what else its forward gets: position_ids, an attention_mask (B, S).
     """
     try:
@@ -49,6 +53,8 @@ def mask_function_of(decoder: nn.Module, shape: tuple[int, int], **arguments: An
     config, like = module.config, next(module.parameters())
     module.config = copy.copy(config)
     module.config._attn_implementation_internal = _LOOK
+    if layer_type is not None:
+        module.config.layer_types = [layer_type] * len(config.layer_types)
     states = like.new_zeros(1, 1, 1).expand(*shape, config.hidden_size)
     try:
         with torch.no_grad():
@@ -74,7 +80,8 @@ def documents_of(decoder: nn.Module, arguments: dict[str, Any], shape: tuple[int
     rows = positions[0] if positions.ndim == 3 else positions
     if bool((rows.diff(dim=-1) == 1).all()):
         return None
-    function = mask_function_of(decoder, shape, position_ids=positions, attention_mask=None)
+    plain = "full_attention" if _has_chunks(decoder) else None
+    function = mask_function_of(decoder, shape, plain, position_ids=positions, attention_mask=None)
     if function is None:
         raise InputError(
             "position_ids",
@@ -82,6 +89,35 @@ def documents_of(decoder: nn.Module, arguments: dict[str, Any], shape: tuple[int
             found=f"a {type(decoder).__name__}, which makes its mask in another way than transformers' models",
             remedy="give an attention_mask and one document a row",
         )
-    batch, token = (torch.arange(size, device=positions.device) for size in shape)
+    return _begins(function, shape, positions.device)
+
+
+def chunks_of(decoder: nn.Module, arguments: dict[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """(B, S) bool on the CPU, where the decoder's mask begins a chunk, of attention in chunks; None if it has none.
+
+    Raises:
+        UnsupportedModelError: its mask does not tell.
+    """
+    if not _has_chunks(decoder):
+        return None
+    given = {name: arguments.get(name) for name in ("position_ids", "attention_mask")}
+    function = mask_function_of(decoder, shape, CHUNKED, **given)
+    if function is None:
+        raise UnsupportedModelError(
+            type(decoder).__name__,
+            expected="a decoder that tells where the chunks of its attention begin",
+            found="one that makes its mask in another way than transformers' models",
+            remedy="use a model whose masks transformers makes",
+        )
+    return _begins(function, shape, next(decoder.parameters()).device)
+
+
+def _has_chunks(decoder: nn.Module) -> bool:
+    return CHUNKED in (getattr(decoder.config, "layer_types", None) or ())
+
+
+def _begins(function: MaskFunction, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """(B, S) bool on the CPU, the tokens that do not see the one before."""
+    batch, token = (torch.arange(size, device=device) for size in shape)
     seen = function(batch[:, None], token.new_zeros(()), token[None, 1:], token[None, :-1])
     return torch.nn.functional.pad(~seen.expand(shape[0], -1), (1, 0), value=True).cpu()

@@ -10,7 +10,7 @@ The decoder's attention gets its scope as a keyword, which any kind of checkpoin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
@@ -48,6 +48,8 @@ class AttentionScope:
     """What an attention function needs: the stream, and the tally that proves every layer came by.
 
     Attributes:
+        by_layer_type: the streams of layers of a type that attend in other segments (chunks).
+        index: (T,) where this rank's tokens stand in their rows, for attention that numbers them itself.
         ways: how the recurrent layers have run, see plan/recurrence.py.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
@@ -56,6 +58,8 @@ class AttentionScope:
     tally: Counter[str] = field(default_factory=Counter)
     ways: set[str] = field(default_factory=set)
     causal: bool | None = None
+    by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
+    index: Tensor | None = None
 
 
 _active: ContextVar[object] = ContextVar("triton_sp_scope", default=None)

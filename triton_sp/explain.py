@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from triton_sp.anatomy.families import layer_config
 from triton_sp.anatomy.find import find_parts
 from triton_sp.anatomy.parts import Fusion, Stack, device_of
 from triton_sp.errors import SPError
@@ -165,7 +166,7 @@ def _last_batch(part: str, installation: Installation) -> str:
 def _heads(stack: Stack) -> tuple[int, int] | None:
     """The numbers of (query, key/value) heads in the configuration; at run time the shapes of tensors decide."""
     unit: Any = stack.attention[0] if stack.attention else None
-    config = getattr(unit, "config", unit)
+    config = unit if unit is None else layer_config(unit) or unit
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
     return (heads, getattr(config, "num_key_value_heads", None) or heads) if isinstance(heads, int) else None
 

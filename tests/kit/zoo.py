@@ -505,8 +505,8 @@ def packed_cases() -> list[Case]:
 FEATURES_GATHERED = {"lfm2_vl"}
 if "image_newline" not in inspect.unwrap(hf.LlavaOnevisionModel.get_video_features).__code__.co_names:
     FEATURES_GATHERED.add("llava_onevision")
-# Their tower is not sharded at all: a merger between its blocks leaves fewer tokens.
-TOWER_WHOLE = ("minicpmv4_6",)
+# Their tower is not sharded at all: a merger between its blocks leaves fewer tokens, or its masks are of another kind.
+TOWER_WHOLE = ("minicpmv4_6", "mllama")
 
 
 def odd_head_cases() -> list[Case]:
@@ -655,3 +655,4 @@ CASES = {
 from kit import special  # noqa: E402  # made of what stands above
 
 CASES |= {case.name: case for case in special.cases()}
+FEATURES_GATHERED |= special.GATHERED

@@ -32,7 +32,7 @@ ALIKE = {
     "idefics2": 1.8,
     "smolvlm": 3.01,
 }
-WHOLE_FEATURES = {"lfm2_vl", "minicpmv4_6"}  # on every rank, as `explain` says
+WHOLE_FEATURES = {"lfm2_vl", "minicpmv4_6", "mllama", *zoo.special.GATHERED}  # on every rank, as `explain` says
 CASES = [
     *(name for name in LARGEST if name not in zoo.FEATURES_GATHERED),
     *(pytest.param(name, marks=pytest.mark.long) for name in ALIKE),

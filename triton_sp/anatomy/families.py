@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "glm4v_vision": Family(embeddings="embeddings"),
+    "mllama_vision_model": Family(whole="it has two stacks, and its masks are not those of padded images"),
     "pixtral": Family(joins_images=True),
     **dict.fromkeys(
         ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"),
@@ -42,7 +43,10 @@ PROVEN = {
     "gemma", "gemma2", "gemma3_text", "glm4v_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
     # decoders whose attention or positions are special
-    "deepseek_v2", "deepseek_v3", "gpt2", "llama4_text", "opt",
+    "deepseek_v2", "deepseek_v3", "ernie4_5_vl_moe_text", "gemma4_text", "gpt2", "llama4_text", "mllama_text_model",
+    "molmo2_text", "opt",
+    # their towers
+    "ernie4_5_vl_moe_vision", "gemma4_vision", "kimi_k25_vision", "llama4_vision_model", "molmo2_vision",
     # decoders with recurrent layers
     "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
@@ -85,8 +89,13 @@ FEATURE_METHODS: dict[str, tuple[FeatureMethod, ...]] = {
 
 # By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
 SPANS: dict[str, Spans] = {
-    "gemma3": Spans(token_type=1, single=False, cut=True, required=False),  # an image
-    "paligemma": Spans(token_type=0, single=True, cut=False, required=True),  # the prefix: image and prompt
+    "gemma3": Spans((1,), cut=True),  # an image
+    # Images and videos; only where the decoder's configuration says so.
+    "gemma4": Spans((1, 2), cut=True, types="mm_token_type_ids", causal_layers="full_attention"),
+    "gemma4_unified": Spans((1, 2), types="mm_token_type_ids"),
+    # Images that follow one another directly; in a row all see one another.
+    "molmo2": Spans((1,), single=True, types="mm_token_type_ids"),
+    "paligemma": Spans((0,), single=True, required=True),  # the prefix: image and prompt
 }
 
 
@@ -96,11 +105,18 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
     around: list[Any] = [
         m for m in entry.modules() if is_hf(m) and m is not decoder and any(part is decoder for part in m.modules())
     ]
-    if not around or around[-1].config.model_type not in SPANS:
+    spans = SPANS.get(around[-1].config.model_type) if around else None
+    if spans is None:
         return None
     from transformers import masking_utils
 
-    return SPANS[around[-1].config.model_type] if hasattr(masking_utils, "blockwise_overlay") else None
+    if not hasattr(masking_utils, "blockwise_overlay"):
+        return None
+    config: Any = decoder.config
+    whom = getattr(config, "use_bidirectional_attention", None)  # "vision", or True or "all": then it isn't causal
+    if hasattr(config, "use_bidirectional_attention") and spans.types == "mm_token_type_ids" and whom is None:
+        return replace(spans, token_types=())
+    return spans if whom in (None, False, "vision") else None
 
 
 def expected_window(attention: nn.Module) -> int | None:
@@ -113,6 +129,14 @@ def layer_type(attention: nn.Module) -> str | None:
     """The type of the layer of an attention module, as its configuration has it."""
     kinds, index = getattr(attention.config, "layer_types", None), getattr(attention, "layer_idx", None)
     return kinds[index] if kinds and index is not None else None
+
+
+def layer_config(attention: nn.Module) -> Any:
+    """The configuration of the layer of an attention module, where layers have heads of their own (Gemma 4), or the one
+    of all layers."""
+    config: Any = getattr(attention, "config", None)
+    by_layer, index = getattr(config, "per_layer_config", None), getattr(attention, "layer_idx", None)
+    return by_layer[index] if by_layer and index is not None else config
 
 
 def numbers_its_tokens(attention: nn.Module) -> bool:

@@ -139,7 +139,7 @@ def _takes_pixels(module: nn.Module) -> bool:
 def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
     # torch's checkpoint_wrapper puts a module around each block; the overrides belong on the block itself.
     blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
-    attention = [module for block in blocks for module in block.modules() if calls_attention_interface(module)]
+    attention = list(_self_attention(blocks))
     family = _family(owner)
     stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
     stack.recurrent = recurrent_layers(blocks)
@@ -172,6 +172,15 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
             remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
         )
         anatomy.decoder = stack
+
+
+def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """The modules whose attention is sharded. One that reads another sequence works token by token, see
+    wrappers/cross.py."""
+    for module in (module for block in blocks for module in block.modules()):
+        taken = inspect.signature(type(module).forward).parameters
+        if calls_attention_interface(module) and "cross_attention_states" not in taken:
+            yield module
 
 
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:

@@ -17,17 +17,20 @@ class Spans:
     """Which tokens a composite model lets see one another, in a decoder that is causal otherwise.
 
     Attributes:
-        token_type: neighbouring tokens that have this in `token_type_ids` are a span.
+        token_types: neighbouring tokens that have one of these in the argument `types` are a span.
         single: all such tokens of a row see one another, so a row can have one span only.
         cut: whether sliding windows end inside spans too, or only between them.
         required: without token_type_ids the model's mask is not one thing (PaliGemma's sdpa is causal if there is
             padding, and sees everything if not).
+        causal_layers: the type of layers that know no spans (Gemma 4), or None.
     """
 
-    token_type: int
-    single: bool
-    cut: bool
-    required: bool
+    token_types: tuple[int, ...]
+    single: bool = False
+    cut: bool = False
+    required: bool = False
+    types: str = "token_type_ids"
+    causal_layers: str | None = None
 
 
 @dataclass(eq=False)

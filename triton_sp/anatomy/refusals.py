@@ -20,6 +20,7 @@ _TOKEN_WISE = (
     "DropPath",
     "LayerScale",
     "Experts",
+    "MoeStatics",
     "Router",
     "Identity",
     "GELU",
@@ -29,6 +30,10 @@ _BLOCK_PARAMETERS = {
     "hidden_states", "attention_mask", "cu_seqlens", "max_seqlen", "position_embeddings", "rotary_pos_emb",
     "position_ids", "past_key_values", "past_key_value", "cache", "use_cache", "cache_position", "output_attentions",
     "head_mask", "layer_head_mask", "causal_attention_mask", "layer_past", "mamba_attention_mask",
+    "per_layer_input", "shared_kv_states",  # of Gemma 4: cut by token where it is made; what an earlier layer has made
+    "cross_attention_states", "cross_attention_mask", "full_text_row_masked_out_mask",  # of Mllama
+    "moe_mm_token_type_ids",  # of ERNIE 4.5 VL, cut by token
+    "freqs_ci",  # of Llama 4's tower, a row for each token of an image
     "encoder_hidden_states", "encoder_attention_mask",  # None in a decoder that reads no other sequence
     "kwargs",
 }  # fmt: skip
@@ -42,7 +47,7 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
     """The first reason why the blocks of a stack would not compute the same on a shard, or None."""
     block = stack.blocks[0]
     taken = {name for kind in map(type, stack.blocks) for name in inspect.signature(kind.forward).parameters}
-    unknown = taken - _BLOCK_PARAMETERS - {"self", "x"}
+    unknown = taken - _BLOCK_PARAMETERS - {"self", "x", "hidden_state"}
     if stack.by_interface and unknown:
         return UnsupportedModelError(
             names[id(block)],

@@ -85,7 +85,8 @@ def _with_a_row(name: str, value: Any) -> Any:
         return torch.tensor([0, 1], dtype=value.dtype, device=value.device)
     if not isinstance(value, Tensor) or value.numel():
         return value
-    return F.pad(value, (0, 1) if value.dtype in (torch.int32, torch.int64, torch.bool) else (0, 0, 0, 1))
+    axis = value.shape.index(0)
+    return torch.cat([value, value.new_zeros(*value.shape[:axis], 1, *value.shape[axis + 1 :])], axis)
 
 
 def attention_forward(

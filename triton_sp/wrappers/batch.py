@@ -133,7 +133,7 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
 
 
 def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
-    for name in ("attention_mask", "labels", "token_type_ids"):
+    for name in ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
         value = arguments.get(name)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
             expected = f"a tensor of shape {(rows, length)}"
@@ -173,16 +173,20 @@ def _check_loss(override: Override, arguments: dict[str, Any]) -> None:
 
 
 def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
-    """(B, S), the tokens that see one another in runs, as the model itself would take it from token_type_ids."""
-    types = arguments.get("token_type_ids")
-    if spans is not None and spans.required and types is None:
+    """(B, S), the tokens that see one another in runs, as the model itself would take it from the types of tokens."""
+    if spans is None:
+        return None
+    types = arguments.get(spans.types)
+    if spans.required and types is None:
         raise InputError(
-            "token_type_ids",
+            spans.types,
             expected="them beside input_ids: without, this model's attention depends on padding and implementation",
             found="none",
-            remedy=f"pass the processor's: {spans.token_type} at the tokens that see one another",
+            remedy=f"pass the processor's: {spans.token_types[0]} at the tokens that see one another",
         )
-    return None if spans is None or types is None else types == spans.token_type
+    if types is None or not spans.token_types:
+        return None
+    return torch.isin(types, types.new_tensor(spans.token_types))
 
 
 def _shown(value: Any) -> str:

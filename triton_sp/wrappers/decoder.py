@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_sp.anatomy.families import first_positions
 from triton_sp.anatomy.parts import Stack
 from triton_sp.errors import InputError, UnsupportedModelError
-from triton_sp.wrappers import recurrent
+from triton_sp.wrappers import cross, recurrent
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.layout import UNTOUCHED, TextCall
@@ -79,8 +79,9 @@ def _expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
         )
 
 
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
-_HANDLED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "visual_pos_masks", *_PER_TOKEN)
+_PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "per_layer_inputs")
+_ON_THEIR_OWN = ("attention_mask", "position_ids", "visual_pos_masks", *cross.NAMES)
+_HANDLED = ("input_ids", "inputs_embeds", *_PER_TOKEN, *_ON_THEIR_OWN)
 
 
 def localise_text(arguments: dict[str, Any], call: TextCall, installation: Installation) -> TextCall:
@@ -117,6 +118,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
         arguments.pop(name, None)
     _localise_deepstack(arguments, index)
+    cross.localise(arguments, call)
     fusion = installation.anatomy.fusion
     handled = {*_HANDLED, *(fusion.visual_arguments if fusion else ())}
     for name, value in arguments.items():

@@ -103,6 +103,8 @@ def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Seg
         return Stream(group, choice.shards, cu_seqlens, seqused_k, segments, *how)
 
     by_layer_type: dict[str | None, Stream] = {}
+    if spans is not None and spans.causal_layers and segments.spans:
+        by_layer_type[spans.causal_layers] = stream_of(replace(segments, spans=()), seqused_k)
     if batch.chunks is not None:
         chunks = _segments(starts | batch.chunks.flatten()[index], alone, batch.device)
         by_layer_type[CHUNKED] = stream_of(*chunks)
@@ -171,8 +173,8 @@ def _find_spans(mutual: Tensor, row: Tensor, starts: Tensor, spans: Spans) -> tu
         )
     if spans.single and bool((row[firsts].bincount() > 1).any()):
         raise InputError(
-            "token_type_ids",
-            expected=f"one run of {spans.token_type} in each row, its prefix",
+            spans.types,
+            expected=f"one run of {spans.token_types[0]} in each row, its prefix",
             found=f"{int(row[firsts].bincount().max())} in row {int(row[firsts].bincount().argmax())}",
             remedy="mark the prefix alone, and put documents into rows of their own",
         )

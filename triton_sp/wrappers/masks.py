@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.wrappers.install import replaced
 
 CHUNKED = "chunked_attention"  # the type of such layers in configurations
 _LOOK = "triton_sp_look"  # the implementation whose masks are looked at
@@ -57,7 +58,8 @@ def mask_function_of(
         module.config.layer_types = [layer_type] * len(config.layer_types)
     states = like.new_zeros(1, 1, 1).expand(*shape, config.hidden_size)
     try:
-        with torch.no_grad():
+        # Gemma 4 makes inputs for each layer before its masks, of ids that it isn't given here.
+        with torch.no_grad(), replaced(module, "hidden_size_per_layer_input", 0):
             type(module).forward(module, inputs_embeds=states, use_cache=False, **arguments)
     except _Found as found:
         return found.function

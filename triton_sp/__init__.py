@@ -13,8 +13,9 @@ from triton_sp.engines.loaders import share_batches
 from triton_sp.engines.mpu import mpu
 from triton_sp.explain import explain
 from triton_sp.kernels.mask import Mask
+from triton_sp.modules.adapters import InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
 from triton_sp.modules.encoder import UlyssesSPViTAttention
-from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
+from triton_sp.modules.fusion import FusionAdapter
 from triton_sp.ops.varlen import varlen_attention
 from triton_sp.timeline import record_step
 from triton_sp.wrappers.scores import TokenScores

@@ -172,11 +172,26 @@ def head_cross_entropy(
     def part(hidden: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(transform(forward(hidden)), targets, label_smoothing)
 
+    return torch.stack(in_chunks(part, forward, hidden_TC, targets_T)).sum()
+
+
+def in_chunks(
+    part: Callable[[Tensor, Tensor], Tensor],
+    head: Callable[[Tensor], Tensor],
+    hidden_TC: Tensor,
+    targets_T: Tensor,
+) -> list[Tensor]:
+    """`part(hidden, targets)` of one chunk of the tokens after another, each of which is run again in the backward.
+
+    Args:
+        part: calls the head.
+        head: tells how many logits a token has.
+    """
     with torch.no_grad():
-        rows = chunk_rows(forward(hidden_TC[:0]).shape[-1])
+        rows = chunk_rows(head(hidden_TC[:0]).shape[-1])
     # A rank without targets has an empty chunk, because engines wait for the gradient of its head.
     chunks = zip(hidden_TC.split(rows), targets_T.split(rows), strict=True)
-    return torch.stack([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+    return [checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks]
 
 
 def liger_installed() -> bool:

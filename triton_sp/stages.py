@@ -179,17 +179,30 @@ def reshard(x: Tensor, source: Shards, target: Shards, group: Group, index: Tens
         index: (S,) int64 on the CPU, where the target's order is another than the source's: row i of the source is row
             `index[i]` of the target.
     """
-    own = source.range(group.rank)
     if index is None:
         return x if source == target else collectives.exchange(x, *moves(source, target, group.rank), group)
-    senders, wanted = torch.tensor(source.sizes), target.range(group.rank)
-    owner = torch.arange(group.size).repeat_interleave(senders)  # of each row, in the source's order
-    goal = torch.arange(group.size).repeat_interleave(torch.tensor(target.sizes))[index]
-    # Each rank sends its rows in the order of the target, so that only the senders have to be merged on arrival.
-    mine = index[own.start : own.stop]
-    arriving = ((index >= wanted.start) & (index < wanted.stop)).nonzero().flatten()
-    arriving = arriving[torch.argsort(owner[arriving] * max(source.total, 1) + index[arriving])]
-    receive = torch.bincount(owner[arriving], minlength=group.size).tolist()
-    send = torch.bincount(goal[own.start : own.stop], minlength=group.size).tolist()
-    arrived = collectives.exchange(x[torch.argsort(mine).to(x.device)], send, receive, group)
-    return arrived[torch.argsort(index[arriving]).to(x.device)]
+    ranks, row = torch.arange(group.size), torch.argsort(index)  # which row of the source each row of the target is
+    owner = ranks.repeat_interleave(torch.tensor(source.sizes))[row]
+    needer = ranks.repeat_interleave(torch.tensor(target.sizes))
+    arrived, order = exchange_rows(x, owner, row - torch.tensor(source.starts)[owner], needer, group)
+    return arrived[order.to(x.device)]
+
+
+def exchange_rows(x: Tensor, owner: Tensor, place: Tensor, needer: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    """Each row of a stream goes from the rank that has it to the rank that needs it. One exchange.
+
+    Args:
+        x: (rows, ...), what this rank has. Rows that no one needs stay where they are.
+        owner, place: (S,) int64 on the CPU, for each row of the stream the rank that has it, and where in its `x`.
+        needer: (S,) the rank that needs it.
+
+    Returns:
+        The rows that have come, and for each row that this rank needs, in the order of the stream, which of them it is.
+    """
+    mine, needed = owner == group.rank, needer == group.rank
+    # Each rank sends its rows in the order of the stream, so that only the senders have to be merged on arrival.
+    leaving = place[mine][needer[mine].argsort(stable=True)]
+    send, receive = (ranks.bincount(minlength=group.size).tolist() for ranks in (needer[mine], owner[needed]))
+    if len(leaving) != len(x) or not bool((leaving.diff() == 1).all()):
+        x = x.index_select(0, leaving.to(x.device, non_blocking=True))
+    return collectives.exchange(x, send, receive, group), owner[needed].argsort(stable=True).argsort()

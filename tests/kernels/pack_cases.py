@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from triton_sp.ops import dispatch, pack, reference
-from triton_sp.plan.heads import assign_heads, route
+from triton_sp.plan.boxes import route
+from triton_sp.plan.heads import assign_heads
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import shard_tokens
 

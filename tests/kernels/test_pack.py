@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from kit.interpreter import interpret, needs_triton
 
 from triton_sp.ops import pack
-from triton_sp.plan.heads import assign_heads, route
+from triton_sp.plan.boxes import route
+from triton_sp.plan.heads import assign_heads
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import triton_sp
 from triton_sp.errors import DisagreementError, InputError
-from triton_sp.modules.fusion import FusionAdapter, InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
+from triton_sp.modules.adapters import InternVLFusionAdapter, LlavaFusionAdapter, Qwen2VLFusionAdapter
+from triton_sp.modules.fusion import FusionAdapter
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.testing import RankError, relative_error
 

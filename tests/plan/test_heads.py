@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from triton_sp.ops import pack
-from triton_sp.plan.heads import Route, Tasks, assign_heads, assign_whole_heads, route
+from triton_sp.plan.boxes import Route, route
+from triton_sp.plan.heads import Tasks, assign_heads, assign_whole_heads
 from triton_sp.plan.segments import Segments, Work
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.plan.stream import Stream

@@ -22,7 +22,8 @@ from triton_sp.ranks import collectives, groups
 from triton_sp.wrappers import entry, vision
 from triton_sp.wrappers.hidden import SequencesShape
 from triton_sp.wrappers.install import Installation, attach
-from triton_sp.wrappers.opaque import OpaqueScope, run_in, same_tokens
+from triton_sp.wrappers.opaque import run_in, same_tokens
+from triton_sp.wrappers.sdpa import OpaqueScope
 from triton_sp.wrappers.trial import find_method, random_states
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
-from triton_sp.plan.shards import Shards
+from triton_sp.plan.shards import Shards, shard_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,12 @@ class FusedLayout:
     source: Tensor
     visual: Tensor
     shards: Shards
+
+    @property
+    def needer(self) -> Tensor:
+        """int64 (V,), the rank that has each token of the visual stream among its columns."""
+        of_columns = torch.arange(len(self.shards.sizes)).repeat_interleave(torch.tensor(self.shards.sizes))
+        return of_columns.expand(len(self.visual), -1)[self.visual]
 
     def expand(self, values_BL: Tensor, fill: Any) -> Tensor:
         """Values of the tokens of the text as values of the fused tokens: (B, L) to (B, S).
@@ -61,6 +69,80 @@ class Fused:
         """
         visual = self.layout.visual.to(labels_BL.device)
         return shift(self.layout.expand(labels_BL, IGNORE).masked_fill(visual, IGNORE))[:, self.columns]
+
+
+def lay_out(
+    places: Tensor, widths: Tensor, held: list[int], by_sample: bool, own_rank: int
+) -> tuple[FusedLayout, Tensor, Tensor]:
+    """The layout of a batch, and (V,) of each token of the visual stream the rank that has it and its row there.
+
+    Args:
+        places: bool (B, L), the placeholders.
+        widths: int64 (B, L), how many visual tokens each of them stands for.
+        held: how many features each rank has: of every sample if `by_sample`, else in all.
+        own_rank: for errors.
+
+    Raises:
+        InputError: features and placeholders do not match.
+    """
+    used = places.any(1)
+    samples = widths.where(places, 0).sum(1)
+    uneven = by_sample and bool((samples[used] != sum(held)).any())
+    if uneven or int(samples.sum()) != sum(held) * (int(used.sum()) if by_sample else 1):
+        raise InputError(
+            "visual_features",
+            expected=f"{samples.tolist()} features of the samples, as many as their placeholders stand for",
+            found=f"{sum(held)} {'of each' if by_sample else 'in all'}, {held} on the ranks",
+            remedy="pass the features of exactly these placeholders; of samples with different numbers of them as "
+            "one stream (v, C)",
+            rank=own_rank,
+        )
+    rank = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
+    row = torch.arange(len(rank)) - torch.tensor(Shards(tuple(held)).starts)[rank]
+    if by_sample:
+        row = (used.nonzero() * torch.tensor(held)[rank] + row).flatten()
+        rank = rank.expand(int(used.sum()), -1).flatten()
+    totals = widths.sum(1)
+    source = torch.full((len(places), int(totals.max()) if len(places) else 0), -1)
+    for line, width, total in zip(source, widths, totals.tolist(), strict=True):
+        line[:total] = torch.repeat_interleave(width)
+    visual = places.gather(1, source.clamp(min=0)) & (source >= 0)
+    return FusedLayout(source, visual, shard_tokens(source.shape[1], len(held))), rank, row
+
+
+def lengths_of_images(
+    places: Tensor, held: int, by_sample: bool, lengths: Sequence[int] | None, own_rank: int
+) -> Tensor:
+    """How many visual tokens each placeholder of a whole image stands for: `lengths`, or else equally many.
+
+    Args:
+        places: bool (B, L), the placeholders.
+        held: how many features there are: of every sample if `by_sample`, else in all.
+
+    Raises:
+        InputError: these are not as many as there are placeholders, or not equal numbers.
+    """
+    count = int(places.sum())
+    if lengths is not None:
+        if len(lengths) != count:
+            raise InputError(
+                "image_lengths",
+                expected=f"{count}, one for each placeholder",
+                found=f"{len(lengths)}",
+                remedy="pass the number of features of each image",
+                rank=own_rank,
+            )
+        return torch.tensor(lengths, dtype=torch.long)
+    images = places.sum(1, keepdim=True).expand_as(places)[places] if by_sample else torch.full((count,), count)
+    if bool((held % images).any()):
+        raise InputError(
+            "visual_features",
+            expected=f"a multiple of the {images.unique().tolist()} images",
+            found=f"{held} features{' of each sample' * by_sample}",
+            remedy="pass image_lengths, the number of features of each image",
+            rank=own_rank,
+        )
+    return held // images
 
 
 def text_rows(embeds: Tensor | nn.Module, ids: Tensor, source: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

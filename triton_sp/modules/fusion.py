@@ -15,10 +15,10 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from triton_sp import stages
 from triton_sp.errors import InputError
-from triton_sp.modules.fused import Fused, FusedLayout, text_rows
+from triton_sp.modules.fused import Fused, lay_out, lengths_of_images, text_rows
 from triton_sp.ops.splice import splice
-from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives, groups
 from triton_sp.ranks.agreement import agree
 
@@ -126,10 +126,12 @@ class FusionAdapter(nn.Module):
         agree(self.group, describe)
         visual = self.projection(visual_features)
         held = [parts[0] for parts in collectives.integers_of_all([visual.shape[-2]], self.group)]
-        layout, owner, place = self._lay_out(ids, held, visual.ndim == 3, image_lengths)
+        places = self.placeholders(ids)
+        widths = self._widths(places, sum(held), visual.ndim == 3, image_lengths)
+        layout, owner, place = lay_out(places, widths, held, visual.ndim == 3, self.group.rank)
         own = layout.shards.range(self.group.rank)
         columns = slice(own.start, own.stop)
-        arrived, order = self._route(visual.flatten(0, -2), layout, owner, place)
+        arrived, order = stages.exchange_rows(visual.flatten(0, -2), owner, place, layout.needer, self.group)
 
         source, seen = layout.source[:, columns].flatten(), layout.visual[:, columns].flatten()
         text, rows = text_rows(text_embeds, input_ids, source, seen)
@@ -167,137 +169,13 @@ class FusionAdapter(nn.Module):
             )
         self.placeholders(ids.detach().cpu())
 
-    def _lay_out(
-        self, ids: Tensor, held: list[int], by_sample: bool, lengths: Sequence[int] | None
-    ) -> tuple[FusedLayout, Tensor, Tensor]:
-        """The layout of the batch, and of each token of the visual stream its owner and the row that has it there."""
-        places = self.placeholders(ids)
-        used = places.any(1)
-        widths = torch.ones_like(ids)
-        widths[places] = self._widths(places, sum(held), by_sample, lengths)
-        samples = widths.where(places, 0).sum(1)
-        uneven = by_sample and bool((samples[used] != sum(held)).any())
-        if uneven or int(samples.sum()) != sum(held) * (int(used.sum()) if by_sample else 1):
-            raise InputError(
-                "visual_features",
-                expected=f"{samples.tolist()} features of the samples, as many as their placeholders stand for",
-                found=f"{sum(held)} {'of each' if by_sample else 'in all'}, {held} on the ranks",
-                remedy="pass the features of exactly these placeholders; of samples with different numbers of them as "
-                "one stream (v, C)",
-                rank=self.group.rank,
-            )
-        rank = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))
-        row = torch.arange(len(rank)) - torch.tensor(Shards(tuple(held)).starts)[rank]
-        if by_sample:
-            row = (used.nonzero() * torch.tensor(held)[rank] + row).flatten()
-            rank = rank.expand(int(used.sum()), -1).flatten()
-        totals = widths.sum(1)
-        source = torch.full((len(ids), int(totals.max()) if len(ids) else 0), -1)
-        for line, width, total in zip(source, widths, totals.tolist(), strict=True):
-            line[:total] = torch.repeat_interleave(width)
-        visual = places.gather(1, source.clamp(min=0)) & (source >= 0)
-        return FusedLayout(source, visual, shard_tokens(source.shape[1], self.group.size)), rank, row
-
     def _widths(self, places: Tensor, held: int, by_sample: bool, lengths: Sequence[int] | None) -> Tensor:
-        """How many visual tokens each placeholder stands for."""
-        count = int(places.sum())
-        if not self.expands:
-            return torch.ones(count, dtype=torch.long)
-        if lengths is not None:
-            if len(lengths) != count:
-                raise InputError(
-                    "image_lengths",
-                    expected=f"{count}, one for each placeholder",
-                    found=f"{len(lengths)}",
-                    remedy="pass the number of features of each image",
-                    rank=self.group.rank,
-                )
-            return torch.tensor(lengths, dtype=torch.long)
-        images = places.sum(1, keepdim=True).expand_as(places)[places] if by_sample else torch.full((count,), count)
-        if bool((held % images).any()):
-            raise InputError(
-                "visual_features",
-                expected=f"a multiple of the {images.unique().tolist()} images",
-                found=f"{held} features{' of each sample' * by_sample}",
-                remedy="pass image_lengths, the number of features of each image",
-                rank=self.group.rank,
-            )
-        return held // images
-
-    def _route(self, visual_VC: Tensor, layout: FusedLayout, owner: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """One exchange: each rank sends what others' tokens need. What came, and the row of each of this rank's visual
-        tokens in it."""
-        ranks, me = self.group.size, self.group.rank
-        rank_of = torch.repeat_interleave(torch.arange(ranks), torch.tensor(layout.shards.sizes))
-        needer = rank_of.expand(len(layout.visual), -1)[layout.visual]
-        mine, needed = owner == me, needer == me
-        leaving = place[mine][needer[mine].argsort(stable=True)]
-        send, receive = (x.bincount(minlength=ranks).tolist() for x in (needer[mine], owner[needed]))
-        whole = len(leaving) == len(visual_VC) and bool((leaving.diff() == 1).all())
-        leaving = leaving.to(visual_VC.device, non_blocking=True)
-        arrived = collectives.exchange(
-            visual_VC if whole else visual_VC.index_select(0, leaving), send, receive, self.group
-        )
-        return arrived, owner[needed].argsort(stable=True).argsort()
+        """(B, L) int64, how many visual tokens each placeholder stands for; 1 for every other token."""
+        widths = torch.ones(places.shape, dtype=torch.long)
+        if self.expands:
+            widths[places] = lengths_of_images(places, held, by_sample, lengths, self.group.rank)
+        return widths
 
 
 def _shown(x: Tensor) -> str:
     return f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}"
-
-
-class LlavaFusionAdapter(FusionAdapter):
-    """LLaVA: each placeholder token stands for a whole image and gives way to its features.
-
-    The arguments are those of FusionAdapter. Samples whose fused length is less than the longest one's are padded at
-    their end; `details=True` returns the mask.
-
-    >>> import torch.distributed as dist
-    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    >>> adapter = LlavaFusionAdapter(nn.Identity())
-    >>> text = torch.tensor([[[1.0], [0.0], [2.0], [0.0]]])
-    >>> visual = torch.tensor([[7.0], [8.0], [9.0]])                     # an image of one feature, one of two
-    >>> adapter(visual, text, torch.tensor([[1, -200, 2, -200]]), image_lengths=[1, 2]).flatten().tolist()
-    [1.0, 7.0, 2.0, 8.0, 9.0]
-    >>> dist.destroy_process_group()
-    """
-
-    expands = True
-
-
-class InternVLFusionAdapter(FusionAdapter):
-    """InternVL: `image_token_id` is IMG_CONTEXT, one for each feature. The arguments are those of FusionAdapter."""
-
-
-class Qwen2VLFusionAdapter(FusionAdapter):
-    """Qwen2-VL: the tokens between a vision start and the next vision end are placeholders, one for each feature.
-
-    Args:
-        projection, process_group: as for FusionAdapter; the projection is `visual.merger`.
-        vision_start_token_id, vision_end_token_id: the ids around the placeholders of an image or video; they stay.
-
-    >>> import torch.distributed as dist
-    >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    >>> adapter = Qwen2VLFusionAdapter(nn.Identity(), None, vision_start_token_id=3, vision_end_token_id=4)
-    >>> adapter.placeholders(torch.tensor([[5, 3, 1, 1, 4, 5]])).int().tolist()
-    [[0, 0, 1, 1, 0, 0]]
-    >>> dist.destroy_process_group()
-    """
-
-    def __init__(
-        self, projection: nn.Module, process_group: Any, vision_start_token_id: int, vision_end_token_id: int
-    ) -> None:
-        super().__init__(projection, process_group)
-        self.vision_start_token_id, self.vision_end_token_id = vision_start_token_id, vision_end_token_id
-
-    def placeholders(self, input_ids: Tensor) -> Tensor:
-        """(B, L) bool: the tokens between a vision start and the next vision end."""
-        start, end = input_ids == self.vision_start_token_id, input_ids == self.vision_end_token_id
-        depth = start.long().cumsum(1) - end.long().cumsum(1)
-        if bool((depth < 0).any() | (depth > 1).any() | (depth[:, -1:] != 0).any()):
-            raise InputError(
-                "input_ids",
-                expected="a vision end after each vision start",
-                found=f"{int(start.sum())} starts and {int(end.sum())} ends, or in another order",
-                remedy="pass whole images and videos",
-            )
-        return (depth == 1) & ~start

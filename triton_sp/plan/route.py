@@ -17,7 +17,8 @@ from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
 from triton_sp.ops import pack
-from triton_sp.plan.heads import Buffer, Route, Tasks
+from triton_sp.plan.boxes import Buffer, Route
+from triton_sp.plan.heads import Tasks
 from triton_sp.plan.shards import Shards
 
 States = tuple[Tensor, Tensor, Tensor]  # q, k and v of some heads, or their gradients

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from triton_sp.kernels.mask import Mask
 from triton_sp.ops.backends.choice import Choice
+from triton_sp.plan.boxes import route
 from triton_sp.plan.cost import PlanName
-from triton_sp.plan.heads import assign_heads, assign_whole_heads, describe_tasks, route
+from triton_sp.plan.heads import assign_heads, assign_whole_heads, describe_tasks
 from triton_sp.plan.recurrence import Carry, carry
 from triton_sp.plan.route import CutHeads, HeadRoute, WholeHeads
 from triton_sp.plan.segments import Segments

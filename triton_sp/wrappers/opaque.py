@@ -7,143 +7,24 @@ keeps its part. Which of the two is right is tried out on the first call of each
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from types import FunctionType
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from triton_sp import stages
-from triton_sp.errors import InputError, UnsupportedModelError
+from triton_sp.errors import InputError
 from triton_sp.plan.stream import Stream
-from triton_sp.wrappers.hidden import HiddenShape, SequencesShape
+from triton_sp.wrappers.hidden import HiddenShape
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.scope import active, current, refuse_lost_scope
+from triton_sp.wrappers.sdpa import OpaqueScope, ShardSDPA, no_fast_path
 from triton_sp.wrappers.trial import HEADS, find_method, hidden_of, random_states, shards_inside
 
 if TYPE_CHECKING:
     from triton_sp.wrappers.tower import TowerPass
 
 METHOD = "_triton_sp_method"
-
-
-@dataclass(frozen=True, eq=False)
-class OpaqueScope:
-    """While a module with opaque attention runs on this rank's tokens.
-
-    Attributes:
-        method: HEADS or GATHERED.
-        stream: all tokens.
-        layout: the shape of the hidden states of all tokens, and of a rank's.
-        dry: nothing is sent and the values mean nothing, to find out whether a method runs at all.
-        tally: counts the attention calls that came by.
-    """
-
-    method: str
-    stream: Stream
-    layout: HiddenShape | SequencesShape
-    dry: bool = False
-    tally: Counter[str] = field(default_factory=Counter)
-
-    @cached_property
-    def shape(self) -> torch.Size:
-        """This rank's hidden states without their channels."""
-        return self.own(torch.empty(self.layout.shape, device="meta")).shape[:-1]
-
-    def gather(self, local: Tensor) -> Tensor:
-        """The hidden states of all tokens, from this rank's."""
-        if self.dry:
-            return local.new_zeros(*self.layout.shape[:-1], local.shape[-1])
-        return self.layout.restore(stages.gather(self.layout.rows(local), self.stream))
-
-    def own(self, x: Tensor) -> Tensor:
-        """This rank's hidden states, from those of all tokens."""
-        return self.layout.local(stages.shard(self.layout.flat(x), self.stream))
-
-
-# --- heads exchanged -----------------------------------------------------------------------------------------------
-
-
-class _ShardSDPA(TorchFunctionMode):
-    """Replaces calls of scaled_dot_product_attention on the rank's tokens."""
-
-    def __init__(self, scope: OpaqueScope) -> None:
-        super().__init__()
-        self.attend = partial(_sharded_sdpa, scope)
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            func = self.attend
-        elif func is F.multi_head_attention_forward:
-            # torch switches the mode off inside its own functions, so this one is run with our attention in place
-            # of the global name that it looks up; the function itself is not touched.
-            names = F.multi_head_attention_forward.__globals__ | {
-                "scaled_dot_product_attention": self.attend,
-                "has_torch_function": lambda _: False,
-            }
-            func = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
-        return func(*args, **(kwargs or {}))
-
-
-def _sharded_sdpa(
-    scope: OpaqueScope,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """SDPA's signature: (B, H, T, D), or (H, T, D) without a batch."""
-    if dropout_p:
-        raise UnsupportedModelError(
-            "scaled_dot_product_attention",
-            expected="attention without dropout",
-            found=f"dropout_p={dropout_p}",
-            remedy="set the attention's dropout to 0, or train with model.eval() around it",
-        )
-    if query.ndim == 3:
-        return _sharded_sdpa(scope, query[None], key[None], value[None], attn_mask, 0.0, is_causal, scale)[0]
-    tokens = len(scope.stream.own)
-    rows = scope.shape.numel() // tokens if tokens else query.shape[0]
-    fits = query.ndim == 4 and query.shape[0] == rows and query.shape[2] == key.shape[2] == tokens
-    if not fits or attn_mask is not None:
-        raise UnsupportedModelError(
-            "scaled_dot_product_attention",
-            expected=f"q, k, v of shape ({rows}, heads, {tokens}, head_dim) and no mask",
-            found=f"q {tuple(query.shape)}, {'no mask' if attn_mask is None else f'a mask {tuple(attn_mask.shape)}'}",
-            remedy="keep attention on (batch, heads, tokens, head_dim) and express masks as separate images",
-        )
-    scope.tally["sdpa"] += 1
-    if scope.dry:
-        return query.new_zeros(*query.shape[:-1], value.shape[-1])
-    # Rows that share their tokens' positions are as independent as heads are, so they are treated as more heads.
-    q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (query, key, value))
-    out = stages.attention(q, k, v, scope.stream, causal=is_causal, softmax_scale=scale)
-    return out.transpose(0, 1).unflatten(0, query.shape[:2])
-
-
-@contextmanager
-def no_fast_path() -> Iterator[None]:
-    """torch's fused inference path of MultiheadAttention does not call scaled_dot_product_attention."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-# --- either method -------------------------------------------------------------------------------------------------
 
 
 def run_attention_module(override: Override, *args: Any, **kwargs: Any) -> Any:
@@ -163,7 +44,7 @@ def run_attention_module(override: Override, *args: Any, **kwargs: Any) -> Any:
 def run_in(scope: OpaqueScope, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a function in which all tokens meet, with this rank's tokens, for this rank's tokens."""
     if scope.method == HEADS:
-        with active(scope), no_fast_path(), _ShardSDPA(scope):
+        with active(scope), no_fast_path(), ShardSDPA(scope):
             return function(*args, **kwargs)
     with active(None), no_fast_path():
         gathered: dict[int, Tensor] = {}

@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from triton_sp.errors import InputError
-from triton_sp.loss import IGNORE, LogitTransform, chunk_rows, shift
+from triton_sp.loss import IGNORE, LogitTransform, in_chunks, shift
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens
@@ -186,11 +185,7 @@ def head_scores(
 
     labelled = targets_T != IGNORE
     hidden, targets = hidden_TC[labelled], targets_T[labelled]
-    with torch.no_grad():
-        rows = chunk_rows(head(hidden[:0]).shape[-1])
-    # A rank without targets has a chunk too, an empty one: engines wait for the gradient of its head.
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    scores = torch.cat([checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks])
+    scores = torch.cat(in_chunks(part, head, hidden, targets))
     return scores.new_zeros(len(targets_T), 3).masked_scatter(labelled[:, None], scores)
 
 

@@ -34,6 +34,7 @@ from triton_sp.wrappers.scope import (
     recomputing,
     refuse_lost_scope,
 )
+from triton_sp.wrappers.sdpa import no_fast_path
 from triton_sp.wrappers.tower import TowerPass, TowerStates, without_dense_mask
 
 
@@ -86,7 +87,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     tower = TowerPass(stack, installation.config, placement)
     if joins_images(stack):
         tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
-    guard = without_dense_mask(tower) if stack.by_interface else opaque.no_fast_path()
+    guard = without_dense_mask(tower) if stack.by_interface else no_fast_path()
     with active(tower), bound_checkpoints(stack.module), guard:
         out = override.original(*args, **{**kwargs, **placement.arguments})
     tower.last_output = None

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("perf/*.md")]
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
+THEIRS = {"AyaVisionConfig", "generate_block_attention_mask"}  # names of transformers that the source need not have
 WRITTEN = {"reports/faults.csv", "reports/demo.csv", "reports/demo.png"}  # by the commands that the text is about
 
 
@@ -45,6 +46,17 @@ def test_names_of_the_library(name: str) -> None:
         return
     dotted = {path for text in quoted(TEXTS[name]) for path in re.findall(r"\btriton_sp(?:\.[A-Za-z_]\w*)+", text)}
     assert not [path for path in dotted if not exists(path)]
+
+
+def test_names_of_the_architecture() -> None:
+    """Whatever docs/architecture.md names in code style is a file, or a word of the source: it has no dead names."""
+    files = [path for room in ("triton_sp", "tests", "tools") for path in (ROOT / room).rglob("*.py")]
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())} | THEIRS
+    names = {path.name for path in files}
+    named = [text for text in quoted(TEXTS["docs/architecture.md"]) if re.fullmatch(r"[\w.]+", text)]
+    missing = [text for text in named if text.endswith(".py") and text not in names]
+    missing += [text for text in named if not text.endswith((".py", ".md")) and not set(text.split(".")) <= words]
+    assert not missing
 
 
 def exists(path: str) -> bool:

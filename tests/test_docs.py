@@ -59,6 +59,20 @@ def test_names_of_the_architecture() -> None:
     assert not missing
 
 
+def test_names_in_the_source() -> None:
+    """Errors and docstrings point at files and names of the library that exist."""
+    missing = []
+    for path in (ROOT / "triton_sp").rglob("*.py"):
+        text = path.read_text()
+        files = re.findall(
+            r"\btriton_sp/[\w/]+\.py|(?<!/)\b(?:tests|docs|perf|tools|wrappers|plan)/[\w/]+\.(?:py|md)", text
+        )
+        missing += [name for name in files if not any((place / name).exists() for place in (ROOT, ROOT / "triton_sp"))]
+        names = re.findall(r"`(triton_sp(?:\.\w+)+)|remedy=f?\"[^\"]*?\b(triton_sp(?:\.[A-Za-z_]\w*)+)", text)
+        missing += [name for pair in names for name in pair if name and not exists(name)]
+    assert not missing
+
+
 def exists(path: str) -> bool:
     """Whether a dotted name can be imported, or got from what can be."""
     parts = path.split(".")

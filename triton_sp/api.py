@@ -100,7 +100,7 @@ def _mean_if_known(group: Any) -> Literal["mean"]:
         raise InputError(
             "SPConfig.gradient",
             expected="'sum' (ZeRO 0, 1 and 2 add over the ranks of this mpu) or 'mean' (ZeRO 3 averages)",
-            found="'auto', and an mpu that does not tell which",
+            found="'auto', and an mpu that does not say which",
             remedy="say which, or pass triton_sp.mpu(group) to wrap and to deepspeed.initialize: all stages average",
         )
     return "mean"

@@ -169,8 +169,8 @@ def _last_batch(part: str, installation: Installation) -> str:
 
 def _heads(stack: Stack) -> tuple[int, int] | None:
     """The numbers of (query, key/value) heads in the configuration; at run time the shapes of tensors decide."""
-    unit: Any = stack.attention[0] if stack.attention else None
-    config = unit if unit is None else layer_config(unit) or unit
+    attention: Any = stack.attention[0] if stack.attention else None
+    config = attention if attention is None else layer_config(attention) or attention
     heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
     return (heads, getattr(config, "num_key_value_heads", None) or heads) if isinstance(heads, int) else None
 

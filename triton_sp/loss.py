@@ -185,7 +185,7 @@ def in_chunks(
 
     Args:
         part: calls the head.
-        head: tells how many logits a token has.
+        head: gives the number of logits that a token has.
     """
     with torch.no_grad():
         rows = chunk_rows(head(hidden_TC[:0]).shape[-1])

@@ -1,1 +1,1 @@
-"""What a model is made of: towers, decoder and the seam between them, and whether each can be sharded."""
+"""What a model is made of: towers, a decoder and their fusion, and whether each can be sharded."""

@@ -64,7 +64,7 @@ def find_parts(model: nn.Module) -> Anatomy:
             type(model).__name__,
             expected="a stack of transformer blocks (a ModuleList or Sequential of equal blocks with attention)",
             found="none" + "".join(f"; {name}: {reason}" for name, reason in anatomy.unsharded),
-            remedy="wrap the module that holds the blocks, or use triton_sp.wrappers in your own script",
+            remedy="wrap the module that holds the blocks, or use triton_sp.modules.encoder in your own script",
         )
     if anatomy.decoder is not None and anatomy.towers:
         anatomy.fusion = _find_fusion(anatomy.decoder, anatomy.towers, entry, names)
@@ -175,7 +175,7 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
-    """What the owner of a vision tower's blocks has beside them."""
+    """Fill in what a vision tower has outside of its blocks."""
     ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
     stack.module = ancestors[0]
     stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
@@ -236,11 +236,11 @@ def _opaque_stacks(model: nn.Module, names: dict[int, str]) -> Iterator[Stack]:
 
 
 def opaque_stack(name: str, owner: nn.Module, blocks: list[nn.Module]) -> Stack:
-    """A stack of blocks about which nothing is known but that they run one after another."""
-    units = _opaque_attention(blocks)
-    first = any(isinstance(unit, nn.MultiheadAttention) and not unit.batch_first for unit in units)
+    """A stack of blocks of which only this is known: they run one after another."""
+    attention = _opaque_attention(blocks)
+    first = any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in attention)
     first = first and not any(_code_names(m) & {"permute", "transpose", "movedim"} for m in blocks[0].modules())
-    stack = Stack(name, owner, blocks, units, type(owner).__name__, by_interface=False, tokens_first=first)
+    stack = Stack(name, owner, blocks, attention, type(owner).__name__, by_interface=False, tokens_first=first)
     modules = [module for block in blocks for module in block.modules()]
     dropping = next((module for module in modules if getattr(module, "drop_prob", 0)), None)
     if dropping is not None:
@@ -270,9 +270,9 @@ def _multiplies_queries(module: nn.Module) -> bool:
 
 def _opaque_attention(blocks: list[nn.Module]) -> list[nn.Module]:
     """The outermost attention modules of each block, or the block where it has none of its own."""
-    units: list[nn.Module] = []
+    attention: list[nn.Module] = []
     for block in blocks:
         inside = [module for module in block.modules() if module is not block and attention_like(module)]
         nested = {id(m) for module in inside for m in module.modules() if m is not module}
-        units += [module for module in inside if id(module) not in nested] or [block]
-    return units
+        attention += [module for module in inside if id(module) not in nested] or [block]
+    return attention

@@ -48,7 +48,7 @@ class Stack:
     outside: list[nn.Module] = field(default_factory=list)  # of a tower, all modules that are in none of its blocks
     side_modules: list[nn.Module] = field(default_factory=list)  # but those in lists, which may run between blocks
     embeddings: nn.Module | None = None  # of a tower, where it interpolates positions by the sizes of all images
-    unit: int = 1  # neighbouring tokens that a tap or merger needs together
+    unit: int = 1  # neighbouring tokens that a side module or a merger needs together
     rotaries: list[nn.Module] = field(default_factory=list)  # those whose frequencies depend on the longest position
     recurrent: list[nn.Module] = field(
         default_factory=list

@@ -52,7 +52,7 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
         return UnsupportedModelError(
             names[id(block)],
             expected=f"a block that takes {sorted(_BLOCK_PARAMETERS - {'kwargs'})}",
-            found=f"parameters {sorted(unknown)}, which may or may not run along the tokens",
+            found=f"parameters {sorted(unknown)}, each of which may have an entry for every token",
             remedy="add them to triton_sp/anatomy/refusals.py once they are known to be right on a shard",
         )
     if not stack.by_interface:
@@ -125,7 +125,7 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
     if kinds:
         return UnsupportedModelError(
             stack.name,
-            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}, recurrent ones that are known, or MLPs",
+            expected=f"layers of the types {sorted(DECODER_LAYER_TYPES)}, known recurrent layers, or MLPs",
             found=f"{sorted(kinds)} in config.layer_types",
             remedy="use a model without them, or a version of transformers whose layers are known; see docs/hybrids.md",
         )
@@ -173,7 +173,7 @@ def refuse_text_attention(stack: Stack) -> UnsupportedModelError:
 
 
 def _unknown_kinds(stack: Stack) -> set[str]:
-    """The types of layers whose masks or whose way along the tokens are not known."""
+    """The types of layers of which it is not known what each token depends on."""
     config: Any = stack.module.config
     kinds: Any = getattr(config, "layer_types", None) or ()
     if not stack.recurrent:

@@ -1,1 +1,1 @@
-"""Beside a training engine: loaders of which a group gets the same batches, and the mpu for DeepSpeed."""
+"""For use with training engines: loaders that give a group the same batches, and the mpu for DeepSpeed."""

@@ -104,7 +104,7 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
     if kind == _FAILED:
         raise DisagreementError(
             "batch",
-            expected=f"one from rank {source}, whose turn it is",
+            expected=f"a batch from rank {source}, whose turn it is",
             found=f"an error in reading it there: {text.decode(errors='replace')}",
             remedy="see that rank's error",
             rank=group.rank,

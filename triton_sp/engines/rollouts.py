@@ -65,7 +65,7 @@ def _refuse(arguments: Any, trainer: Any) -> None:
             raise InputError(
                 name,
                 expected="advantages that are formed prompt by prompt",
-                found=f"{value!r}, for which completions of all processes count, and a group's several times",
+                found=f"{value!r}, which counts the completions of all processes, those of a group several times",
                 remedy="leave it at TRL's default",
             )
 

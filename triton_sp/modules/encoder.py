@@ -110,7 +110,9 @@ class ShardedAttention(nn.Module):
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """This rank's tokens (B, T, C) to this rank's tokens; the rest is handed to the attention module as it is."""
         if hidden.ndim != 3:
-            raise InputError("hidden", expected="(B, T, C)", found=f"{tuple(hidden.shape)}", remedy="batch it")
+            raise InputError(
+                "hidden", expected="(B, T, C)", found=f"{tuple(hidden.shape)}", remedy="add the batch axis"
+            )
         group = self.group
         if isinstance(self.attn, nn.MultiheadAttention):
             kwargs["need_weights"] = False  # weights would make it multiply matrices itself

@@ -93,8 +93,8 @@ def lay_out(
             "visual_features",
             expected=f"{samples.tolist()} features of the samples, as many as their placeholders stand for",
             found=f"{sum(held)} {'of each' if by_sample else 'in all'}, {held} on the ranks",
-            remedy="pass the features of exactly these placeholders; of samples with different numbers of them as "
-            "one stream (v, C)",
+            remedy="pass exactly one feature for each of these; if samples have different numbers of them, pass one "
+            "stream (v, C)",
             rank=own_rank,
         )
     rank = torch.repeat_interleave(torch.arange(len(held)), torch.tensor(held))

@@ -154,7 +154,7 @@ class FusionAdapter(nn.Module):
                 "text_embeds",
                 expected=f"{(*ids.shape, 'C')}, an embedding for each of input_ids",
                 found=_shown(text),
-                remedy="embed the whole text, placeholders by any id, or pass the embedding module",
+                remedy="embed all of input_ids, placeholders by any valid id, or pass the embedding module",
             )
         if visual.ndim not in (2, 3) or (visual.ndim == 3 and len(visual) != len(ids)):
             raise InputError(

@@ -32,7 +32,10 @@ def check_call(q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float | Non
             )
     if softmax_scale is not None and softmax_scale <= 0:
         raise InputError(
-            "softmax_scale", expected="a factor above 0", found=str(softmax_scale), remedy="put a sign into q or k"
+            "softmax_scale",
+            expected="a factor above 0",
+            found=str(softmax_scale),
+            remedy="negate q instead",
         )
 
 
@@ -81,7 +84,7 @@ def _check_ranges(mask: Mask, q: Tensor) -> None:
     if mask.causal or mask.window is not None:
         raise InputError(
             "key_ranges",
-            expected="neither causal nor window beside them",
+            expected="neither causal nor window together with key_ranges",
             found=f"causal={mask.causal}, window={mask.window}",
             remedy="put both into the ranges",
         )

@@ -22,7 +22,7 @@ from triton_sp.ranks.failures import FailureBoard
 from triton_sp.ranks.groups import Group, resolve_group, world_rank
 
 _BUCKET_BYTES = 64 << 20  # of gradients in one collective
-_NOTICE_BYTES = 1024  # what a rank tells the others before a forward: a kind, a digest or the text of an error
+_NOTICE_BYTES = 1024  # what a rank sends the others before a forward: a kind, a digest, or the text of an error
 
 
 # --- what was sent -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A batch of text as one value: what the wrapped model's forward is given, once its fields are known to fit."""
+"""A batch of text as one value: the arguments of the wrapped model's forward, validated."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def refuse(arguments: dict[str, Any], *names: str) -> None:
         value = arguments.get(name)
         if value is not None and not (isinstance(value, (bool, int)) and value == 0):
             shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise InputError(name, expected="it left out", found=shown, remedy=_REMEDIES[name])
+            raise InputError(name, expected=f"{name} left out", found=shown, remedy=_REMEDIES[name])
 
 
 def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) -> Batch:
@@ -141,7 +141,7 @@ def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
     positions = arguments.get("position_ids")
     if positions is None and arguments.get("cu_seq_lens_q") is not None:
         raise InputError(
-            "cu_seq_lens_q", expected="position_ids beside it", found="none", remedy="mark documents by position_ids"
+            "cu_seq_lens_q", expected="position_ids with it", found="none", remedy="mark documents by position_ids"
         )
     if positions is not None and (positions.ndim not in (2, 3) or positions.shape[-1] != length):
         raise InputError(
@@ -158,7 +158,7 @@ def _check_loss(override: Override, arguments: dict[str, Any]) -> None:
     if not labelled and trained and arguments.get("num_items_in_batch") is not None:
         raise InputError(
             "num_items_in_batch",
-            expected="labels beside it",
+            expected="labels with it",
             found="none: a trainer forms the loss from out.logits itself, which hold this rank's tokens",
             remedy="smooth labels by SPConfig(label_smoothing=...) and leave label_smoothing_factor 0; for another "
             "loss of your own, SPConfig(gather_logits=True)",
@@ -180,7 +180,7 @@ def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
     if spans.required and types is None:
         raise InputError(
             spans.types,
-            expected="them beside input_ids: without, this model's attention depends on padding and implementation",
+            expected="one for each token: without them this model's attention depends on padding and implementation",
             found="none",
             remedy=f"pass the processor's: {spans.token_types[0]} at the tokens that see one another",
         )

@@ -64,7 +64,7 @@ def _watch(out: Any, hook: BackwardWatcher) -> None:
 
 
 def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
-    """Outputs are whole on every rank, and so is a loss that the caller forms of them."""
+    """The outputs are the same on every rank, and so is a loss that the caller forms of them."""
     installation = override.installation
     prepare_on_all(installation, arguments, lambda: refuse(arguments, "output_attentions"))
     with active(Call()):
@@ -74,7 +74,8 @@ def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, 
 
 
 def _scale_outputs(out: Any, factor: float) -> Any:
-    """Every rank will send the whole gradient back through what it holds; under "sum" each counts for its share."""
+    """All ranks form the same loss, so each rank's backward gives the full gradient. Where an engine adds them up
+    ("sum"), each is scaled to a P-th."""
     if factor == 1.0 or out is None or isinstance(out, bool | int | float | str):
         return out
     if isinstance(out, Tensor):
@@ -99,7 +100,7 @@ def _scale_outputs(out: Any, factor: float) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """One forward before anything is sent: the batch, where its tokens go, and what is asked of it beside the loss."""
+    """One forward before anything is sent: the batch, where its tokens go, and what is wanted besides the loss."""
 
     batch: Batch
     call: TextCall

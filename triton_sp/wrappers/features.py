@@ -102,7 +102,7 @@ def _from_patches(features: FeatureMethod, override: Override, arguments: dict[s
     patches = cut_patches(stack, installation.config, group, grid, arguments[pixels].device)
     arguments[pixels] = patches.pick(arguments[pixels])
     # Only the tower needs the real grids, and it is given what it would have worked out of them. The method around it
-    # merely splits the tower's rows by image, so it is told of a single image that has as many rows as this rank makes.
+    # merely splits the tower's rows by image, so it gets the grid of one image with as many rows as this rank makes.
     merge = round(stack.unit**0.5)
     arguments[grids] = grid.new_tensor([[1, merge, merge * (len(patches.own) // stack.unit)]])
     for name in patches.arguments:

@@ -1,9 +1,9 @@
 """The language-modelling head of a training step whose loss never forms all logits.
 
-The model's own forward calls its head on the hidden states of this rank's tokens. While that call runs, and the head's
-weights are at hand whatever engine holds them, the loss is computed of it, chunk by chunk; what the head returns
-are a few numbers in the place of logits. The model sends them on as it would its logits, which shows what it does to
-them, and the loss's gradient goes the same way back, so that an engine's hooks on the head see it coming.
+The model's own forward calls its head on the hidden states of this rank's tokens. Inside of that call the engine (FSDP,
+ZeRO) has gathered the head's weights, so the loss is computed there, chunk by chunk. In the place of logits the head
+returns eight probe values. What the model makes of these shows what it does to logits. The gradient of the loss goes
+back through them, so that the engine's hooks on the head are called as usual.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class HeadLoss:
 
 
 class _Ticket(torch.autograd.Function):
-    """What the head returns. Depends on the share, which must not be recomputed before this gradient has passed."""
+    """What the head returns. It orders the backward: the loss is recomputed only after the gradient of the logits has
+    reached the head and the hooks on it."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, probe: Tensor) -> Tensor:

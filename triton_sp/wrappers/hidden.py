@@ -60,7 +60,7 @@ class HiddenShape:
         return None if self.real is None else self.real.sum(1, dtype=torch.int32)
 
     def segments(self) -> Segments:
-        """One segment for each image; packed towers tell each block their own."""
+        """One segment for each image; a packed tower gives each block its cu_seqlens instead."""
         return Segments(tuple(range(0, self.tokens + 1, max(self.length, 1))))
 
     def flat(self, hidden: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def documents_of(decoder: nn.Module, arguments: dict[str, Any], shape: tuple[int
     if function is None:
         raise InputError(
             "position_ids",
-            expected="positions without a break, or a decoder that tells what they mean for its mask",
+            expected="positions that increase by 1, or a decoder whose mask shows where documents begin",
             found=f"a {type(decoder).__name__}, which makes its mask in another way than transformers' models",
             remedy="give an attention_mask and one document a row",
         )

@@ -40,7 +40,7 @@ from triton_sp.ranks.groups import ALONE, Group
 from triton_sp.wrappers.hidden import HiddenShape
 from triton_sp.wrappers.planning import plan_stack
 
-_EXTRA = 64  # tokens that an image may have beside its patches: CLS, registers
+_EXTRA = 64  # tokens that an image may have in addition to its patches: CLS, registers
 
 
 class Streams:
@@ -87,7 +87,7 @@ class Placement(ABC):
     """Where a tower's tokens are outside of its blocks; see the module.
 
     Attributes:
-        arguments: what the tower's forward is given beside the arguments of its call.
+        arguments: what the tower's forward is given in addition to the arguments of its call.
         own_segments: whether the segments that blocks are given are those of this rank's tokens only.
     """
 
@@ -145,8 +145,8 @@ class Images(Placement):
     """Each rank has images of its own outside of the blocks, and the blocks' shards are cut anywhere.
 
     Attributes:
-        pixels: the shape of the pixels of the whole batch, (..., channels, height, width). It bounds the numbers that
-            another rank can truthfully tell of its images.
+        pixels: the shape of the pixels of the whole batch, (..., channels, height, width). It bounds the numbers
+            that another rank can truthfully report of its images.
         stand_in: this rank has no image of its own. It runs another rank's first image outside of the blocks and drops
             the result, because it must take part in every collective, also in those that an engine adds.
         tokens: of each rank's own images; known once planned.
@@ -161,7 +161,7 @@ class Images(Placement):
     _tables: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
-        """Ranks tell each other the sizes of their images, of which each knows its own only."""
+        """The ranks exchange the sizes of their images, because each knows its own only."""
         lengths = [stop - start for start, stop in pairwise(_segments(hidden, cu).starts)]
         used = lengths if hidden.used is None else hidden.used.tolist()
         if self.stand_in:
@@ -189,7 +189,7 @@ class Images(Placement):
         return images
 
     def _expect(self, plausible: bool, what: str, found: int) -> None:
-        """Check what other ranks tell before memory is taken for it."""
+        """Check what other ranks report before memory is allocated for it."""
         if not plausible:
             raise DisagreementError(
                 "pixel_values",

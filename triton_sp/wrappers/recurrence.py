@@ -2,7 +2,7 @@
 
 A convolution gets the few tokens before its part from the ranks that have them. A recurrence goes one of two ways, see
 plan/recurrence.py. Rows and packed documents are segments, at whose starts tokens look back to zeros and states are
-zero: each segment has a call of its own, so that it need not be known whether a function tells documents apart.
+zero: each segment has a call of its own, so that the functions need not know of documents.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def convolve(x_CT: Tensor, run: Callable[[Tensor], Tensor], reach: int, stream: 
         rows = torch.cat([x[part.start : part.stop] for part in plan.sends])
         before = collectives.exchange(rows, [len(part) for part in plan.sends], plan.receives, group)
     if not parts:
-        return beside(x_CT, before)
+        return joined_to(x_CT, before)
     stretches = [F.pad(before, (0, 0, reach - len(before), 0))]
     for part in parts:
         stretches += [x[part.start : part.stop], x.new_zeros(reach, x.shape[1])]
@@ -44,8 +44,9 @@ def convolve(x_CT: Tensor, run: Callable[[Tensor], Tensor], reach: int, stream: 
     return torch.cat([out[..., end - len(part) : end] for end, part in zip(ends, parts, strict=True)], -1)
 
 
-def beside(x: Tensor, *others: Tensor) -> Tensor:
-    """x, in whose backward others take part: what a rank has no use for still has its collective and its gradient."""
+def joined_to(x: Tensor, *others: Tensor) -> Tensor:
+    """x, as if it depended on others too: they get a gradient of zeros, and the backward of their collectives runs. A
+    rank that has no use for them must still take part in it."""
     return x + sum(other.flatten()[:0].sum().to(x.dtype) for other in others)
 
 
@@ -61,11 +62,11 @@ def recur(rule: Recurrence, stream: Stream, way: Way) -> Tensor:
 def _run_segments(rule: Recurrence, segments: Sequence[range]) -> Tensor:
     """The tokens of each segment by themselves."""
     outs = [rule.rows(rows).run()[0] for rows in segments]
-    return torch.cat(outs, 1) if outs else beside(rule.value, *rule.tokens, *rule.weights)
+    return torch.cat(outs, 1) if outs else joined_to(rule.value, *rule.tokens, *rule.weights)
 
 
 def _by_states(rule: Recurrence, stream: Stream) -> Tensor:
-    """Each rank runs its tokens for any state that they may find, and is told which by the ranks before."""
+    """Each rank works out what its tokens make of any state before them, then gets that state from the ranks before."""
     carry, value = stream.carry, rule.value
     outs: list[Tensor] = []
     found: Affine | None = None  # of the tokens that continue a segment
@@ -81,7 +82,9 @@ def _by_states(rule: Recurrence, stream: Stream) -> Tensor:
         outs.append(out)
     arrived = _exchange_maps(rule, sent, stream)
     if found is None:
-        return beside(torch.cat(outs, 1), arrived) if outs else beside(value, arrived, *rule.tokens, *rule.weights)
+        return (
+            joined_to(torch.cat(outs, 1), arrived) if outs else joined_to(value, arrived, *rule.tokens, *rule.weights)
+        )
     wide = arrived.dtype
     with torch.autocast(value.device.type, enabled=False):
         update, mix = arrived.split([value.shape[-1], rule.mixed], -1)

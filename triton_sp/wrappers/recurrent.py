@@ -120,7 +120,7 @@ class _Functions:
         x, extra = hidden_states[..., : self.tokens], hidden_states.shape[-1] - self.tokens
         out = recurrence.convolve(x, run, weight.shape[-1] - 1, self.scope.stream)
         if not self.tokens:
-            out = recurrence.beside(out, weight, *([] if bias is None else [bias]))
+            out = recurrence.joined_to(out, weight, *([] if bias is None else [bias]))
         return F.pad(out, (0, extra))
 
     def _rule(self, name: str) -> Callable[..., Any]:

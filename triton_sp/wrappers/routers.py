@@ -141,7 +141,7 @@ def balance_of(entry: nn.Module, given: Any, request: ScoreRequest | None) -> Ba
     if request is not None:
         raise InputError(
             ARGUMENT,
-            expected="False beside a trainer's fused head, which has the loss without it",
+            expected="False with a trainer's fused head, whose loss does not contain it",
             found="True",
             remedy="leave the fused head out, or the auxiliary loss",
         )

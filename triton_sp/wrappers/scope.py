@@ -75,7 +75,7 @@ def current(kind: type[_T]) -> _T | None:
 
 @contextmanager
 def active(scope: object) -> Iterator[None]:
-    """Let a scope be active; of None, none is, on purpose: parts run plain, with whole tokens."""
+    """Make a scope the active one. With None there is none, on purpose: parts run on all tokens, as if not wrapped."""
     token = _active.set(_PLAIN if scope is None else scope)
     try:
         yield
@@ -112,7 +112,7 @@ def check_tally(tally: Counter[str], calls: int, stack: str, kind: str = "attent
             stack,
             expected=f"{calls} sharded calls of {kind} layers",
             found=f"{tally[kind]}",
-            remedy=f"report this model: some of its {kind} layers went past the wrapper",
+            remedy=f"report this model: some of its {kind} layers were not called through the wrapper",
         )
 
 

@@ -70,7 +70,7 @@ def requested(override: Override, arguments: dict[str, Any]) -> ScoreRequest | N
         arguments.pop(FUSED, None)
         return _asked.get()
     if arguments.get("labels") is None:
-        raise InputError("labels", expected="them, -100 where no score is wanted", found="none", remedy="pass them")
+        raise InputError("labels", expected="labels, -100 where no score is wanted", found="none", remedy="pass labels")
     theirs: Any = override.shadowed
     takes = () if theirs is None else inspect.signature(theirs, follow_wrapped=False).parameters
     if FUSED in takes and "shift_labels" not in takes:

@@ -26,7 +26,7 @@ class TowerPass:
 
     Attributes:
         placement: where tokens are outside of the blocks.
-        joined: cu_seqlens of a tower that packs images and tells its blocks by a mask, or not at all.
+        joined: cu_seqlens where the tower joins images into one sequence and does not give its blocks any.
         tally: how many attention layers have come by.
         shape: how hidden states look outside of the blocks.
         streams: the stream of tokens inside of the blocks, in the segments of each kind of block.

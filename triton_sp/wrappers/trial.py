@@ -1,6 +1,6 @@
 """The trial of a plain module: whether it computes on shards what it computes on all tokens, and by which method.
 
-Reading a module's code cannot tell that, so it is run once both ways.
+The code of a module does not show that, so the module is run once both ways.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def find_method(module: nn.Module, run: Run, scopes: Callable[[str, bool], Any],
         type(module).__name__,
         expected="a block in which tokens meet in its attention modules only",
         found=found,
-        remedy="wrap a model without it, or shard its attention alone by triton_sp.wrappers.encoder.ShardedAttention",
+        remedy="wrap a model without it, or shard its attention alone by triton_sp.modules.encoder.ShardedAttention",
     )
 
 
 class _Runner(nn.Module):
-    """So that functional_call runs our function on a module, without the module's hooks and overrides."""
+    """A module around a module, so that functional_call runs our function on it without its hooks and overrides."""
 
     def __init__(self, module: nn.Module, run: Run) -> None:
         super().__init__()

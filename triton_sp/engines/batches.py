@@ -8,15 +8,14 @@ limit before memory is taken for them.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from triton_sp.engines.wire import describe, deserialise, rebuild, room, serialise
 from triton_sp.errors import DisagreementError, InputError
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
@@ -24,14 +23,6 @@ from triton_sp.ranks.groups import Group
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
 _NONE = object()  # stands for a batch where there is none
 _DESCRIPTION_LIMIT = 1 << 22  # bytes of JSON
-_ALIGNMENT = 16  # bytes; views of any dtype start at a multiple of their item size
-_DTYPES = {
-    str(dtype)[6:]: dtype
-    for dtype in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
 # The options of a DataLoader besides its dataset and its sampler.
 _OPTIONS = (
     *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
@@ -86,13 +77,13 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
     if group.rank == source:
         try:
             batch = load()
-            text, kind = json.dumps(_describe(batch, tensors, "batch")).encode(), _BATCH
-            _check_size(len(text), sum(map(_room, tensors)), limit)
+            text, kind = json.dumps(describe(batch, tensors, "batch")).encode(), _BATCH
+            _check_size(len(text), sum(map(room, tensors)), limit)
         except StopIteration:
             pass
         except Exception as error:
             kind, text, tensors, failure = _FAILED, str(error).encode()[:_DESCRIPTION_LIMIT], [], error
-    head = torch.tensor([kind, len(text), sum(map(_room, tensors))])
+    head = torch.tensor([kind, len(text), sum(map(room, tensors))])
     kind, length, size = collectives.broadcast(head, source, group).tolist()
     if kind == _END:
         return _NONE
@@ -110,10 +101,10 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
             rank=group.rank,
         )
     payload = collectives.broadcast(
-        _serialise(tensors) if tensors else torch.empty(size, dtype=torch.uint8), source, group
+        serialise(tensors) if tensors else torch.empty(size, dtype=torch.uint8), source, group
     )
     sent = iter(tensors)
-    return _rebuild(json.loads(text), (lambda *_: next(sent)) if group.rank == source else _deserialise(payload))
+    return rebuild(json.loads(text), (lambda *_: next(sent)) if group.rank == source else deserialise(payload))
 
 
 def _check_size(description: int, tensors: int, limit: int) -> None:
@@ -124,70 +115,3 @@ def _check_size(description: int, tensors: int, limit: int) -> None:
             found=f"{tensors} and {description} bytes",
             remedy="make smaller batches, or raise the limit of share_batches",
         )
-
-
-# --- a batch as text and bytes -----------------------------------------------------------------------------------
-
-
-def _describe(value: Any, tensors: list[Tensor], where: str) -> Any:
-    """A batch as JSON. Of a tensor it has the dtype and shape; the tensor itself is appended to `tensors`."""
-    if isinstance(value, Tensor):
-        name = str(value.dtype)[6:]
-        if name in _DTYPES and value.layout == torch.strided:
-            tensors.append(value.detach())
-            return ["tensor", name, list(value.shape)]
-    elif value is None or isinstance(value, bool | int | float | str):
-        return ["value", value]
-    elif isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return ["dict", [[key, _describe(item, tensors, f"{where}[{key!r}]")] for key, item in value.items()]]
-    elif isinstance(value, list | tuple):
-        items = [_describe(item, tensors, f"{where}[{i}]") for i, item in enumerate(value)]
-        return ["list" if isinstance(value, list) else "tuple", items]
-    raise InputError(
-        where,
-        expected="dense tensors, numbers, strings, and dicts, lists and tuples of these",
-        found=f"{type(value).__name__}",
-        remedy="let the collate function make tensors: nothing else is sent to other ranks",
-    )
-
-
-def _rebuild(node: Any, take: Callable[[torch.dtype, list[int]], Tensor]) -> Any:
-    """The batch from its description; `take` returns its tensors one after another."""
-    kind, content, *shape = node
-    if kind == "tensor":
-        return take(_DTYPES[content], shape[0])
-    if kind == "value":
-        return content
-    if kind == "dict":
-        return {key: _rebuild(item, take) for key, item in content}
-    items = [_rebuild(item, take) for item in content]
-    return items if kind == "list" else tuple(items)
-
-
-def _room(tensor: Tensor) -> int:
-    """The bytes from the start of a tensor in a payload to the start of the next one."""
-    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _serialise(tensors: list[Tensor]) -> Tensor:
-    """The bytes of all tensors, one after another, as one uint8 tensor on the CPU."""
-    payload = torch.zeros(sum(map(_room, tensors)), dtype=torch.uint8)
-    start = 0
-    for tensor in tensors:
-        payload[start : start + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
-        start += _room(tensor)
-    return payload
-
-
-def _deserialise(payload: Tensor) -> Callable[[torch.dtype, list[int]], Tensor]:
-    """A function that returns views of a payload, one after another. A description cannot reach beyond the payload."""
-    start = 0
-
-    def take(dtype: torch.dtype, shape: list[int]) -> Tensor:
-        nonlocal start
-        size = dtype.itemsize * math.prod(shape)
-        tensor = payload[start : start + size].view(dtype).view(shape)
-        start += -(-size // _ALIGNMENT) * _ALIGNMENT
-        return tensor
-
-    return take

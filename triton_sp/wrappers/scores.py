@@ -8,7 +8,7 @@ and what it answers for each of them is gathered.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp.errors import InputError
-from triton_sp.loss import IGNORE, LogitTransform, in_chunks, shift
-from triton_sp.wrappers.head import HeadLoss, logit_transform
+from triton_sp.loss import IGNORE, shift
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens
 from triton_sp.wrappers.scope import active
+from triton_sp.wrappers.token_scores import HeadScores
 
 FUSED = "fused_lm_head"
 
@@ -129,72 +129,13 @@ def as_fields(scores: Tensor, mask: Tensor) -> TokenScores:
     return TokenScores(log_probs, entropy, top1.bool(), mask)
 
 
-@dataclass(eq=False)
-class HeadScores(HeadLoss):
-    """The scores of one call, formed where the model calls its head: `take` returns them, (T, 3)."""
-
-    temperature: float = 1.0
-    wish, remedy = "log_probs", "take SPConfig(gather_logits=True), and form them of out.logits"
-
-    @classmethod
-    def of(cls, entry: nn.Module, targets_T: Tensor, temperature: float) -> HeadScores:
-        model: Any = entry
-        return cls(model.get_output_embeddings(), targets_T, logit_transform(entry), 0.0, temperature=temperature)
-
-    def form(self, states: Tensor, original: Callable[[Tensor], Tensor]) -> Tensor:
-        return head_scores(original, states, self.targets_T, self.transform, self.temperature)
-
-
 def score_alone(installation: Installation, model: nn.Module, batch: dict[str, Any], request: ScoreRequest) -> Any:
     """On one rank, where the model's forward is its own. `model` is the entry or what an engine has put around it."""
     labels = batch["labels"]
     targets = shift(labels).flatten()
     scores = HeadScores.of(installation.anatomy.entry, targets, request.temperature)
-    rest = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name != "labels"} | {"use_cache": False}
     with scores.active():
-        out = model(**rest | {"use_cache": False, "return_dict": True})
+        out = model(**inputs, return_dict=True)
     local = scores.take(out.logits, check=True)
     return as_fields(local.view(*labels.shape, 3)[:, :-1], labels[:, 1:] != IGNORE)
-
-
-# --- the numbers: only a chunk of (tokens x vocabulary) is ever formed -----------------------------------------------
-
-
-def head_scores(
-    head: Callable[[Tensor], Tensor],
-    hidden_TC: Tensor,
-    targets_T: Tensor,
-    transform: LogitTransform | None = None,
-    temperature: float = 1.0,
-) -> Tensor:
-    """(T, 3), in fp32 or wider: log-probability, entropy, 1.0 where the target is the likeliest; 0 without a target.
-
-    Args:
-        head: hidden states (T, C) to logits (T, V), token by token; it runs on tokens with a target only.
-        transform: what the model does to logits.
-        temperature: what they are divided by then.
-
-    >>> scores = head_scores(torch.nn.Identity(), torch.tensor([[0.0, 0.0], [9.0, 0.0]]), torch.tensor([1, -100]))
-    >>> scores.tolist()[0][:2], scores.tolist()[1]                                     # log 1/2 and log 2; no target
-    ([-0.6931471824645996, 0.6931471824645996], [0.0, 0.0, 0.0])
-    """
-    transform = transform or LogitTransform()
-
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
-        return _scores(transform(head(hidden)), targets, temperature)
-
-    labelled = targets_T != IGNORE
-    hidden, targets = hidden_TC[labelled], targets_T[labelled]
-    scores = torch.cat(in_chunks(part, head, hidden, targets))
-    return scores.new_zeros(len(targets_T), 3).masked_scatter(labelled[:, None], scores)
-
-
-def _scores(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    norm = logits.logsumexp(-1)
-    probabilities = (logits - norm[:, None]).exp()
-    # Words that are masked by -inf add nothing; 0 times infinity would.
-    expected = (probabilities * logits.masked_fill(probabilities == 0, 0)).sum(-1)
-    chosen = logits.gather(1, targets[:, None])[:, 0]
-    top1 = (chosen >= logits.amax(-1)).to(norm.dtype)
-    return torch.stack([chosen - norm, norm - expected, top1.detach()], -1)

@@ -1,4 +1,4 @@
-"""The seam between ViT and LLM on one rank: what is sent and held, routed and by gather-then-slice.
+"""Features between ViT and LLM on one rank: what is sent and held, routed and by gather-then-slice.
 
     python -m perf.sweep fuse        P = 2 and 4 run over gloo, P = 2, 4 and 8 are counted without running
 

@@ -109,7 +109,7 @@ def exchange_table(rows: pd.DataFrame) -> str:
 
 
 def fuse_table(rows: pd.DataFrame) -> str:
-    """The seam: of each way, the rank that has most."""
+    """Fusion: of each method, the rank that holds most."""
     lines = []
     for (ranks, kind, way), part in rows.groupby(["ranks", "kind", "provider"], sort=False):
         most = part.groupby("direction")[["sent_bytes", "largest_bytes", "memory_bytes"]].max() / 1e6

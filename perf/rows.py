@@ -22,7 +22,7 @@ class Row:
     """One measurement of one provider.
 
     Attributes:
-        stage: as in pipeline.py (pack, exchange, attend, unpack, ...), "model" for all of them, "rate" for what the
+        stage: as in stages.py (pack, exchange, attend, unpack, ...), "model" for all of them, "rate" for what the
             machine reaches in large products and copies.
         case: a real model's name and the batch, see cases.py.
         kind: "measured"; "modelled", by a formula or on a stand-in for P ranks; "published" by others, see `note`.

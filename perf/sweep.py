@@ -20,7 +20,7 @@ SWEEPS = {
     "kernels": "attend, pack and unpack beside their peers, on one device",
     "exchange": "an attention layer on 1, 2 and 4 ranks, beside DeepSpeed's",
     "model": "whole models on 1, 2 and 4 ranks, beside DeepSpeed AutoSP and ALST",
-    "fuse": "the seam between tower and language model, routed and by gather-then-slice",
+    "fuse": "features on their way from tower to language model, routed and by gather-then-slice",
     "agree": "what the comparison of the ranks' inputs costs",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
     "host": "what an attention layer costs the host, with launches and exchanges stubbed",

@@ -103,7 +103,7 @@ def parameters(function: Function) -> int:
 def is_typed(function: Function) -> bool:
     """Whether every parameter but self, cls and ctx, and the result, are annotated; of a kernel, all its constants.
 
-    All else that a kernel takes is a `tl.tensor`, be it a pointer, a number or a tile, so that naming the type would say
+    All else that a kernel takes is a `tl.tensor`, be it a pointer, a number or a tile, so that naming the type says
     nothing. Its constants are upper case, and `tl.constexpr` has a meaning to the compiler.
 
     >>> [is_typed(f) for f in ast.parse("def f(x: int) -> int: ...\\ndef g(self) -> int: ...\\ndef h(x): ...").body]

@@ -95,7 +95,7 @@ class Fusion:
 
     @property
     def visual_arguments(self) -> set[str]:
-        """The names of all that the methods take which make features."""
+        """The names of all arguments of the methods that make features."""
         methods = [getattr(type(self.module), features.method) for features in self.features]
         return {name for method in methods for name in inspect.signature(method).parameters}
 

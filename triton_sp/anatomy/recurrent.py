@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Signature:
-    """How a function takes a recurrence.
+    """How a function that computes a recurrence is called.
 
     Attributes:
         per_token: the arguments (1, T, heads or groups of heads, ...).

@@ -57,10 +57,12 @@ class Stream:
 
     @property
     def local(self) -> slice:
+        """This rank's tokens, to index a tensor of the whole stream."""
         return slice(self.own.start, self.own.stop)
 
     @cached_property
     def segments(self) -> Segments:
+        """The values of cu_seqlens; read from the device once, if the host does not have them."""
         return self.host_segments or Segments(tuple(self.cu_seqlens.tolist()))
 
     @cached_property

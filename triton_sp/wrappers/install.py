@@ -87,6 +87,7 @@ class Installation:
         self.front = entry.forward = front
 
     def undo(self) -> None:
+        """Take every edit back, the last one first."""
         for module, name, old in reversed(self.edits):
             now = module.__dict__.get(name)
             if name == "forward" and not isinstance(now, Override):
@@ -119,7 +120,7 @@ class Override:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the module's own method: trainers read a model's to see which columns of a batch it takes."""
+        """The signature of the module's own method. Trainers read it to see which fields of a batch it takes."""
         parameters = list(inspect.signature(getattr(type(self.module), self.method)).parameters.values())
         return inspect.Signature(parameters[1:])
 
@@ -134,7 +135,7 @@ class Override:
 
 @contextmanager
 def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """For the time of a call: let an attribute of one instance have another value."""
+    """Give an attribute of one instance another value while a call runs."""
     old = module.__dict__.get(name, _MISSING)
     setattr(module, name, value)
     try:
@@ -151,6 +152,7 @@ def _put_back(module: nn.Module, name: str, old: Any) -> None:
 
 
 def attach(model: nn.Module, installation: Installation) -> None:
+    """Mark a model as wrapped, so that `installation_of` finds it."""
     installation.set(model, _MARK, installation)
 
 

@@ -62,6 +62,7 @@ class TextCall(Call):
 
     @property
     def local_index(self) -> Tensor:
+        """(T,) where each token of this rank stands in the flattened batch."""
         return self.index[self.stream.local]
 
 

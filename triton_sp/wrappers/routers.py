@@ -40,7 +40,7 @@ class Balance:
     own: Callable[..., Any]
 
     def fields(self, out: dict[str, Any], keep_T: Tensor | None, installation: Installation) -> dict[str, Any]:
-        """What the model returns of it: the auxiliary loss of the whole batch, and the loss with it.
+        """The fields of the output that depend on it: the auxiliary loss of the whole batch, and the loss with it.
 
         Args:
             out: what it has returned of this rank's tokens.

@@ -71,6 +71,7 @@ class Recurrence:
         return [x for x in given if x is not None]
 
     def with_arguments(self, **changes: Any) -> Recurrence:
+        """The same call with other arguments."""
         return replace(self, arguments=self.arguments | changes)
 
     def with_tokens(self, tokens: list[Tensor]) -> Recurrence:
@@ -78,11 +79,11 @@ class Recurrence:
         return self.with_arguments(**dict(zip(self.signature.per_token, tokens, strict=True)))
 
     def rows(self, rows: range) -> Recurrence:
-        """Of some of the tokens."""
+        """The same call of some of the tokens."""
         return self.with_tokens([x[:, rows.start : rows.stop] for x in self.tokens])
 
     def weights_of(self, heads: range) -> Recurrence:
-        """With what belongs to some heads of the arguments that have an entry for each head."""
+        """The same call with the weights of some heads only."""
         names = [name for name in self.signature.per_head if self.arguments.get(name) is not None]
         return self.with_arguments(**{name: self.arguments[name][heads.start : heads.stop] for name in names})
 
@@ -133,5 +134,5 @@ class Recurrence:
 
 
 def passed_on(state: Tensor, mix: Tensor, update: Tensor) -> Tensor:
-    """A state (H, K, V) behind tokens that do this to it."""
+    """The state (H, K, V) after some tokens, from the state before them and what they do to it."""
     return (mix * state if mix.shape[-1] == 1 else mix @ state) + update

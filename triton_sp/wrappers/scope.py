@@ -32,7 +32,7 @@ KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention f
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """While the wrapped model's forward runs: its parts are sharded. Outside of it they run as they always did, or
+    """The scope of one forward of the wrapped model, in which its parts are sharded. Without it they run unsharded, or
     raise: see refuse_lost_scope.
 
     Attributes:

@@ -28,13 +28,13 @@ FUSED = "fused_lm_head"
 
 
 class TokenScores(NamedTuple):
-    """Of each label of a batch but the first of a row, (B, S - 1): 0 where the label is -100.
+    """The scores of each label of a batch except the first of a row, (B, S - 1); 0 where the label is -100.
 
     Attributes:
-        log_probs: the logarithm of its probability, in fp32 or wider.
-        entropy: of the distribution that it is one of, likewise.
-        is_top1: bool, whether it is the likeliest.
-        label_mask: bool, whether it is not -100.
+        log_probs: the logarithm of the label's probability, in fp32 or wider.
+        entropy: the entropy of the distribution at its position, in the same dtype.
+        is_top1: bool, whether the label is the most probable token.
+        label_mask: bool, whether the label is not -100.
     """
 
     log_probs: Tensor
@@ -45,7 +45,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """That a call shall return scores. `by_trainer`: those of the fused head that a trainer has put on the model."""
+    """A call's request for scores in place of a loss. `by_trainer`: those of a trainer's fused head."""
 
     temperature: float = 1.0
     by_trainer: bool = False

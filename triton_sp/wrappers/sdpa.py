@@ -27,7 +27,7 @@ from triton_sp.wrappers.hidden import HiddenShape, SequencesShape
 
 @dataclass(frozen=True, eq=False)
 class OpaqueScope:
-    """While a module with opaque attention runs on this rank's tokens.
+    """The scope of a module with opaque attention that runs on this rank's tokens.
 
     Attributes:
         method: HEADS or GATHERED.

@@ -87,8 +87,8 @@ class TowerPass:
 
 @contextmanager
 def without_dense_mask(tower: TowerPass) -> Iterator[None]:
-    """While a tower that packs images runs: keep it from making a mask (T, T) of all patches, which the stream doesn't
-    need.
+    """Keep a tower that joins images from making a mask (T, T) of all patches while it runs: the stream's segments say
+    the same.
 
     Such towers make no mask if their configuration names flash attention. Their attention modules have a configuration
     of their own, so that this changes nothing else.

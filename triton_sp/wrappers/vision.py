@@ -192,7 +192,7 @@ def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: 
 
 
 def _run_outside(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """A part of a tower that is none of its blocks: what it makes of hidden states between them would be a shard's."""
+    """A part of a tower outside of its blocks. It must not read hidden states between blocks: it would get a shard."""
     tower = current(TowerPass)
     before = None if tower is None else tower.last_output
     if before is not None and before.numel():

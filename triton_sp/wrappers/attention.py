@@ -1,15 +1,16 @@
 """The attention function that wrapped Hugging Face models call in place of sdpa or flash attention.
 
-Modules look their function up by the name in their own `config`, so a wrapped model's attention modules get a copy of
-their configuration with our name in it. The model's configuration keeps the original name: masks are still made for
-the original implementation, which runs whenever no scope is active (generate, other models, direct calls).
+Modules look their function up by the name in their own `config`. While one runs in a scope, that is a copy of its
+configuration with our name in it. Masks are made for the original implementation, which computes whatever runs without
+a scope (generate, other models, direct calls).
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from triton_sp.wrappers.install import Installation, Override, replaced
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 
 NAME = "triton_sp"
-_PLAIN = "_triton_sp_plain_config"
 # Arguments that change what attention computes and that we do not compute.
 _MEANINGFUL = ("s_aux", "position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
 
@@ -38,22 +38,25 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
     for module in attention:
         config: Any = module.config
         if id(config) not in copies:
-            ours = copy.copy(config)
-            setattr(ours, _PLAIN, config)
-            ours._attn_implementation_internal = NAME
-            copies[id(config)] = ours
-        installation.set(module, "config", copies[id(config)])
-        installation.override(module, _run_attention)
+            copies[id(config)] = copy.copy(config)
+            copies[id(config)]._attn_implementation_internal = NAME
+        installation.override(module, partial(_run_attention, copies[id(config)]))
 
 
-def _run_attention(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """An attention module's forward on this rank's tokens."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
+def _run_attention(config: Any, override: Override, *args: Any, **kwargs: Any) -> Any:
+    """An attention module's forward; in a scope it calls our function, whose name is in `config`."""
     scope: AttentionScope | None = kwargs.get(KEYWORD)
-    if scope is not None and scope.index is not None and numbers_its_tokens(override.module):
-        with _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1)):
-            return _run_with_a_row(override, hidden, args, kwargs)
-    return _run_with_a_row(override, hidden, args, kwargs)
+    if scope is None and current(AttentionScope) is None:
+        return override.original(*args, **kwargs)
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    with replaced(override.module, "config", config), _true_index(scope, override.module):
+        return _run_with_a_row(override, hidden, args, kwargs)
+
+
+def _true_index(scope: AttentionScope | None, module: nn.Module) -> AbstractContextManager[Any]:
+    if scope is None or scope.index is None or not numbers_its_tokens(module):
+        return nullcontext()
+    return _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1))
 
 
 class _TrueIndex(TorchFunctionMode):
@@ -106,11 +109,7 @@ def attention_forward(
     scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
     decoder = scope is not None
     scope = scope or current(AttentionScope)
-    if scope is None:
-        return _plain(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal,
-            sliding_window=sliding_window, softcap=softcap, **kwargs,
-        )  # fmt: skip
+    assert scope is not None  # `_run_attention` names this function nowhere else
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if scope.causal is not None:
         causal = scope.causal
@@ -159,21 +158,3 @@ def _refuse(
     for name in _MEANINGFUL:
         if others.get(name) is not None:
             refuse(f"attention without {name}", f"a value of type {type(others[name]).__name__}", "report this model")
-
-
-def _plain(module: nn.Module, *states: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """The attention that the model would have used without us."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    ours: Any = module.config
-    plain = getattr(ours, _PLAIN)
-    name = plain._attn_implementation
-    function: Callable[..., Any]
-    if name == "eager":
-        function = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        function = ALL_ATTENTION_FUNCTIONS[name]
-    # Only what was given: sdpa refuses a softcap of None no less than a value, eager functions differ in signature.
-    given = {key: value for key, value in kwargs.items() if value is not None}
-    with replaced(module, "config", plain):  # flash attention reads the name again
-        return function(module, *states, **given)

@@ -91,13 +91,17 @@ class Adapter(ABC):
             yield f"{name} takes one head dim, a multiple of 8 up to {self.largest}, not {q.shape[2]} and {v.shape[2]}"
         if not q.numel() or not k.numel():
             yield f"{name} takes no empty tensors"
+        yield from self._obstacles_of_mask(mask)
+        if call.softcap and not self.softcaps:
+            yield f"{name} takes no softcap"
+
+    def _obstacles_of_mask(self, mask: Mask) -> Iterator[str]:
+        name = self.name
         if mask.max_seqlens is None:
-            yield f"{name} must be told the longest segment, which the host does not know"
+            yield f"{name} needs the length of the longest segment, which the host does not know"
         if mask.key_ranges is not None or mask.seqused_k is not None:
             yield f"{name} takes neither spans nor padded segments"
         if mask.cu_seqlens_q.dtype != torch.int32:
             yield f"{name} takes cu_seqlens in int32"
         if mask.window is not None and not self.windows:
             yield f"{name} takes no windows"
-        if call.softcap and not self.softcaps:
-            yield f"{name} takes no softcap"

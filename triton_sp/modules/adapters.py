@@ -16,7 +16,7 @@ class LlavaFusionAdapter(FusionAdapter):
     The arguments are those of FusionAdapter. Samples whose fused length is less than the longest one's are padded at
     their end; `details=True` returns the mask.
 
-    >>> import torch.distributed as dist
+    >>> import torch, torch.distributed as dist
     >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     >>> adapter = LlavaFusionAdapter(nn.Identity())
     >>> text = torch.tensor([[[1.0], [0.0], [2.0], [0.0]]])
@@ -40,7 +40,7 @@ class Qwen2VLFusionAdapter(FusionAdapter):
         projection, process_group: as for FusionAdapter; the projection is `visual.merger`.
         vision_start_token_id, vision_end_token_id: the ids around the placeholders of an image or video; they stay.
 
-    >>> import torch.distributed as dist
+    >>> import torch, torch.distributed as dist
     >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     >>> adapter = Qwen2VLFusionAdapter(nn.Identity(), None, vision_start_token_id=3, vision_end_token_id=4)
     >>> adapter.placeholders(torch.tensor([[5, 3, 1, 1, 4, 5]])).int().tolist()

@@ -27,9 +27,10 @@ check: .venv/.ready
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-# On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. BUDGET=seconds trims.
+# On a machine with a GPU and its own PyTorch and Triton: nothing is installed, nothing is fetched. OUT=folder takes all
+# results, BUDGET=seconds trims.
 gpu:
-	$(PYTHON) -m perf.gpu $(if $(BUDGET),--budget $(BUDGET))
+	$(PYTHON) -m perf.gpu $(if $(OUT),--out $(OUT)) $(if $(BUDGET),--budget $(BUDGET))
 
 # Long: the kernels in Triton's interpreter, in every dtype.
 interpreter: .venv/.ready

@@ -168,6 +168,22 @@ def _fa4(case: AttentionCase, table: Tensor) -> Attend:
     return attend
 
 
+def _fa3_absent(device: torch.device) -> str:
+    if reason := _on_gpu(device):
+        return reason
+    return "" if importlib.util.find_spec("flash_attn_interface") else "FlashAttention 3 is not installed"
+
+
+def _fa3(case: AttentionCase, table: Tensor) -> Attend:
+    varlen, longest = importlib.import_module("flash_attn_interface").flash_attn_varlen_func, max(case.lengths)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found = varlen(q, k, v, table, table, longest, longest, causal=case.causal)
+        return found[0] if isinstance(found, tuple) else found
+
+    return attend
+
+
 FA4_NOTE = "its dQ on Hopper is known to be wrong at head dim 72: flash-attention PR 2896"
 PEERS = [
     Peer("triton_sp", _ours, _anywhere, around=_tier("0")),
@@ -179,6 +195,7 @@ PEERS = [
     Peer("SDPA cuDNN", _sdpa(SDPBackend.CUDNN_ATTENTION), _on_gpu, lambda case: case.dense),
     Peer("SDPA flash", _sdpa(SDPBackend.FLASH_ATTENTION), _on_gpu, lambda case: case.dense),
     Peer("SDPA efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), _on_gpu, lambda case: case.dense),
+    Peer("FA3", _fa3, _fa3_absent),
     Peer("FA4", _fa4, _fa4_absent, note=FA4_NOTE),
     Peer("FlexAttention", _flex, _on_gpu, lambda case: case.tokens <= 1 << 16, slow_to_start=True),
     Peer("SDPA", _sdpa(None), lambda device: "" if device.type == "cpu" else "on GPUs by backend", lambda c: c.dense),

@@ -121,6 +121,28 @@ def _language(size: int) -> Iterator[AttentionCase]:
     yield of("LLaVA-1.5-7B LLM", "document", (size,), 32, 32)
 
 
+def headline_cases(size: int = SIZES[0]) -> list[AttentionCase]:
+    """What decides whether the kernels are good, the most telling first: layers as one process has them, and as one of
+    several ranks does, which has few heads of the whole stream. There a grid may not fill the device.
+
+    >>> [(case.name, case.heads, case.kv_heads) for case in headline_cases()[1:3]]
+    [('Qwen3-VL-8B LLM, document, a rank of 8', 4, 1), ('Qwen2.5-VL-7B LLM, document, a rank of 4', 7, 1)]
+    """
+    vision = {case.name: case for case in _vision(size)}
+    causal = {"dim": 128, "causal": True}
+    return [
+        vision["Qwen3-VL ViT, image"],
+        AttentionCase("Qwen3-VL-8B LLM, document, a rank of 8", (size,), 4, 1, **causal),
+        AttentionCase("Qwen2.5-VL-7B LLM, document, a rank of 4", (size,), 7, 1, **causal),
+        AttentionCase("Qwen3-VL ViT, image, a rank of 8", (size,), 2, 2, 72),
+        vision["Qwen2.5-VL ViT, windows"],
+        vision["Qwen2-VL ViT, image"],
+        vision["InternViT-300M, tiles"],
+        vision["Qwen3-VL ViT, mixed"],
+        AttentionCase("Qwen3-VL-8B LLM, document, a rank of 8", (size // 2,), 4, 1, **causal),
+    ]
+
+
 def attention_cases(sizes: tuple[int, ...] = SIZES) -> list[AttentionCase]:
     """All of them, size by size; vision and language in turns."""
     found = []

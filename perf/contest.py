@@ -26,6 +26,7 @@ class Settings:
         fresh: measure what is in the file already once more.
         budget: seconds after which no further case begins.
         slow: also measure peers that compile for many seconds.
+        part: of the sweep "kernels": "headline", "packs" or "rest"; "" for all of it.
     """
 
     device: torch.device
@@ -33,6 +34,7 @@ class Settings:
     fresh: bool = False
     budget: float = math.inf
     slow: bool = False
+    part: str = ""
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -45,17 +47,20 @@ class Settings:
 
     @property
     def repeats(self) -> int:
-        return 5 if self.quick or self.device.type == "cpu" else 20
+        if self.quick or self.device.type == "cpu":
+            return 5
+        return 10 if self.part == "headline" else 20
 
     @property
     def case_seconds(self) -> float:
         """What the turns of one case may take."""
-        return 2.0 if self.quick else 15.0
+        if self.quick:
+            return 2.0
+        return 5.0 if self.part == "headline" else 15.0
 
     def report(self, name: str) -> Report:
         """The CSV of a sweep. Quick ones go elsewhere: they are no measurements."""
-        folder = machine.results(self.device)
-        return Report((folder / "quick" if self.quick else folder) / f"{name}.csv", self.fresh)
+        return Report(machine.results(self.device, self.quick) / f"{name}.csv", self.fresh)
 
     def columns(self) -> dict[str, Any]:
         return {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from perf import packs
 from perf.attention import PEERS, Peer, error_ratio, sampled_rows, textbook
-from perf.cases import SIZES, AttentionCase, K, attention_cases
+from perf.cases import SIZES, AttentionCase, K, attention_cases, headline_cases
 from perf.clock import Clock, peak_memory
 from perf.contest import LOST, Entry, Rates, Settings, failure, lost, measure_rates, ranked, timed
 from perf.published import published
@@ -135,15 +135,17 @@ def _judged(row: Row, ratios: dict[str, float], memory: list[int]) -> Row:
 
 
 def contests(settings: Settings) -> Iterator[tuple[str, Contest]]:
-    """Everything to measure, the most telling first: attend at the first size, the movements, then the other sizes."""
-    every = cases(settings)
-    first = len(every) // len(SIZES) if settings.device.type == "cuda" and not settings.quick else len(every)
-    for index, case in enumerate(every):
-        if index == first:
-            yield from packs.contests(settings)
-        yield f"{case.name}, {case.tokens}", lambda *args, case=case: attend(case, *args)
-    if first == len(every):
-        yield from packs.contests(settings)
+    """Everything to measure, the most telling first: the headline cases, the movements, then all cases of all sizes."""
+    size = SIZES[0] if settings.device.type == "cuda" and not settings.quick else 256
+    parts: dict[str, Callable[[], list[AttentionCase]]] = {
+        "headline": lambda: headline_cases(size), "packs": list, "rest": lambda: cases(settings),
+    }  # fmt: skip
+    for part, of_part in parts.items():
+        if settings.part in ("", part):
+            for case in of_part():
+                yield f"{case.name}, {case.tokens}", lambda *args, case=case: attend(case, *args)
+            if part == "packs":
+                yield from packs.contests(settings)
 
 
 def sweep(settings: Settings) -> int:

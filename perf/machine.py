@@ -87,9 +87,12 @@ def sm_mhz() -> int | None:
     return int(found) if found.isdigit() else None
 
 
-def results(device: torch.device) -> Path:
-    """The folder of a device's CSVs: perf/results/<gpu>/ or perf/results/cpu/, or in TRITON_SP_RESULTS."""
+def results(device: torch.device, quick: bool = False) -> Path:
+    """The folder of a device's CSVs: that of TRITON_SP_RESULTS, or perf/results/<gpu>/ or perf/results/cpu/, there in
+    quick/ for what is no measurement."""
     import torch
 
+    if folder := os.environ.get("TRITON_SP_RESULTS"):
+        return Path(folder)
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).replace(" ", "-")
-    return Path(os.environ.get("TRITON_SP_RESULTS", ROOT / "perf" / "results")) / name
+    return ROOT / "perf" / "results" / name / ("quick" if quick else "")

@@ -4,6 +4,8 @@ Head dims 72 and 80 are computed as 64 + 16, and whether the 16-wide part runs a
 decides up to 20 % there. Each program multiplies tiles that never leave the SM, with p in registers as in attention.
 """
 
+import argparse
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,7 @@ from perf.clock import Clock
 from perf.contest import Entry, Settings, measure_rates, timed
 from perf.rows import Row
 
-STEPS = 4096
+STEPS = 4096  # without a GPU: 2, and one program
 
 
 @triton.jit
@@ -29,19 +31,25 @@ def narrow_products(x_ptr, out_ptr, steps, BM: tl.constexpr, BK: tl.constexpr, N
 
 
 def main() -> None:
-    settings = Settings(torch.device("cuda"))
+    """Entry point; on a CPU, in Triton's interpreter, it is only tried out."""
+    parser = argparse.ArgumentParser("perf.narrow_products", description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    device = torch.device(parser.parse_args().device)
+    on_gpu = device.type == "cuda"
+    settings = Settings(device, quick=not on_gpu)
     report, clock = settings.report("kernels"), Clock(settings.device)
     rates, _ = measure_rates(clock, settings)
-    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count
-    x = torch.randn(128 * 256, device="cuda", dtype=torch.bfloat16) * 0.01
+    programs = 2 * torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else 1
+    steps = STEPS if on_gpu else 2
+    x = torch.randn(128 * 256, device=device, dtype=settings.dtype) * 0.01
     entries = []
     for columns in (16, 32, 64, 128):
-        out = torch.empty(programs * 128 * columns, device="cuda")
+        out = torch.empty(programs * 128 * columns, device=device)
 
         def run(out: torch.Tensor = out, columns: int = columns) -> None:
-            narrow_products[(programs,)](x, out, STEPS, BM=128, BK=64, N=columns, num_warps=8)
+            narrow_products[(programs,)](x, out, steps, BM=128, BK=64, N=columns, num_warps=8)
 
-        work = 2 * programs * STEPS * 128 * 64 * columns
+        work = 2 * programs * steps * 128 * 64 * columns
         row = Row("rate", "triton", f"products of {columns} columns", flops=work, **settings.columns())
         entries.append(Entry(row, run))
     report.add(timed(entries, clock, rates, settings))

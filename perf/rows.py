@@ -6,15 +6,17 @@ commit it was. Times are in milliseconds, sizes in bytes, work in FLOPs.
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from perf import machine
+
+if TYPE_CHECKING:
+    import pandas as pd  # not at run time: what only writes rows does not need it
 
 
 @dataclass
@@ -106,8 +108,8 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._rows: dict[tuple[str, ...], dict[str, str]] = {}
         if path.exists() and not fresh:
-            for row in pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records"):
-                self._rows[tuple(row[name] for name in KEY)] = {str(name): value for name, value in row.items()}
+            for row in records(path):
+                self._rows[tuple(row[name] for name in KEY)] = row
 
     def status(self, row: Row) -> str | None:
         """What became of this measurement, or None where there is none yet; only the key of `row` is read."""
@@ -120,7 +122,10 @@ class Report:
             values = {name: text(value) for name, value in (asdict(row) | self.machine).items()}
             self._rows[self._key(row)] = values
         temporary = self.path.with_suffix(".partial")
-        pd.DataFrame(list(self._rows.values()), columns=COLUMNS).to_csv(temporary, index=False, lineterminator="\n")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self._rows.values())
         os.replace(temporary, self.path)
 
     @staticmethod
@@ -128,6 +133,16 @@ class Report:
         return tuple(text(getattr(row, name)) for name in KEY)
 
 
+def records(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV as they are written, or none of them where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read(path: Path) -> pd.DataFrame:
-    """The rows of a CSV, or none of them where there is no file."""
+    """The same as a table."""
+    import pandas as pd
+
     return pd.read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)

@@ -24,6 +24,7 @@ SWEEPS = {
     "agree": "what the comparison of the ranks' inputs costs",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
     "host": "what an attention layer costs the host, with launches and exchanges stubbed",
+    "end_to_end": "steps of a few layers with what computes attention swapped, and a profile of each",
     "single_rank": "one rank of 8 of an 8B model on 1M visual tokens: its memory, its time",
 }
 
@@ -40,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=math.inf, metavar="SECONDS", help="begin no case after that")
     parser.add_argument("--slow", action="store_true", help="also peers that compile for many seconds a case")
+    parser.add_argument("--part", choices=["headline", "packs", "rest"], default="", help="of the sweep kernels")
     parsed = parser.parse_args(arguments)
     device = torch.device(parsed.device)
-    settings = Settings(device, parsed.quick, parsed.fresh, parsed.budget, parsed.slow)
+    settings = Settings(device, parsed.quick, parsed.fresh, parsed.budget, parsed.slow, parsed.part)
     if device.type == "cpu":
         torch.set_num_threads(1)  # so that CPU time is time
     return importlib.import_module(f"perf.{parsed.sweep}").sweep(settings)

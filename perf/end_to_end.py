@@ -1,27 +1,25 @@
 """Whole steps of a few layers of Qwen3-VL-8B on one device, attention computed in turn by each that can, and a profile.
 
 One rank of 8 (single_rank.py: its exchanges are local copies, so rows are modelled) and one process alone. Beside this
-library's kernels stands the same wrapped model with torch's varlen attention in their place, and on one process the
-model as it is. Rows go to end_to_end.csv; profile.json has the 30 longest kernels of a step, and how long of it no
+library's kernels stands the same wrapped model with other attention (`SPConfig(attention=...)`), and on one process
+the model as it is. Rows go to end_to_end.csv; profile.json has the 30 longest kernels of a step, and how long of it no
 kernel ran, which is what the host costs.
 """
 
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,84 +29,42 @@ from perf.clock import statistics
 from perf.contest import Settings, failure
 from perf.rows import Report, Row
 from perf.single_rank import SMALL, Run, Shape, alone_among, build, video
-from triton_sp.ops import varlen
+from triton_sp.kernels.hopper import gate
+from triton_sp.ops.backends.choice import adapters
 
 STEPS = 3
 CONFIG = triton_sp.SPConfig(check="off", link="nvlink", chunked_loss=True, single=True)
 TOP = 30
 
 
-@contextmanager
-def torch_attention(longest: int) -> Iterator[None]:
-    """Within it attention is torch's: varlen_attn (FlashAttention 2) on a GPU, SDPA by segments on a CPU.
-
-    `longest` is the length of a segment where there are several, known beforehand, so that the host waits for nothing.
-    """
-    kept: dict[int, tuple[list[Tensor], Tensor]] = {}  # by the address of out: leaves, and out with its graph
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Any, **_: Any) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = _packed(*leaves, mask, longest)
-        result = out.detach().contiguous()
-        kept[result.data_ptr()] = leaves, out
-        return result, result.new_empty(q.shape[1], len(q), dtype=torch.float32)
-
-    def backward(dout: Tensor, _: Any, states: Any, mask: Any, *, grads: Any = None, **__: Any) -> Any:
-        leaves, out = kept.pop(states[3].data_ptr())
-        found = torch.autograd.grad(out, leaves, dout)
-        if grads is None:
-            return found
-        for place, x in zip(grads, found, strict=True):
-            place.copy_(x)
-        return grads
-
-    with mock.patch.object(varlen, "forward", forward), mock.patch.object(varlen, "backward", backward):
-        yield
-
-
-def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Any, longest: int) -> Tensor:
-    table_q, table_k = mask.tables[:2]
-    if q.is_cuda:
-        from torch.nn.attention.varlen import varlen_attn
-
-        known = inspect.signature(varlen_attn).parameters
-        options: dict[str, Any] = {"is_causal": mask.causal}
-        if "window_size" in known:
-            options = {"window_size": (-1, 0 if mask.causal else -1)}
-        if q.shape[1] != k.shape[1] and "enable_gqa" in known:
-            options["enable_gqa"] = True
-        most = [longest if table_q.numel() > 2 else len(x) for x in (q, k)]
-        return varlen_attn(q, k, v, table_q.int(), table_k.int(), *most, **options)
-    parts = [x.tensor_split(table.tolist()[1:-1]) for x, table in ((q, table_q), (k, table_k), (v, table_k))]
-    outs = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in states), is_causal=mask.causal, enable_gqa=q.shape[1] != k.shape[1]
-        )[0].transpose(0, 1)
-        for states in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs)
-
-
 @dataclass(frozen=True)
 class Contest:
-    """One size, and who runs it: (provider, whether it is wrapped, what is in place around it)."""
+    """One size."""
 
     shape: Shape
     run: Run
     ranks: int
 
-    def providers(self) -> list[tuple[str, bool, Callable[[], AbstractContextManager[Any]]]]:
-        """This library first; gluon where its self-check has passed."""
 
-        def tier(value: str) -> Callable[[], AbstractContextManager[Any]]:
-            return lambda: mock.patch.dict(os.environ, TRITON_SP_GLUON=value)
+@dataclass(frozen=True)
+class Provider:
+    """Who attends: `SPConfig.attention` of a wrapped model, or None for the model as it is; on Hopper with or without
+    the Gluon tier."""
 
-        found = [("triton_sp", True, tier("0")), ("triton_sp gluon", True, tier("1"))]
-        found.append(("torch attention", True, lambda: torch_attention(self.shape.side**2)))
-        if self.ranks == 1:
-            found.append(("unwrapped, SDPA", False, nullcontext))
-        return found
+    name: str
+    attention: str | None = "triton"
+    gluon: str = "0"
+
+
+def providers(contest: Contest, device: torch.device) -> list[Provider]:
+    """This library's kernels first, then each of those that can take their place here."""
+    found = [Provider("triton_sp")]
+    if device.type == "cuda" and gate.known(torch.cuda.current_device()).passed:
+        found.append(Provider("triton_sp gluon", gluon="1"))
+    found += [Provider(f"attention={name}", name) for name, it in adapters().items() if not it.absent()]
+    if contest.ranks == 1:
+        found.append(Provider("unwrapped, SDPA", None))
+    return found
 
 
 def contests(settings: Settings) -> list[Contest]:
@@ -170,29 +126,32 @@ def measure(contest: Contest, settings: Settings, report: Report, profiles: dict
     device = settings.device
     model, batch = build(contest.shape, contest.run, device), video(contest.shape, contest.run.frames, device)
     step, losses = partial(_step, model, batch), list[float]()
-    for provider, wrapped, around in contest.providers():
-        row = row_of(contest, provider, settings)
-        if settings.over or report.status(row) is not None or (provider.endswith("gluon") and not _on_gluon(device)):
+    for provider in providers(contest, device):
+        row = row_of(contest, provider.name, settings)
+        if settings.over or report.status(row) is not None:
             continue
         try:
             with ExitStack() as stack:
-                stack.enter_context(around())
+                stack.enter_context(mock.patch.dict(os.environ, TRITON_SP_GLUON=provider.gluon))
                 stack.enter_context(alone_among(contest.ranks, contest.ranks - 1))
-                if wrapped:
-                    triton_sp.wrap(model, config=CONFIG)
+                if provider.attention is not None:
+                    triton_sp.wrap(model, config=replace(CONFIG, attention=provider.attention))  # type: ignore[arg-type]
                     stack.callback(triton_sp.unwrap, model)
                 losses.append(step())  # which also compiles
                 times = [1e3 * seconds_of(step, device) for _ in range(STEPS)]
                 if device.type == "cuda":
                     row.memory_bytes = torch.cuda.max_memory_allocated()
-                profiles[f"{provider}, P = {contest.ranks}"] = profile(step, device)
+                ran = "".join(f"; {line.last_batch}" for line in triton_sp.explain(model).rows if provider.attention)
+                profiles[f"{provider.name}, P = {contest.ranks}"] = profile(step, device)
         except Exception as error:  # of any provider
             report.add([replace(row, status=failure(error))])
             continue
         # Also of one rank of several: what it gets of the others is the same for every provider.
         row = replace(row, error=abs(losses[-1] / losses[0] - 1.0), **statistics(times))
         row.status = "ok" if row.error is not None and row.error < 0.01 else "wrong"
-        row.note = f"{row.tokens / contest.ranks / (row.median_ms or 1.0) * 1e3:.0f} visual tokens a second and rank"
+        row.note = (
+            f"{row.tokens / contest.ranks / (row.median_ms or 1.0) * 1e3:.0f} visual tokens a second and rank{ran}"
+        )
         report.add([row])
     del model, batch, step
     gc.collect()
@@ -202,15 +161,7 @@ def _step(model: nn.Module, batch: dict[str, Tensor]) -> float:
     model.zero_grad(set_to_none=True)
     loss = model(**batch).loss
     loss.backward()
-    return float(loss)
-
-
-def _on_gluon(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    from triton_sp.kernels.hopper import gate
-
-    return gate.known(torch.cuda.current_device()).passed
+    return float(loss.detach())
 
 
 def sweep(settings: Settings) -> int:

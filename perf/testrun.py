@@ -50,7 +50,7 @@ class Test:
         return ""
 
 
-def tests_of(path: Path) -> Iterator[Test]:
+def collect(path: Path) -> Iterator[Test]:
     """All tests of a file, in its order."""
     sys.modules["pytest"] = standin  # type: ignore[assignment]
     if str(path.parent) not in sys.path:
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = Settings(device, quick=device.type == "cpu")
     report, failed, shared = settings.report("tests"), False, dict[str, Any]()
-    tests = select([t for path in parsed.files for t in tests_of(path)], parsed.first, parsed.only, parsed.without)
+    tests = select([t for path in parsed.files for t in collect(path)], parsed.first, parsed.only, parsed.without)
     code = 0
     for test in tests:
         row = Row("test", parsed.step, test.name, "", device=settings.device.type, clock="wall")

@@ -127,7 +127,11 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
             "not wrapped; this is what wrap would do" + (f" on {ranks} ranks" if ranks else ""),
             ranks == 1,
         )
-    title, attention = f"{type(model).__name__}: {state}", implementation(device_of(model))
+    title = f"{type(model).__name__}: {state}"
+    try:
+        attention = implementation(device_of(model))
+    except SPError as error:
+        attention = f"nothing on this machine: {error}"
     loss = "" if installation is None else loss_implementation(installation)
     try:
         anatomy = installation.anatomy if installation else find_parts(model)

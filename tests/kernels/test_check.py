@@ -1,5 +1,7 @@
 """The self-check of the kernels on the CPU: what it finds wrong, what it records, and who raises."""
 
+import sys
+
 import pytest
 import torch
 from kit.interpreter import interpret
@@ -8,6 +10,7 @@ pytest.importorskip("triton")
 
 from pathlib import Path
 
+import triton_sp
 from triton_sp.errors import UnsupportedKernelError
 from triton_sp.kernels import check, verdict
 from triton_sp.kernels.verdict import Verdict
@@ -81,7 +84,9 @@ def test_cases_are_those_of_towers_and_language_models():
     assert {(case.causal, case.heads > case.k_heads) for case in found} >= {(True, True), (False, False)}
     for case in found:
         (q, *_), mask = check.tensors(case, CPU, torch.bfloat16)
-        assert not q.is_contiguous() and q[-5:].isnan().all() and (case.causal, case.window) == mask[-2:]
+        assert (
+            not q.is_contiguous() and q[-5:].isnan().all() and (case.causal, case.window) == (mask.causal, mask.window)
+        )
         assert (case.layout == "heads first") == (q.stride(0) < q.stride(1)), case
     state = torch.get_rng_state()
     check.tensors(found[0], CPU, torch.bfloat16)
@@ -138,6 +143,9 @@ def test_once_a_machine_and_wrong_kernels_raise(checked, monkeypatch):
         with pytest.raises(UnsupportedKernelError, match=r"on G1: .* found said so. Remedy: .*TRITON_PTXAS_PATH"):
             dispatch.implementation("cuda:1")
     assert checked == [0, 1]
+    small = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(sys.modules["triton_sp.explain"], "device_of", lambda model: torch.device("cuda", 1))
+    assert triton_sp.explain(small).attention.startswith("nothing on this machine: attention kernels on G1")
     monkeypatch.setenv("TRITON_SP_SELF_CHECK", "0")
     assert dispatch.implementation("cuda:1") == "triton"
 

@@ -27,7 +27,8 @@ SLACK = 5  # rows past the last segment, of NaN
 ALLOWED = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}  # times the textbook's error in the same dtype
 REMEDY = (
     "let Triton use another ptxas (TRITON_PTXAS_PATH=/path/to/ptxas, from Triton 3.9 on TRITON_PTXAS_BLACKWELL_PATH; "
-    "release 13.1 or newer) or install another Triton; the check then runs again by itself"
+    "release 13.1 or newer) or install another Triton, and the check runs again by itself; or attend with other "
+    'kernels: SPConfig(attention="torch")'
 )
 _known: dict[int, Verdict] = {}  # by the number of the GPU
 

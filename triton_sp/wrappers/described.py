@@ -66,7 +66,8 @@ def _describe(installation: Installation, arguments: dict[str, Any], most: int) 
     model = installation.anatomy.entry
     lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
     lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
-    implementation(device_of(model))  # raises where kernels are wrong: here, it does so on every rank
+    if installation.config.attention in ("triton", "auto"):
+        implementation(device_of(model))  # raises where our kernels are wrong: here, it does so on every rank
     # Calibrated on each host: where they differ, plans would.
     lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
     for name, value in sorted(arguments.items()):

@@ -45,7 +45,7 @@ class Step:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def tests(name: str, files: Sequence[str], **words: Sequence[str]) -> Step:
+def run_tests(name: str, files: Sequence[str], **words: Sequence[str]) -> Step:
     """A step that runs test files, with or without pytest; `words` as perf.testrun takes them."""
     options = [x for option, found in words.items() for word in found for x in (f"--{option}", word)]
     return Step(name, [PYTHON, "-m", "perf.testrun", "--step", name, *options, *files], 60, True, False, UNCHECKED)
@@ -66,30 +66,30 @@ def steps() -> list[Step]:
     found = [
         replace(module("preflight", "preflight", 20), test=True),
         module("prewarm", "prewarm", 30, "72", "80", "128", "64"),
-        replace(tests("bf16 first", CASES, first=FIRST, only=FIRST, without=[*OTHER_DTYPES, LARGE]), again=True),
+        replace(run_tests("bf16 first", CASES, first=FIRST, only=FIRST, without=[*OTHER_DTYPES, LARGE]), again=True),
         replace(module("self-checks", "selfcheck", 45), test=True),
         sweep("headline", "kernels", 100, "--part", "headline"),
         sweep("packs", "kernels", 30, "--part", "packs"),
         sweep("end to end", "end_to_end", 90),
         module("narrow products", "narrow_products", 20),
         replace(module("tune", "tune", 45, "--few", "72", "128"), environment=UNCHECKED),
-        replace(tests("parity of two processes", [PARITY], only=["parity"]), environment={}),
-        replace(tests("tests on gluon", CASES[:1], only=["gluon"]), seconds=30, environment={}),
-        replace(tests("large tensors", CASES, only=[LARGE]), seconds=25),
+        replace(run_tests("parity of two processes", [PARITY], only=["parity"]), environment={}),
+        replace(run_tests("tests on gluon", CASES[:1], only=["gluon"]), seconds=30, environment={}),
+        replace(run_tests("large tensors", CASES, only=[LARGE]), seconds=25),
         sweep("FlexAttention", "kernels", 50, "--part", "headline", "--slow"),
         sweep("single rank", "single_rank", 50),
         replace(
-            tests(
+            run_tests(
                 "the other tests", [*CASES, FOLDER + "bounds_cases.py"], after=["bf16 first"], without=["gluon", LARGE]
             ),
             seconds=90,
         ),
     ]
     if importlib.util.find_spec("hypothesis"):
-        found.append(tests("properties", [FOLDER + "attend_properties.py"]))
+        found.append(run_tests("properties", [FOLDER + "attend_properties.py"]))
     if sanitizer := shutil.which("compute-sanitizer"):
         # Evidence only: on wgmma it reports what is none (NVIDIA/compute-sanitizer-samples issue 19).
-        step = tests("memcheck", CASES[:1], only=["test_empty_and_whole_tiles"])
+        step = run_tests("memcheck", CASES[:1], only=["test_empty_and_whole_tiles"])
         command = [sanitizer, "--tool=memcheck", "--error-exitcode=9", *step.command]
         found.append(replace(step, command=command, seconds=40, test=False))
     return [*found, sweep("the rest", "kernels", 3600, "--part", "rest")]
@@ -100,7 +100,7 @@ def rehearsal() -> list[Step]:
     what may not be installed on a GPU machine."""
 
     def small(name: str, only: str, files: Sequence[str] = CASES) -> Step:
-        return replace(tests(name, files, only=[only]), environment=UNCHECKED | INTERPRET)
+        return replace(run_tests(name, files, only=[only]), environment=UNCHECKED | INTERPRET)
 
     def quick(name: str, of: str, *more: str) -> Step:
         return module(name, "sweep", 300, of, "--device", "cpu", "--quick", *more)

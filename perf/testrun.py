@@ -32,7 +32,7 @@ RUNNING = "error: the process ended while this test was running"
 
 
 @dataclass(frozen=True)
-class Test:
+class Item:
     """A test function with its parameters."""
 
     name: str
@@ -50,7 +50,7 @@ class Test:
         return ""
 
 
-def collect(path: Path) -> Iterator[Test]:
+def collect(path: Path) -> Iterator[Item]:
     """All tests of a file, in its order."""
     sys.modules["pytest"] = standin  # type: ignore[assignment]
     if str(path.parent) not in sys.path:
@@ -68,7 +68,7 @@ def collect(path: Path) -> Iterator[Test]:
             values = {key: value for _, named, _ in chosen for key, value in named.items()}
             more = [mark for _, _, own in chosen for mark in own]
             title = f"{path.name}::{name}" + (f"[{ids}]" if ids else "")
-            yield Test(title, function, values, (*marks, *more), fixtures)
+            yield Item(title, function, values, (*marks, *more), fixtures)
 
 
 def _rows(mark: standin.Mark) -> Iterator[tuple[str, dict[str, Any], tuple[standin.Mark, ...]]]:
@@ -88,7 +88,7 @@ def _rows(mark: standin.Mark) -> Iterator[tuple[str, dict[str, Any], tuple[stand
         yield name, dict(zip(names, value.values, strict=True)), value.marks
 
 
-def run(test: Test, shared: dict[str, Any]) -> None:
+def run(test: Item, shared: dict[str, Any]) -> None:
     """One test, with its fixtures; raises what it raises."""
     with ExitStack() as stack:
         made: dict[str, Any] = dict(test.values)
@@ -104,7 +104,7 @@ def run(test: Test, shared: dict[str, Any]) -> None:
         test.function(**{name: make(name) for name in inspect.signature(test.function).parameters})
 
 
-def _make(name: str, test: Test, shared: dict[str, Any], stack: ExitStack, make: Callable[[str], Any]) -> Any:
+def _make(name: str, test: Item, shared: dict[str, Any], stack: ExitStack, make: Callable[[str], Any]) -> Any:
     """A fixture's value; what it leaves behind is on the stack."""
     if name == "monkeypatch":
         return standin.MonkeyPatch(stack)
@@ -122,7 +122,7 @@ def _make(name: str, test: Test, shared: dict[str, Any], stack: ExitStack, make:
     return value
 
 
-def result(test: Test, shared: dict[str, Any]) -> tuple[str, BaseException | None]:
+def result(test: Item, shared: dict[str, Any]) -> tuple[str, BaseException | None]:
     """Its status in the file, and what it raised."""
     if reason := test.skip_reason:
         return f"skipped: {reason}", None
@@ -140,7 +140,7 @@ def result(test: Test, shared: dict[str, Any]) -> tuple[str, BaseException | Non
     return "ok", None
 
 
-def select(tests: Sequence[Test], first: Sequence[str], only: Sequence[str], without: Sequence[str]) -> list[Test]:
+def select(tests: Sequence[Item], first: Sequence[str], only: Sequence[str], without: Sequence[str]) -> list[Item]:
     """The tests that are asked for, those that hold a word of `first` before the others."""
     chosen = [t for t in tests if any(w in t.name for w in only or [""]) and not any(w in t.name for w in without)]
     return sorted(chosen, key=lambda t: next((i for i, word in enumerate(first) if word in t.name), len(first)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from triton_sp.engines import launch
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups
@@ -38,11 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Starts its own ranks, or measures those it is started on: torchrun ... -m triton_sp.cli calibrate",
     )
     calibrate.add_argument("--ranks", type=int, help="ranks of a group; default: the GPUs, or 2 without one")
+    start = commands.add_parser(
+        "launch",
+        help="run a training script that cannot be edited: TRITON_SP_SIZE=4 triton-sp launch train.py ...",
+        description="Starts as many ranks as there are GPUs (without one, TRITON_SP_SIZE), or runs on those that "
+        "torchrun has started (torchrun ... -m triton_sp.cli launch train.py). Every Trainer wraps its model.",
+    )
+    start.add_argument("script", nargs=argparse.REMAINDER, help="a script, -m module, or an installed command")
     for name, text in CHECKOUT.items():
         commands.add_parser(name, help=text, add_help=False)
     parsed, rest = parser.parse_known_args(arguments)
     if parsed.command in CHECKOUT:
         sys.exit(_from_checkout(f"perf.{parsed.command}", rest))
+    if parsed.command == "launch":
+        _launch([*parsed.script, *rest])
+        return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if "RANK" in os.environ:
@@ -50,6 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         ranks = parsed.ranks or max(torch.cuda.device_count(), 0) or 2
         groups.start_ranks(ranks, "triton_sp.cli", "calibrate")
+
+
+def _launch(command: list[str]) -> None:
+    if "RANK" in os.environ:
+        launch.run(command)
+    else:
+        ranks = torch.cuda.device_count() or int(os.environ.get(launch.SIZE, 2))
+        groups.start_ranks(ranks, "triton_sp.cli", "launch", *command)
 
 
 def _from_checkout(module: str, arguments: list[str]) -> int:

@@ -140,6 +140,25 @@ def start_ranks(ranks: int, module: str, *arguments: str) -> None:
     torchrun(["--standalone", f"--nproc-per-node={ranks}", "-m", module, *arguments])
 
 
+def neighbours(size: int | None) -> dist.ProcessGroup | None:
+    """The group of `size` neighbouring ranks that this one is in; None, for all ranks, if no size is given.
+
+    Raises:
+        GroupError: the number of all ranks is no multiple of it.
+    """
+    if size is None or not dist.is_initialized():
+        return None
+    everyone = dist.get_world_size()
+    if size < 1 or everyone % size:
+        raise GroupError(
+            "group",
+            expected=f"a size that divides the {everyone} ranks",
+            found=f"{size}",
+            remedy="start a multiple of it, or choose another size",
+        )
+    return dist.new_subgroups(size)[0]
+
+
 def join_world(device: torch.device) -> Group:
     """Initialise torch.distributed from torchrun's environment, and return the group of all ranks."""
     if device.type != "cpu":

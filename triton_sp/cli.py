@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from triton_sp.engines import launch
+from triton_sp import launch
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups

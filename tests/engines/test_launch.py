@@ -18,8 +18,7 @@ import trainer_jobs
 from kit import zoo
 from kit.parity import weights_error
 
-from triton_sp import SPConfig
-from triton_sp.engines import launch
+from triton_sp import SPConfig, launch
 from triton_sp.errors import GroupError, InputError
 from triton_sp.ranks import groups
 from triton_sp.testing import RankError

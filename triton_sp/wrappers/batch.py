@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from triton_sp.anatomy.parts import Spans, Stack
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
-from triton_sp.wrappers.head import causal_lm_loss
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.masks import chunks_of, documents_of
 
@@ -163,13 +162,19 @@ def _check_loss(override: Override, arguments: dict[str, Any]) -> None:
             remedy="smooth labels by SPConfig(label_smoothing=...) and leave label_smoothing_factor 0; for another "
             "loss of your own, SPConfig(gather_logits=True)",
         )
-    if labelled and not causal_lm_loss(override.module):
+    if labelled and not _loss_is_shifted_cross_entropy(override.module):
         raise InputError(
             "labels",
             expected="a model whose loss is the shifted cross entropy",
             found=f"{override.module.loss_type} loss",
             remedy="compute the loss from the outputs (SPConfig(gather_logits=True))",
         )
+
+
+def _loss_is_shifted_cross_entropy(entry: nn.Module) -> bool:
+    """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
+    loss = getattr(entry, "loss_function", None)
+    return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
 
 
 def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:

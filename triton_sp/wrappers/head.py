@@ -24,12 +24,6 @@ from triton_sp.wrappers.install import Installation, replaced
 PROBE = (-24.0, -3.0, -0.5, 0.0, 1.0, 8.0, 30.0, 200.0)  # exact in every dtype
 
 
-def causal_lm_loss(entry: nn.Module) -> bool:
-    """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
-    loss = getattr(entry, "loss_function", None)
-    return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
-
-
 def logit_transform(entry: nn.Module) -> LogitTransform:
     """What the configuration says that the model does to its logits; wrappers/head.py holds the model to it."""
     config: Any = entry.config

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -70,11 +69,11 @@ class Patches(Placement):
     def frames(self) -> tuple[Tensor, Tensor]:
         """The frames that this rank has patches of: how many patches, and (1, height, width) of the whole frame."""
         own, each = self.own, self.grid.repeat_interleave(self.grid[:, 0], 0)
-        starts = [0, *each[:, 1:].prod(-1).cumsum(0).tolist()]
-        counts = [min(stop, own.stop) - max(start, own.start) for start, stop in pairwise(starts)]
-        index = [frame for frame, count in enumerate(counts) if count > 0]
-        counts = self.grid.new_tensor([counts[frame] for frame in index])
-        return counts, each[index].index_fill(1, self.grid.new_zeros(1), 1)
+        sizes = each[:, 1:].prod(-1)
+        stops = sizes.cumsum(0)
+        counts = stops.clamp(max=own.stop) - (stops - sizes).clamp(min=own.start)
+        each = each.index_fill(1, self.grid.new_zeros(1), 1)
+        return counts[counts > 0], each[counts > 0]
 
     def pick(self, x: Tensor) -> Tensor:
         """This rank's rows of a tensor that has a row for each patch of the batch."""
@@ -124,19 +123,18 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
         arguments["cu_window_seqlens"] = windows
         segments = [cu_seqlens, windows] if 0 in tower.fullatt_block_indexes else [windows, cu_seqlens]
     if "get_vision_interpolation_indices_and_weights" in uses:
-        of_patches["interp_indices"], of_patches["interp_weights"] = (
-            vision_utils.get_vision_interpolation_indices_and_weights(
-                grid,
-                num_grid_per_side=tower.num_grid_per_side,
-                mode=tower.interpolation_mode,
-                align_corners=tower.interpolation_align_corners,
-                spatial_merge_size=merge,
-            )
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
         )
-    known = [(cu, Segments(tuple(cu.tolist()))) for cu in segments]
+        of_patches |= {"interp_indices": indices, "interp_weights": weights}
+    host = [Segments(tuple(cu.tolist())) for cu in segments]
     like = torch.empty(0, tower.patch_embed.embed_dim, dtype=next(tower.parameters()).dtype, device=device)
-    streams = Streams(group, plan_stack(stack, config, group, known[0][1], like))
-    for cu, values in known:
+    streams = Streams(group, plan_stack(stack, config, group, host[0], like))
+    for cu, values in zip(segments, host, strict=True):
         streams.of(cu, values)
     own = streams.first.own
     arguments |= {name: _pick(value, own, order, stack.unit) for name, value in of_patches.items()}

@@ -84,12 +84,7 @@ def requested(override: Override, arguments: dict[str, Any]) -> ScoreRequest | N
 
 
 def answer(
-    override: Override,
-    arguments: dict[str, Any],
-    call: TextCall,
-    labels: Tensor,
-    targets: Tensor,
-    request: ScoreRequest,
+    override: Override, arguments: dict[str, Any], call: TextCall, labels: Tensor, targets: Tensor, asked: ScoreRequest
 ) -> Any:
     """Run the model on this rank's tokens; return their scores and those of the other ranks', (B, S - 1).
 
@@ -98,11 +93,11 @@ def answer(
     """
     local_T = targets.flatten()[call.local_index]
     installation, mask = override.installation, labels[:, 1:] != IGNORE
-    if request.by_trainer:
+    if asked.by_trainer:
         return _by_trainer(override, arguments, call, local_T, mask)
     arguments.pop(FUSED, None)
     arguments.pop("num_items_in_batch", None)
-    scores = HeadScores.of(override.module, local_T, request.temperature)
+    scores = HeadScores.of(override.module, local_T, asked.temperature)
     with active(call), scores.active():
         out = override.original(**arguments, return_dict=True)
     local = scores.take(out.logits, check=not installation.head_verified)

@@ -16,7 +16,7 @@ from triton_sp.plan.cost import Link
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards, shard_tokens
 
-Way = Literal["states", "heads", "local"]
+Method = Literal["states", "heads", "local"]
 _CHUNK = 64  # tokens that the rules compute at once, in products of (chunk, chunk)
 
 
@@ -157,14 +157,14 @@ class Shape:
         return 3.0 * (4 * self.keys * values + 2 * _CHUNK * (2 * self.keys + values))
 
 
-def choose_way(shards: Shards, crosses: bool, shape: Shape, link: Link, forced: str) -> Way:
-    """The faster way by the model of a link; "local" where no segment crosses from rank to rank.
+def choose_method(shards: Shards, crosses: bool, shape: Shape, link: Link, forced: str) -> Method:
+    """The faster method by the model of a link; "local" where no segment crosses from rank to rank.
 
     By states a rule runs with so many more value channels as there are columns in what a part does to a state.
 
     >>> from triton_sp.plan.cost import LINKS
     >>> shape = Shape(heads=32, groups=16, keys=128, values=128, token_bytes=2 * 128 * 96, mixed=128)
-    >>> [choose_way(Shards((n,) * 4), True, shape, LINKS["pcie"], "auto") for n in (8192, 64)]
+    >>> [choose_method(Shards((n,) * 4), True, shape, LINKS["pcie"], "auto") for n in (8192, 64)]
     ['states', 'heads']
     """
     ranks = len(shards.sizes)
@@ -175,10 +175,10 @@ def choose_way(shards: Shards, crosses: bool, shape: Shape, link: Link, forced: 
     longest = max(shards.sizes)
     most = max(map(len, heads_of_ranks(shape.heads, shape.groups, ranks)))
     state = 4.0 * shape.heads * shape.keys * (shape.mixed + shape.values)
-    seconds: dict[Way, float] = {
+    seconds: dict[Method, float] = {
         "states": longest * shape.heads * shape.flops(shape.values + shape.mixed) / link.compute
         + 2 * (link.latency + (ranks - 1) * state / link.bandwidth),
         "heads": shards.total * most * shape.flops(shape.values) / link.compute
         + 2 * (2 * link.latency + longest * shape.token_bytes * (ranks - 1) / ranks / link.bandwidth),
     }
-    return min(seconds, key=lambda way: seconds[way])
+    return min(seconds, key=lambda method: seconds[method])

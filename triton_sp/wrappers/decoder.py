@@ -59,8 +59,8 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     check_tally(call.tally, len(stack.attention), stack.name)
     check_tally(call.tally, len(stack.recurrent), stack.name, "recurrent")
     check_tally(call.tally, stack.learned_positions is not None, stack.name, "position embedding")
-    ways = [f"recurrent layers by {way}" for way in sorted(scope.ways)]
-    installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(), *ways))
+    methods = [f"recurrent layers by {method}" for method in sorted(scope.methods)]
+    installation.last_calls[stack.name] = LastCall(call.choice, (call.stream.describe(), *methods))
     return out
 
 

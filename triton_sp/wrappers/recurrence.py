@@ -1,8 +1,8 @@
 """Recurrent layers over a stream: causal convolutions and recurrences, each rank with its contiguous tokens.
 
-A convolution gets the few tokens before its part from the ranks that have them. A recurrence goes one of two ways, see
-plan/recurrence.py. Rows and packed documents are segments, at whose starts tokens look back to zeros and states are
-zero: each segment has a call of its own, so that the functions need not know of documents.
+A convolution gets the few tokens before its part from the ranks that have them. A recurrence is computed by one of two
+methods, see plan/recurrence.py. Rows and packed documents are segments, at whose starts tokens look back to zeros and
+states are zero: each segment has a call of its own, so that the functions need not know of documents.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_sp.plan.recurrence import Way, groups_of, halo, heads_of_ranks, pieces
+from triton_sp.plan.recurrence import Method, groups_of, halo, heads_of_ranks, pieces
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import collectives
 from triton_sp.wrappers.rules import Affine, Recurrence, passed_on
@@ -50,11 +50,11 @@ def joined_to(x: Tensor, *others: Tensor) -> Tensor:
     return x + sum(other.flatten()[:0].sum().to(x.dtype) for other in others)
 
 
-def recur(rule: Recurrence, stream: Stream, way: Way) -> Tensor:
+def recur(rule: Recurrence, stream: Stream, method: Method) -> Tensor:
     """The outputs (1, T, H, V) of a recurrence over the whole stream for this rank's tokens."""
-    if way == "states":
+    if method == "states":
         return _by_states(rule, stream)
-    if way == "heads":
+    if method == "heads":
         return _by_heads(rule, stream)
     return _run_segments(rule, stream.carry.pieces)
 

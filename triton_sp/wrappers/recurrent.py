@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_sp.anatomy.recurrent import CONVOLUTION, FUSED, SIGNATURES, functions_of
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.cost import find_link
-from triton_sp.plan.recurrence import Shape, choose_way
+from triton_sp.plan.recurrence import Shape, choose_method
 from triton_sp.wrappers import recurrence
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.rules import Recurrence
@@ -137,12 +137,12 @@ class _Functions:
                 )
             extra = rule.value.shape[1] - self.tokens
             rule = rule.rows(range(self.tokens))
-            out = F.pad(recurrence.recur(rule, stream, self._way(rule)), (0, 0, 0, 0, 0, extra))
+            out = F.pad(recurrence.recur(rule, stream, self._method(rule)), (0, 0, 0, 0, 0, extra))
             return out if signature.state_space else (out, None)
 
         return recur
 
-    def _way(self, rule: Recurrence) -> Any:
+    def _method(self, rule: Recurrence) -> Any:
         stream, config = self.scope.stream, self.installation.config
         groups = min(x.shape[2] for x in rule.tokens)
         heads, values = rule.value.shape[2:]
@@ -151,6 +151,6 @@ class _Functions:
             heads, groups, rule.keys, values, sum(x.shape[2:].numel() * x.element_size() for x in tokens), rule.mixed
         )
         link = find_link(config.link, rule.value.device.type, stream.group.size)
-        way = choose_way(stream.shards, stream.carry.crosses, shape, link, config.recurrence)
-        self.scope.ways.add(way)
-        return way
+        method = choose_method(stream.shards, stream.carry.crosses, shape, link, config.recurrence)
+        self.scope.methods.add(method)
+        return method

@@ -50,13 +50,13 @@ class AttentionScope:
     Attributes:
         by_layer_type: the streams of layers of a type that attend in other segments (chunks).
         index: (T,) where this rank's tokens stand in their rows, for attention that numbers them itself.
-        ways: how the recurrent layers have run, see plan/recurrence.py.
+        methods: how the recurrent layers have run, see plan/recurrence.py.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
 
     stream: Stream
     tally: Counter[str] = field(default_factory=Counter)
-    ways: set[str] = field(default_factory=set)
+    methods: set[str] = field(default_factory=set)
     causal: bool | None = None
     by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
     index: Tensor | None = None

@@ -2,16 +2,17 @@
 
 A GPU is kept waiting where its host needs longer to launch a layer than the GPU to run it, which is where towers are
 on many ranks. So the layer runs on CPU tensors of a few tokens, as on a GPU: the same Python, the same operators, and
-launches that do nothing. Beside it stands SDPA on the same tensors, what the unwrapped model calls.
+launches that do nothing. Beside it stands SDPA on the same tensors, what the unwrapped model calls; its time is that
+of computing it, on few tokens. Whole models are in host_models.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from perf import host_models
 from perf.cases import AttentionCase
 from perf.clock import statistics
 from perf.contest import Settings
@@ -34,7 +36,10 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import resolve_group
 
 TOKENS = 16  # of a rank: few, so that what PyTorch itself computes on the CPU is no part of the time
+RANKS = (1, 2, 8)
 ROUNDS = 20  # layers in a measurement
+WARM_UP = 2  # turns that do not count
+OURS, UNWRAPPED, BOTH = "triton_sp", "SDPA, unwrapped", "forward and backward"
 CASES = (
     AttentionCase("Qwen3-VL ViT", (TOKENS,), 16, 16, 72),
     AttentionCase("Qwen2.5-VL-7B LLM", (TOKENS,), 28, 4, 128, causal=True),
@@ -67,17 +72,22 @@ def without_launches() -> Iterator[Counter[str]]:
         yield launched
 
 
-def sharded(case: AttentionCase, ranks: int, plan: str) -> Layer:
-    """The layer of one of so many ranks."""
+def stream_of(ranks: int, plan: str) -> Stream:
+    """A stream of `TOKENS` tokens a rank: one segment, or, for plan "segments", one of each rank."""
     total = TOKENS * ranks
     starts = tuple(range(0, total + 1, TOKENS)) if plan == "segments" else (0, total)
-    stream = Stream(
+    return Stream(
         resolve_group(),
         Shards((TOKENS,) * ranks),
         torch.tensor(starts, dtype=torch.int32),
         host_segments=Segments(starts),
         plan=plan,  # type: ignore[arg-type]
     )
+
+
+def sharded(case: AttentionCase, ranks: int, plan: str) -> Layer:
+    """The layer of one of so many ranks."""
+    stream = stream_of(ranks, plan)
     return lambda q, k, v: stages.attention(q, k, v, stream, causal=case.causal)
 
 
@@ -97,32 +107,118 @@ def microseconds(layer: Layer, case: AttentionCase, backward: bool) -> float:
     heads = (case.heads, case.kv_heads, case.kv_heads)
     states = [torch.randn(TOKENS, h, case.dim, requires_grad=backward) for h in heads]
     gradient = torch.randn(TOKENS, case.heads, case.dim)
-    begin = time.process_time_ns()
-    for _ in range(ROUNDS):
+
+    def run() -> None:
         out = layer(*states)
         if backward:
             torch.autograd.grad(out, states, gradient)
-    return (time.process_time_ns() - begin) / 1e3 / ROUNDS
+
+    return timed(run)
 
 
-def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[tuple[str, str, list[float], str]]:
-    """(provider, direction, milliseconds, note), the two providers in turns."""
-    taken: dict[tuple[str, str], list[float]] = {}
-    launches: dict[str, Counter[str]] = {}
+def timed(run: Callable[[], Any], rounds: int = ROUNDS) -> float:
+    """Microseconds of CPU time of a call, the mean of a round."""
+    begin = time.process_time_ns()
+    for _ in range(rounds):
+        run()
+    return (time.process_time_ns() - begin) / 1e3 / rounds
+
+
+@dataclass(frozen=True)
+class Found:
+    """Milliseconds of one thing, turn by turn, and what was launched."""
+
+    stage: str
+    provider: str
+    direction: str
+    times: list[float]
+    note: str = ""
+
+
+def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Found]:
+    """The layer and its stages, ours and SDPA, in turns."""
     with alone_among(ranks, 0), without_launches() as launched:
-        layers = {"triton_sp": sharded(case, ranks, plan), "SDPA, unwrapped": unwrapped(case)}
-        for turn in range(repeats + 2):
-            for name, layer in layers.items():
-                for direction, backward in (("forward", False), ("forward and backward", True)):
-                    launched.clear()
-                    spent = microseconds(layer, case, backward) / 1e3
-                    launches[name + direction] = Counter({k: n // ROUNDS for k, n in launched.items()})
-                    if turn > 1:
-                        taken.setdefault((name, direction), []).append(spent)
-    return [
-        (name, direction, times, ", ".join(f"{n} {k}" for k, n in sorted(launches[name + direction].items())))
-        for (name, direction), times in taken.items()
-    ]
+        stream = stream_of(ranks, plan)
+        layers = {OURS: sharded(case, ranks, plan), UNWRAPPED: unwrapped(case)}
+        runs: dict[tuple[str, str, str], Callable[[], float]] = {
+            ("layer", name, direction): lambda layer=layer, backward=backward: microseconds(layer, case, backward)
+            for name, layer in layers.items()
+            for direction, backward in (("forward", False), (BOTH, True))
+        }
+        for (stage, direction), run in stages_of(case, stream).items():
+            runs[stage, OURS, direction] = lambda run=run: timed(run)
+        return in_turns(runs, repeats, launched)
+
+
+def in_turns(
+    runs: dict[tuple[str, str, str], Callable[[], float]], repeats: int, launched: Counter[str], rounds: int = ROUNDS
+) -> list[Found]:
+    """Time each, by (stage, provider, direction), in turns: a machine that slows down does so for all."""
+    taken: dict[tuple[str, str, str], list[float]] = {key: [] for key in runs}
+    launches: dict[tuple[str, str, str], str] = {}
+    for turn in range(WARM_UP + repeats):
+        for key, run in runs.items():
+            launched.clear()
+            spent = run() / 1e3
+            launches[key] = ", ".join(f"{n // rounds} {name}" for name, n in sorted(launched.items()))
+            if turn >= WARM_UP:
+                taken[key].append(spent)
+    return [Found(*key, times, launches[key]) for key, times in taken.items()]
+
+
+def stages_of(case: AttentionCase, stream: Stream) -> dict[tuple[str, str], Callable[[], Any]]:
+    """What each stage of the layer is on the host, by (stage, direction)."""
+    q, k, v = states = tuple(torch.randn(TOKENS, h, case.dim) for h in (case.heads, case.kv_heads, case.kv_heads))
+    factors = {"softmax_scale": case.dim**-0.5, "softcap": 0.0}
+    if stream.is_local:
+        mask = stream.mask(stream.own, stream.own, case.causal, None)
+        out, lse = varlen.forward(q, k, v, mask, **factors)
+        return {
+            ("attend", "forward"): lambda: varlen.forward(q, k, v, mask, **factors),
+            ("attend", "backward"): lambda: varlen.backward(out, None, (*states, out, lse), mask, **factors),
+        }
+    route = stream.route(case.heads, case.kv_heads, case.causal, None)
+    group, dout = stream.group, torch.randn_like(q)
+
+    def exchange(x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        return collectives.finish(collectives.begin_all_to_all(x, sent, received, group))
+
+    def attend() -> list[tuple[Tensor, Tensor]]:
+        tasks = zip(route.states(arrived), route.masks, strict=True)
+        return [varlen.forward(*task, mask, **factors) for task, mask in tasks]
+
+    def attend_backward() -> Tensor:
+        buffer, places = route.places(arrived)
+        for task, place, mask, own, kept in zip(
+            route.states(arrived), places, route.masks, route.split(douts), attended, strict=True
+        ):
+            varlen.backward(own, None, (*task, *kept), mask, **factors, grads=place)
+        return route.join_gradients(buffer, places)
+
+    packed = route.pack(states)
+    arrived = exchange(packed, route.sent, route.received)
+    attended = attend()
+    outs = route.join([out for out, _ in attended], arrived)
+    results = exchange(outs, route.returned, route.results)
+    douts = exchange(route.pack_gradients(dout), route.results, route.returned)
+    grads = attend_backward()
+    back = exchange(grads, route.received, route.sent)
+    return {
+        ("pack", "forward"): lambda: route.pack(states),
+        ("exchange", "forward"): lambda: (
+            exchange(packed, route.sent, route.received),
+            exchange(outs, route.returned, route.results),
+        ),
+        ("attend", "forward"): lambda: route.join([out for out, _ in attend()], arrived),
+        ("unpack", "forward"): lambda: route.unpack(results, q),
+        ("pack", "backward"): lambda: route.pack_gradients(dout),
+        ("exchange", "backward"): lambda: (
+            exchange(results, route.results, route.returned),
+            exchange(grads, route.received, route.sent),
+        ),
+        ("attend", "backward"): attend_backward,
+        ("unpack", "backward"): lambda: route.unpack_gradients(back, states),
+    }
 
 
 def sweep(settings: Settings) -> int:
@@ -130,16 +226,26 @@ def sweep(settings: Settings) -> int:
     if settings.device.type != "cpu":
         print("host: it measures the host; run it with --device cpu")
         return 2
-    report, repeats = settings.report("host"), 3 if settings.quick else 30
-    jobs = [(case, ranks, plan) for case in CASES for ranks in (1, 2, 8) for plan in ("heads", "segments")]
-    for case, ranks, plan in tqdm(jobs, desc="host", disable=None):
+    report, repeats = settings.report("host"), 1 if settings.quick else 30
+    jobs = [
+        (case, ranks, plan, find)
+        for find in (measure, host_models.measure)
+        for case in (CASES if find is measure else CASES[:2])
+        for ranks in RANKS
+        for plan in (("heads", "segments") if ranks > 1 else ("heads",))
+    ]
+    for case, ranks, plan, find in tqdm(jobs, desc="host", disable=None):
         columns = {**case.columns(), **settings.columns(), "case": f"{case.name}, plan {plan}"}
-        base = Row("layer", "", clock="cpu", kind="modelled", ranks=ranks, **columns)
-        if settings.over or report.status(replace(base, provider="triton_sp")) is not None:
+        stage = "layer" if find is measure else "model"
+        base = Row(stage, OURS, clock="cpu", kind="modelled", ranks=ranks, **columns)
+        if settings.over or report.status(base) is not None:
             continue
         report.add(
-            replace(base, provider=provider, direction=direction, note=note, **statistics(times))
-            for provider, direction, times, note in measure(case, ranks, plan, repeats)
-        )
+            replace(
+                base, stage=found.stage, provider=found.provider, direction=found.direction, note=found.note,
+                layers=host_models.LAYERS if found.stage == "model" else 1, **statistics(found.times),
+            )
+            for found in find(case, ranks, plan, repeats)
+        )  # fmt: skip
     print(report.path)
     return 0

@@ -156,6 +156,30 @@ def single_rank_table(rows: pd.DataFrame) -> str:
     return markdown(header, lines)
 
 
+def host_table(rows: pd.DataFrame) -> str:
+    """What a layer, or a whole forward, costs the host, and what each stage is of it."""
+    lines = []
+    for (stage, case, ranks), part in rows[rows["stage"].isin(["layer", "model"])].groupby(
+        ["stage", "case", "ranks"], sort=False
+    ):
+        values = 1e3 * part.set_index(["provider", "direction"])["p20_ms"]
+        both = "forward and backward"
+        numbers = [
+            f"{values[provider, direction]:,.0f}"
+            for direction in ("forward", both)
+            for provider in ("triton_sp", "SDPA, unwrapped")
+        ]
+        own = rows[(rows["case"] == case) & (rows["ranks"] == ranks)].set_index(["stage", "direction"])["p20_ms"]
+        ways = ("forward", "backward")
+        parts = [[own.get((name, way)) for name in ("pack", "exchange", "attend", "unpack")] for way in ways]
+        stages = [" + ".join(f"{1e3 * x:.0f}" for x in part if x is not None) for part in parts]
+        name = case if stage == "layer" else f"{case}, model of {part['layers'].max()} layers"
+        lines.append([name, str(ranks), *numbers, *(stages if stage == "layer" else ["", ""])])
+    titles = ["us forward", "SDPA", "us forward and backward", "SDPA"]
+    header = ["layer", "P", *titles, "pack + exchange + attend + unpack", "backward"]
+    return markdown(header, lines)
+
+
 def kernels_table(rows: pd.DataFrame) -> str:
     """Speed beside the best peer of the same run, of this library's rows."""
     found = rows[rows["provider"].str.startswith("triton_sp") & (rows["kind"] == "measured")]
@@ -181,6 +205,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "agree": (agree_table, _cpu("agree")),
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
+    "host": (host_table, _cpu("host")),
 }
 for _folder in sorted(RESULTS.glob("*/kernels.csv")):  # a table for each GPU that there are rows of
     _name = "kernels_" + re.sub(r"\W", "_", _folder.parent.name)

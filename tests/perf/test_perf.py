@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import triton_sp
-from perf import attention, contest, kernels, model, packs, plot, rows, scale, single_rank
+from perf import attention, contest, host, host_models, kernels, model, packs, plot, rows, scale, single_rank
 from perf.attention import Peer
 from perf.cases import AttentionCase, attention_cases
 from perf.clock import Clock
@@ -147,6 +147,22 @@ def test_one_rank_of_eight_holds_less() -> None:
     run = single_rank.Run(1, 1, 8)
     two, eight = (single_rank.account(single_rank.SMALL, run, ranks) for ranks in (2, 8))
     assert two.parameters == eight.parameters and two.inputs == eight.inputs and two.kept > eight.kept
+
+
+def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
+    """Of a layer and of a whole forward, with every launch that a GPU would get, and none of its work."""
+    monkeypatch.setattr(host, "CASES", host.CASES[:2])
+    monkeypatch.setattr(host, "RANKS", (2,))
+    assert host.sweep(settings) == 0
+    found = plot.read(settings.report("host").path)
+    notes = found.set_index(["stage", "provider", "direction", "case"])["note"]
+    layer, case = "1 attend_forward, 1 pack_heads, 1 unpack_heads", "Qwen3-VL ViT, plan heads"
+    assert notes["layer", "triton_sp", "forward", case] == layer
+    assert notes["model", "triton_sp", "forward", case] == layer.replace("1", str(host_models.LAYERS))
+    stages = found[found["stage"].isin(["pack", "exchange", "attend", "unpack"])]
+    assert len(stages[stages["case"] == case]) == 8 and (found["median_ms"] >= 0).all()
+    table = plot.host_table(found)
+    assert table.count("\n") == 1 + 2 * 2 * 2 and f"| {case} | 2 |" in table and "nan" not in table
 
 
 def test_tables_follow_from_rows(settings) -> None:

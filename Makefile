@@ -70,7 +70,7 @@ soak: .venv/.ready
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'
 perf: .venv/.ready
-	for sweep in scale agree fuse exchange model single_rank host; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
+	for sweep in scale agree fuse exchange model single_rank host plan; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
 	$(BIN)/python -m perf.plot
 
 compile-table: .venv/.ready

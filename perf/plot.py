@@ -180,6 +180,17 @@ def host_table(rows: pd.DataFrame) -> str:
     return markdown(header, lines)
 
 
+def plan_table(rows: pd.DataFrame) -> str:
+    """What planning a batch costs the host."""
+    lines = []
+    for (case, _), part in rows.groupby(["case", "ranks"], sort=False):
+        values = part.set_index("provider")["p20_ms"]
+        first = part.iloc[0]
+        numbers = [f"{values[name]:.1f}" if name in values else "" for name in ("lay out", "choose", "route", "agree")]
+        lines.append([str(case), f"{first['tokens']:,}", f"{first['segments']:,}", str(first["ranks"]), *numbers])
+    return markdown(["batch", "tokens", "segments", "P", "lay_out ms", "choose ms", "route ms", "agree ms"], lines)
+
+
 def kernels_table(rows: pd.DataFrame) -> str:
     """Speed beside the best peer of the same run, of this library's rows."""
     found = rows[rows["provider"].str.startswith("triton_sp") & (rows["kind"] == "measured")]
@@ -206,6 +217,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
     "host": (host_table, _cpu("host")),
+    "plan": (plan_table, _cpu("plan")),
 }
 for _folder in sorted(RESULTS.glob("*/kernels.csv")):  # a table for each GPU that there are rows of
     _name = "kernels_" + re.sub(r"\W", "_", _folder.parent.name)

@@ -23,8 +23,9 @@ SWEEPS = {
     "fuse": "features on their way from tower to language model, routed and by gather-then-slice",
     "agree": "what the comparison of the ranks' inputs costs",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
-    "host": "what an attention layer costs the host, with launches and exchanges stubbed",
     "end_to_end": "steps of a few layers with what computes attention swapped, and a profile of each",
+    "host": "what an attention layer and a whole forward cost the host, with launches and exchanges stubbed",
+    "plan": "what it costs the host to plan a batch of a million tokens",
     "single_rank": "one rank of 8 of an 8B model on 1M visual tokens: its memory, its time",
 }
 

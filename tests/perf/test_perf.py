@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import triton_sp
-from perf import attention, contest, host, host_models, kernels, model, packs, plot, rows, scale, single_rank
+from perf import attention, contest, host, host_models, kernels, model, packs, plan, plot, rows, scale, single_rank
 from perf.attention import Peer
 from perf.cases import AttentionCase, attention_cases
 from perf.clock import Clock
@@ -163,6 +163,13 @@ def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
     assert len(stages[stages["case"] == case]) == 8 and (found["median_ms"] >= 0).all()
     table = plot.host_table(found)
     assert table.count("\n") == 1 + 2 * 2 * 2 and f"| {case} | 2 |" in table and "nan" not in table
+
+
+def test_planning_is_measured(settings) -> None:
+    assert plan.sweep(settings) == 0
+    found = plot.read(settings.report("plan").path)
+    assert len(found) == 2 * 2 * 4 and (found["median_ms"] > 0).all()
+    assert plot.plan_table(found).count("\n") == 1 + 4 and plan.sweep(settings) == 0
 
 
 def test_tables_follow_from_rows(settings) -> None:

@@ -106,13 +106,19 @@ def unpack_heads(
             collect(x2, flat, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BM, BU, WIDE)
 
 
-def _arguments(xs: list[Tensor], flat: Tensor, ranks: int) -> tuple[tuple[int, int, int], list, dict[str, int]]:
+def _per_rank(xs: list[Tensor], ranks: int) -> list[int]:
+    """How many heads of each tensor a rank gets."""
+    return [max(1, x.shape[1] // ranks) for x in xs]
+
+
+def _arguments(
+    xs: list[Tensor], heads: list[int], flat: Tensor, ranks: int
+) -> tuple[tuple[int, int, int], list, dict[str, int]]:
     """The grid, the arguments and the constants of a launch."""
     x, dim = xs[0], xs[0].shape[-1]
     stride, strides = launch.strides(*xs)
     if dim % stride:
         stride, strides = 1, [size * stride for size in strides]
-    heads = [max(1, x.shape[1] // ranks) for x in xs]
     copies = [max(1, ranks // x.shape[1]) for x in xs]
     missing = 3 - len(xs)
     arguments = [
@@ -126,9 +132,9 @@ def _arguments(xs: list[Tensor], flat: Tensor, ranks: int) -> tuple[tuple[int, i
 def pack(xs: list[Tensor], ranks: int) -> Tensor:
     """(P * T * slot, D): each rank's heads of up to three tensors of one dtype."""
     xs = [launch.dense_rows(x) for x in xs]
-    slot = sum(max(1, x.shape[1] // ranks) for x in xs)
-    flat = xs[0].new_empty(ranks * xs[0].shape[0] * slot, xs[0].shape[-1])
-    grid, arguments, constants = _arguments(xs, flat, ranks)
+    heads = _per_rank(xs, ranks)
+    flat = xs[0].new_empty(ranks * xs[0].shape[0] * sum(heads), xs[0].shape[-1])
+    grid, arguments, constants = _arguments(xs, heads, flat, ranks)
     if grid[0]:
         with torch.cuda.device_of(flat):
             pack_heads[grid](*arguments, **constants)
@@ -137,7 +143,7 @@ def pack(xs: list[Tensor], ranks: int) -> Tensor:
 
 def unpack(flat: Tensor, xs: list[Tensor], ranks: int) -> None:
     """Write the tensors that `pack` has read, which may be strided but along D; sums are formed in fp32 or wider."""
-    grid, arguments, constants = _arguments(xs, flat.contiguous(), ranks)
+    grid, arguments, constants = _arguments(xs, _per_rank(xs, ranks), flat.contiguous(), ranks)
     wide = tl.float64 if flat.dtype == torch.float64 else tl.float32
     if grid[0]:
         with torch.cuda.device_of(flat):

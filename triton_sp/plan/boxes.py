@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from triton_sp.plan.heads import Tasks
-from triton_sp.plan.shards import Shards
+from triton_sp.plan.shards import Shards, overlap
 
 
 class Box(NamedTuple):
@@ -112,11 +112,6 @@ class _Part(NamedTuple):
     stride: int
 
 
-def _overlap(a: range, b: range) -> range:
-    start = max(a.start, b.start)
-    return range(start, max(start, min(a.stop, b.stop)))
-
-
 def _lay_inputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
     """Lay out q, k and v of some tokens for some tasks. Return the parts, and how many vectors they are.
 
@@ -125,7 +120,9 @@ def _lay_inputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
     """
     parts, start = [], 0
     for index, task in enumerate(tasks):
-        rows, keys = _overlap(task.rows, tokens), _overlap(task.keys, tokens)
+        rows, keys = overlap(task.rows, tokens), overlap(task.keys, tokens)
+        if not rows and not keys:
+            continue
         q, kv = len(task.q), len(task.kv)
         if task.side_by_side:
             q_stride = kv_stride = q + 2 * kv
@@ -147,7 +144,7 @@ def _lay_outputs(tasks: Tasks, tokens: range) -> tuple[list[_Part], int]:
     """Lay out the outputs of some tasks for some tokens, task after task."""
     parts, start = [], 0
     for index, task in enumerate(tasks):
-        rows, heads = _overlap(task.rows, tokens), len(task.q)
+        rows, heads = overlap(task.rows, tokens), len(task.q)
         parts.append(_Part(index, 0, rows, task.rows, task.q, start, heads))
         start += len(rows) * heads
     return parts, start
@@ -164,11 +161,10 @@ def _buffer(
         own: this rank's tokens, if boxes index its own q, k and v. None if they index the tensors of the tasks, which
             are numbered task by task.
     """
-    boxes, sizes = [], []
+    boxes, sizes, before = [], [], 0
     tensors = 3 if lay is _lay_inputs else 1
     for tasks, tokens in ranks:
         parts, size = lay(tasks, tokens)
-        before = sum(sizes)
         for task, tensor, rows, base, heads, start, stride in parts:
             place = (before + start, stride)
             if rows and own is not None:
@@ -176,4 +172,5 @@ def _buffer(
             elif rows:
                 boxes.append(Box(tensors * task + tensor, rows.start - base.start, len(rows), 0, len(heads), *place))
         sizes.append(size)
+        before += size
     return Buffer(tuple(boxes), tuple(sizes))

@@ -91,10 +91,10 @@ def assign_heads(num_heads: int, num_kv_heads: int, ranks: int, work: Work) -> t
     if whole is not None:
         return whole
     # Imagine all work in one line: key/value head after key/value head, row after row. Ranks get equal parts of it.
-    cuts = []
-    for rank in range(ranks + 1):
-        head, rest = divmod(rank * num_kv_heads, ranks)
-        cuts.append((head, work.row_at(-(-rest * work.total // ranks))))
+    places = [divmod(rank * num_kv_heads, ranks) for rank in range(ranks + 1)]
+    rests = sorted({rest for _, rest in places})
+    row_of = dict(zip(rests, work.rows_at([-(-rest * work.total // ranks) for rest in rests]), strict=True))
+    cuts = [(head, row_of[rest]) for head, rest in places]
     return tuple(
         tuple(
             HeadTask(range(kv.start * group, kv.stop * group), kv, part, work.keys(part))

@@ -14,7 +14,7 @@ from typing import Literal
 
 from triton_sp.plan.cost import Link
 from triton_sp.plan.segments import Segments
-from triton_sp.plan.shards import Shards, shard_tokens
+from triton_sp.plan.shards import Shards, overlap, shard_tokens
 
 Method = Literal["states", "heads", "local"]
 _CHUNK = 64  # tokens that the rules compute at once, in products of (chunk, chunk)
@@ -46,16 +46,13 @@ def carry(shards: Shards, segments: Segments, rank: int) -> Carry:
     >>> [part.senders for part in parts], [part.receivers for part in parts]
     ([(), (), (0,), (0, 2)], [(2, 3), (), (3,), ()])
     """
-    ranks = range(len(shards.sizes))
-    sent = []
-    for other in ranks:
-        before = _before(segments, shards.range(other), shards.total)
-        sent.append(tuple(source for source in range(other) if _overlap(shards.range(source), before)))
+    parts = [shards.range(other) for other in range(len(shards.sizes))]
+    wanted = [_before(segments, part, shards.total) for part in parts]
     return Carry(
-        tuple(pieces(segments, shards.range(rank))),
-        sent[rank],
-        tuple(other for other in ranks if rank in sent[other]),
-        any(sent),
+        tuple(pieces(segments, parts[rank])),
+        tuple(other for other, part in enumerate(parts) if overlap(part, wanted[rank])),
+        tuple(other for other, before in enumerate(wanted) if overlap(parts[rank], before)),
+        any(wanted),
     )
 
 
@@ -77,11 +74,6 @@ def _before(segments: Segments, own: range, reach: int) -> range:
     if not own:
         return range(0)
     return range(max(segments.starts[segments.at(own.start)], own.start - reach), own.start)
-
-
-def _overlap(a: range, b: range) -> range:
-    start = max(a.start, b.start)
-    return range(start, max(start, min(a.stop, b.stop)))
 
 
 @dataclass(frozen=True)
@@ -112,9 +104,9 @@ def halo(shards: Shards, segments: Segments, rank: int, reach: int) -> Halo:
     wanted = [_before(segments, part, reach) for part in parts]
     sends = []
     for rows in wanted:
-        part = _overlap(own, rows)
+        part = overlap(own, rows)
         sends.append(range(part.start - own.start, part.stop - own.start) if part else range(0))
-    receives = tuple(len(_overlap(part, wanted[rank])) for part in parts)
+    receives = tuple(len(overlap(part, wanted[rank])) for part in parts)
     return Halo(tuple(sends), receives, any(wanted))
 
 

@@ -133,9 +133,12 @@ class CutHeads:
         return places
 
     def places(self, received: Tensor) -> tuple[Tensor, list[States]]:
-        """Where the gradients of `states` are to be written, and before that the buffer behind these places."""
+        """Where the gradients of `states` are to be written, and before that the buffer behind these places, which is
+        empty where they are apart."""
+        if not self.host.in_place and self.tasks:
+            return received[:0], self._apart(received)
         buffer = received.new_empty(received.shape)
-        return buffer, [self._viewed(buffer)] if self.host.in_place else self._apart(received)
+        return buffer, [self._viewed(buffer)] if self.tasks else []
 
     def join_gradients(self, buffer: Tensor, places: list[States]) -> Tensor:
         """The adjoint of `states`."""

@@ -160,16 +160,22 @@ class Work:
 
     def row_at(self, work: int) -> int:
         """The first row that has at least this much work before it."""
+        return self.rows_at([work])[0]
+
+    def rows_at(self, works: Sequence[int]) -> list[int]:
+        """The first rows that have at least so much work before them: of many, as each looks the segments through."""
         starts = self.segments.starts
         if len(self.mutual) > 1:
-            return bisect_left(range(starts[-1]), work, key=self.before)
-        segment = int(np.searchsorted(self.ends, work)) - 1  # the last one that less stands before
-        if segment < 0 or work > self.ends[-1]:
+            return [bisect_left(range(starts[-1]), work, key=self.before) for work in works]
+        segments = (np.searchsorted(self.ends, works) - 1).tolist()  # the last ones that less stands before
+        return [self._row_in(segment, work) for segment, work in zip(segments, works, strict=True)]
+
+    def _row_in(self, segment: int, work: int) -> int:
+        starts = self.segments.starts
+        if segment < 0 or segment + 1 == len(starts):
             return 0 if segment < 0 else starts[-1]
-        rows = _rows_for(
-            work - int(self.ends[segment]), starts[segment + 1] - starts[segment], self.causal, self.window
-        )
-        return starts[segment] + rows
+        start, length = starts[segment], starts[segment + 1] - starts[segment]
+        return start + _rows_for(work - int(self.ends[segment]), length, self.causal, self.window)
 
     def keys(self, rows: range) -> range:
         """The keys that these rows see, from the first to the last."""
@@ -204,8 +210,10 @@ def shard_segments(segments: Segments, ranks: int, costs: Sequence[float] | np.n
     before = [0.0, *running[possible].tolist()]
     if segments.starts[-1] != places[-1] or len(places) <= ranks:
         return None
-    low, high = float(np.diff(before).max()), before[-1]
-    for _ in range(32):  # bisect for the least capacity that needs no more than `ranks` parts, to 1e-9 of the whole
+    # No part is less than the largest block or the mean, and parts of one block more than the mean always suffice.
+    block, mean = float(np.diff(before).max()), before[-1] / ranks
+    low, high = max(block, mean), min(mean + block, before[-1])
+    while high - low > 2.0**-32 * before[-1]:  # bisect for the least capacity that needs no more than `ranks` parts
         middle = (low + high) / 2
         low, high = (low, middle) if len(_fill(before, ranks, middle)) <= ranks else (middle, high)
     cuts = [0, *_fill(before, ranks, high * (1 + 1e-9))]

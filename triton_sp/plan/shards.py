@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Shards:
     @cached_property
     def starts(self) -> tuple[int, ...]:
         """The position in the stream of each rank's first token."""
-        return tuple(sum(self.sizes[:rank]) for rank in range(len(self.sizes)))
+        return tuple(accumulate(self.sizes[:-1], initial=0)) if self.sizes else ()
 
     def range(self, rank: int) -> range:
         """The positions in the stream of a rank's tokens."""
@@ -54,13 +55,19 @@ def moves(source: Shards, target: Shards, rank: int) -> tuple[list[int], list[in
     """
     assert source.total == target.total, (source, target)
     ranks = range(len(source.sizes))
-    send = [_common(source.range(rank), target.range(other)) for other in ranks]
-    receive = [_common(source.range(other), target.range(rank)) for other in ranks]
+    send = [len(overlap(source.range(rank), target.range(other))) for other in ranks]
+    receive = [len(overlap(source.range(other), target.range(rank))) for other in ranks]
     return send, receive
 
 
-def _common(a: range, b: range) -> int:
-    return max(0, min(a.stop, b.stop) - max(a.start, b.start))
+def overlap(a: range, b: range) -> range:
+    """What two parts of a stream have in common; empty, and at the later start, if nothing.
+
+    >>> overlap(range(0, 4), range(2, 9)), overlap(range(0, 4), range(6, 9))
+    (range(2, 4), range(6, 6))
+    """
+    start, stop = max(a.start, b.start), min(a.stop, b.stop)
+    return range(start, stop if stop > start else start)
 
 
 def shard_tokens(total: int, ranks: int, unit: int = 1) -> Shards:

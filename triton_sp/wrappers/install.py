@@ -104,8 +104,8 @@ class Installation:
 
 @functools.cache
 def _signature(method: Callable[..., Any]) -> inspect.Signature:
-    """Of a method, without `self`. Every block of a tower asks for its own three times in a call, and Python takes 11 us
-    to find it out (measured on a CPU)."""
+    """Of a method, without `self`. Each block of a tower asks for its own three times in a call, and Python takes 11 us
+    a time (measured on a CPU)."""
     return inspect.Signature(list(inspect.signature(method).parameters.values())[1:])
 
 

@@ -76,30 +76,32 @@ def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Seg
     Raises:
         InputError: a mask with holes, a label that is predicted from padding after the tokens, or spans that are not.
     """
-    keep = torch.ones(batch.shape, dtype=torch.bool) if batch.mask is None else batch.mask.detach().cpu().bool()
-    labelled = torch.zeros_like(keep) if batch.targets is None else batch.targets.detach().cpu() != IGNORE
-    _check_mask(keep, labelled)
-    # The last padding before the first token predicts that token: without keys, as sdpa and flash attention have it.
-    keyless = ~keep & labelled
-    index = (keep | keyless).flatten().nonzero().flatten()
+    keep = torch.ones(batch.shape, dtype=torch.bool) if batch.mask is None else (batch.mask.detach() != 0).cpu()
+    labelled = torch.zeros_like(keep) if batch.targets is None else (batch.targets.detach() != IGNORE).cpu()
+    if bool(keep.all()):
+        index, keyless, alone = torch.arange(keep.numel()), None, None
+    else:
+        _check_mask(keep, labelled)
+        # The last padding before the first token predicts it: without keys, as sdpa and flash attention have it.
+        keyless = ~keep & labelled
+        index = (keep | keyless).flatten().nonzero().flatten()
+        alone = keyless.flatten()[index] if bool(keyless.any()) else None
     if not len(index):
         raise InputError(
             "attention_mask", expected="at least one token", found="only padding", remedy="drop empty batches"
         )
-    alone, row = keyless.flatten()[index], index // batch.shape[1]
-    starts = F.pad((row[1:] != row[:-1]) | alone[1:] | alone[:-1], (1, 0), value=True)
-    if batch.documents is not None:
-        starts |= batch.documents.flatten()[index]
+    starts = _starts(batch, keep if keyless is None else keep | keyless, index, alone)
     segments, seqused_k = _segments(starts, alone, batch.device)
     if spans is not None and batch.mutual is not None:
         mutual = batch.mutual.detach().cpu()
-        _check_keyless(keyless & mutual)
-        found = _find_spans(mutual.flatten()[index], row, starts, spans)
+        if keyless is not None:
+            _check_keyless(keyless & mutual)
+        found = _find_spans(mutual.flatten()[index], index // batch.shape[1], starts, spans)
         segments = replace(segments, spans=found, cut_spans=spans.cut)
     choice = plan(segments)
 
     def stream_of(segments: Segments, seqused_k: Tensor | None) -> Stream:
-        cu_seqlens = torch.tensor(segments.starts, dtype=torch.int32, device=batch.device)
+        cu_seqlens = torch.from_numpy(segments.table).to(batch.device, torch.int32)
         how = (choice.plan, choice.chunks, choice.attention)
         return Stream(group, choice.shards, cu_seqlens, seqused_k, segments, *how)
 
@@ -107,27 +109,46 @@ def lay_out(batch: Batch, spans: Spans | None, group: Group, plan: Callable[[Seg
     if spans is not None and spans.causal_layers and segments.spans:
         by_layer_type[spans.causal_layers] = stream_of(replace(segments, spans=()), seqused_k)
     if batch.chunks is not None:
-        chunks = _segments(starts | batch.chunks.flatten()[index], alone, batch.device)
-        by_layer_type[CHUNKED] = stream_of(*chunks)
+        by_layer_type[CHUNKED] = stream_of(*_segments(starts | batch.chunks.flatten()[index], alone, batch.device))
     mask = batch.mask if spans is None else UNTOUCHED.to(batch.device)
     stream, index = stream_of(segments, seqused_k), index.to(batch.device)
     return TextCall(stream, batch.shape, index, mask, choice, by_layer_type=by_layer_type)
 
 
-def _segments(starts: Tensor, alone: Tensor, device: torch.device) -> tuple[Segments, Tensor | None]:
+def _segments(starts: Tensor, alone: Tensor | None, device: torch.device) -> tuple[Segments, Tensor | None]:
     """The segments, and how many keys of each count if there are tokens `alone`, which have no keys."""
     firsts = starts.nonzero().flatten()
     bounds = torch.cat([firsts, torch.tensor([len(starts)])])
     segments = Segments(tuple(bounds.tolist()))
-    if not bool(alone.any()):
+    if alone is None:
         return segments, None
     return segments, torch.where(alone[firsts], 0, bounds.diff()).to(device, torch.int32)
 
 
+def _starts(batch: Batch, kept: Tensor, index: Tensor, alone: Tensor | None) -> Tensor:
+    """Whether a segment starts at each token of the stream: with its row, with a document, or by itself.
+
+    Args:
+        kept: (B, S) bool, what is in the stream; `index` are its places.
+        alone: of each token whether it is a segment of its own.
+    """
+    counts = kept.sum(1)
+    starts = torch.zeros(len(index), dtype=torch.bool)
+    starts[(counts.cumsum(0) - counts)[counts > 0]] = True
+    if batch.documents is not None:
+        documents = batch.documents.flatten()
+        starts |= documents if len(index) == len(documents) else documents[index]
+    if alone is not None:
+        starts |= alone
+        starts[1:] |= alone[:-1]
+    return starts
+
+
 def _check_mask(keep: Tensor, labelled: Tensor) -> None:
-    after_tokens = keep.cumsum(1) > 0  # at or behind the first token of the row
-    tokens_left = keep.flip(1).cumsum(1).flip(1) > 0
-    holes = ~keep & after_tokens & tokens_left
+    places, length = torch.arange(keep.shape[1]), keep.shape[1]
+    first, last = keep.byte().argmax(1, keepdim=True), length - 1 - keep.flip(1).byte().argmax(1, keepdim=True)
+    after_tokens = (places >= first) & keep.any(1, keepdim=True)  # at or behind the first token of the row
+    holes = ~keep & after_tokens & (places <= last)
     if bool(holes.any()):
         row, column = holes.nonzero()[0].tolist()
         raise InputError(

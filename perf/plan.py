@@ -42,7 +42,7 @@ def batch_of(tokens: int, documents: int) -> Batch:
     ids = torch.randint(0, 9, (1, tokens))
     begins = torch.zeros(1, tokens, dtype=torch.bool)
     begins[0, torch.linspace(0, tokens - 1, documents + 1).long()[:-1]] = True
-    return Batch(ids, None, begins, None, ids, shift(ids), None)
+    return Batch(ids, None, begins, None, None, ids, shift(ids), None)
 
 
 def parts(batch: Batch, ranks: int) -> dict[str, Callable[[], Any]]:

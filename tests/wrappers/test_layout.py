@@ -58,7 +58,7 @@ def batch_of(rows: list[tuple[int, int, int, list[bool]]], labelled: bool, packe
     if not masked:
         mask.fill_(1)
     return Batch(
-        torch.zeros_like(mask), mask if masked else None, documents if packed else None, None,
+        torch.zeros_like(mask), mask if masked else None, documents if packed else None, None, None,
         labels if labelled else None, shift(labels) if labelled else None, None,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def test_a_hole_is_found_where_it_is(rows: list[list[bool]]) -> None:
         for column in range(6)
         if not kept[column] and any(kept[:column]) and any(kept[column:])
     ]
-    batch = Batch(torch.zeros(len(rows), 6), torch.tensor(rows).long(), None, None, None, None, None)
+    batch = Batch(torch.zeros(len(rows), 6), torch.tensor(rows).long(), *[None] * 6)
     if not any(map(any, rows)):
         return
     if holes:
@@ -102,6 +102,6 @@ def test_a_hole_is_found_where_it_is(rows: list[list[bool]]) -> None:
 
 def test_a_label_behind_the_tokens_is_refused() -> None:
     mask, labels = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 2, IGNORE, 4]])
-    batch = Batch(torch.zeros(1, 4), mask, None, None, labels, shift(labels), None)
+    batch = Batch(torch.zeros(1, 4), mask, None, None, None, labels, shift(labels), None)
     with pytest.raises(InputError, match="a label in row 0 at column 3, predicted from padding"):
         laid_out(batch)

@@ -26,7 +26,7 @@ from triton_sp.plan.cost import LINKS, Layers, PlanChoice, choose_plan
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.plan.stream import Stream
-from triton_sp.ranks import agreement
+from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import resolve_group
 from triton_sp.wrappers import described
 from triton_sp.wrappers.batch import Batch
@@ -83,7 +83,7 @@ def agreeing(batch: Batch, plan: str) -> Callable[[], None]:
     arguments = {"input_ids": batch.tokens, "labels": batch.labels}
 
     def run() -> None:
-        with mock.patch.object(agreement.collectives, "notices_of_all", lambda notice, group: [notice] * group.size):
+        with mock.patch.object(collectives, "_of_all", lambda own, group: own.repeat(group.size, 1)):
             described.prepare_on_all(installation, arguments, lambda: None, lambda _: plan)
 
     return run

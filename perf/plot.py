@@ -180,6 +180,19 @@ def host_table(rows: pd.DataFrame) -> str:
     return markdown(header, lines)
 
 
+def host_before_table(rows: pd.DataFrame) -> str:
+    """The layer as one operator beside the layer as it was."""
+    lines = []
+    for case, part in rows.groupby("case", sort=False):
+        values = 1e3 * part.set_index(["direction", "provider"])["median_ms"]
+        for direction in ("forward", "forward and backward"):
+            own, base = values[direction, "triton_sp"], values[direction, "SDPA, unwrapped"]
+            before = values[direction, "triton_sp at 1154d29"]
+            numbers = [f"{before:,.0f}", f"{own:,.0f}", f"{100 * own / before:.0f} %", f"{own - base:+.0f}"]
+            lines.append([str(case), direction, *numbers])
+    return markdown(["layer, P = 8", "direction", "before, us", "now, us", "of before", "over SDPA, us"], lines)
+
+
 def plan_table(rows: pd.DataFrame) -> str:
     """What planning a batch costs the host."""
     lines = []
@@ -217,6 +230,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
     "host": (host_table, _cpu("host")),
+    "host_before": (host_before_table, _cpu("host_before")),
     "plan": (plan_table, _cpu("plan")),
 }
 for _folder in sorted(RESULTS.glob("*/kernels.csv")):  # a table for each GPU that there are rows of

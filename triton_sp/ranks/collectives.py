@@ -284,7 +284,7 @@ def notices_of_all(notice: bytes, group: Group) -> list[bytes]:
     """A short message from every rank, in rank order; each is cut to 1024 bytes."""
     padded = notice[:_NOTICE_BYTES].ljust(_NOTICE_BYTES, b"\0")
     everyone = _of_all(torch.frombuffer(bytearray(padded), dtype=torch.uint8), group)
-    return [bytes(row.tolist()).rstrip(b"\0") for row in everyone]
+    return [row.tobytes().rstrip(b"\0") for row in everyone.cpu().numpy()]
 
 
 def integers_of_all(values: Sequence[int], group: Group) -> list[list[int]]:

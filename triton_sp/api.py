@@ -12,7 +12,10 @@ from triton_sp.anatomy.find import find_parts
 from triton_sp.config import SPConfig
 from triton_sp.errors import GroupError, InputError, UnsupportedModelError
 from triton_sp.ranks import collectives, groups
+from triton_sp.ranks.boards import board_of
+from triton_sp.ranks.failures import reporting_failures
 from triton_sp.wrappers import composite, decoder, entry, generation, vision
+from triton_sp.wrappers.described import agree_on_gradients
 from triton_sp.wrappers.install import Installation, attach, installation_of
 from triton_sp.wrappers.scores import ScoreRequest, TokenScores, asking, score_alone
 
@@ -79,6 +82,7 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     installation = Installation(resolved, config, anatomy)
     if not installation.idle:
         _install(installation)
+        board_of(resolved).begin("wrap", config.heartbeat)
     attach(anatomy.entry, installation)
     return model_
 
@@ -135,15 +139,17 @@ def sync_gradients(model_: nn.Module, group: Any = None) -> None:
 
     Raises:
         GroupError: the model is not wrapped, or there is no group that can be used.
+        DisagreementError: the ranks are about to add up gradients of different parameters.
     """
     installation = installation_of(model_)
     if installation is None:
         raise GroupError("model", expected="a wrapped model", found="one without a group", remedy="call wrap first")
     everyone = groups.resolve_everyone(group)
     added = 1 if installation.config.gradient == "mean" else installation.group.size
-    collectives.all_reduce_gradients(
-        [p for p in model_.parameters() if p.requires_grad], everyone, added / everyone.size
-    )
+    parameters = [p for p in model_.parameters() if p.requires_grad]
+    with reporting_failures(board_of(everyone)):
+        agree_on_gradients(installation, parameters, everyone)
+        collectives.all_reduce_gradients(parameters, everyone, added / everyone.size)
 
 
 def log_probs(model_: nn.Module, batch: Mapping[str, Any], *, temperature: float = 1.0) -> TokenScores:

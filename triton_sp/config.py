@@ -34,6 +34,9 @@ class SPConfig:
             what the cost model finds fastest; "states" and "heads" force one, see plan/recurrence.py.
         chunks: in how many parts heads are exchanged, if they divide. One part travels while another is attended to,
             and buffers are smaller. This helps if exchanges are long; short exchanges only become more.
+        heartbeat: seconds. A rank that waits for others on the CPU looks whether they are alive: one that has given no
+            sign of life for so long has stopped, one that is alive and has not come for ten times as long has left.
+            Then all ranks that wait raise. 0 leaves it to the time-out of the process group, half an hour.
         single: True wraps a group of one rank too, which `wrap` leaves as it is otherwise: the model then runs on
             packed tokens without padding, with the attention kernels of this library.
         attention: what attends. "triton": the kernels of this library. "torch" (FlashAttention 2 as PyTorch has it),
@@ -56,6 +59,7 @@ class SPConfig:
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
     recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
+    heartbeat: float = 60.0
     single: bool = False
     attention: Literal["triton", "auto", "torch", "cudnn", "flash_attention_2", "flash_attention_3"] = "triton"
 
@@ -68,6 +72,11 @@ class SPConfig:
             )
         for name, fits, expected in (
             ("label_smoothing", 0 <= self.label_smoothing <= 1, "0 to 1"),
+            (
+                "heartbeat",
+                isinstance(self.heartbeat, int | float) and 0 <= self.heartbeat <= 1e6,
+                "seconds, 0 for none",
+            ),
             ("chunks", isinstance(self.chunks, int) and self.chunks >= 1, "1 or more"),
         ):
             require(fits, InputError, f"SPConfig.{name}", expected, repr(getattr(self, name)), _FIX)

@@ -25,6 +25,14 @@ class SPError(ValueError):
         where = "" if rank is None else f"[rank {rank}] "
         super().__init__(f"{where}{field}: expected {expected}, found {found}. Remedy: {remedy}.")
 
+    def on_rank(self, rank: int) -> SPError:
+        """The same error, which names the rank that raises it.
+
+        >>> print(SPError("x", expected="1", found="2", remedy="pass 1").on_rank(3))
+        [rank 3] x: expected 1, found 2. Remedy: pass 1.
+        """
+        return _rebuild(type(self), self.field, self.expected, self.found, self.remedy, rank)
+
     def __reduce__(self) -> tuple[object, ...]:
         """How to pickle an error, which does not work by itself for exceptions with keyword-only arguments."""
         return _rebuild, (type(self), self.field, self.expected, self.found, self.remedy, self.rank)

@@ -69,7 +69,8 @@ def mean_of_shares(share: Tensor, count: Tensor | float, group: Group, gradient:
     Returns:
         A scalar. The mean (or the sum) over ranks of its gradients is the gradient of one process.
     """
-    divisor = torch.as_tensor(count, device=share.device, dtype=share.dtype).clamp(min=1)
+    divisor = torch.as_tensor(count, device=share.device, dtype=share.dtype)
+    divisor = divisor.masked_fill(divisor == 0, 1)
     share = collectives.scale_gradient(share / divisor, group.size if gradient == "mean" else 1.0)
     return collectives.total_of_shares(share, group)  # not a view: trainers multiply the loss in place
 
@@ -110,7 +111,7 @@ class _CrossEntropy(torch.autograd.Function):
         for own in (slice(start, start + step) for start in range(0, tokens, step)):
             logits, targets = logits_TV[own].to(wide), targets_T[own]
             norm = norm_T[own] = logits.logsumexp(-1)
-            losses = norm - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+            losses = norm - logits.gather(1, targets.masked_fill(targets == IGNORE, 0)[:, None])[:, 0]
             if smoothing:  # not multiplied by 0 otherwise, because words may be masked by -inf
                 losses = (1 - smoothing) * losses + smoothing * (norm - logits.mean(-1))
             total += losses.masked_fill(targets == IGNORE, 0).sum()
@@ -130,7 +131,7 @@ class _CrossEntropy(torch.autograd.Function):
             if ctx.smoothing:
                 share -= ctx.smoothing / vocabulary
             right = torch.full_like(norm, ctx.smoothing - 1)[:, None]
-            share.scatter_add_(1, targets.clamp(min=0)[:, None], right)
+            share.scatter_add_(1, targets.masked_fill(targets == IGNORE, 0)[:, None], right)
             out.copy_(share.masked_fill_((targets == IGNORE)[:, None], 0).mul_(grad))
         return grads_TV, None, None
 

@@ -28,6 +28,7 @@ from triton_sp.plan.route import HeadRoute, States
 from triton_sp.plan.shards import Shards, moves
 from triton_sp.plan.stream import Stream, chunks
 from triton_sp.ranks import collectives
+from triton_sp.ranks.backwards import note_backward
 from triton_sp.ranks.collectives import Pending, begin_all_to_all, finish
 from triton_sp.ranks.groups import Group
 
@@ -82,7 +83,7 @@ def attention(
     if v_dim < dim:  # q, k and v travel in one buffer
         v_TKD = F.pad(v_TKD, (0, dim - v_dim))
     with torch.autocast(q_THD.device.type, enabled=False):
-        out = _ExchangeHeads.apply(q_THD, k_TKD, v_TKD, stream, layer)
+        out = note_backward(_ExchangeHeads.apply(q_THD, k_TKD, v_TKD, stream, layer))
     return out if v_dim == dim else out[..., :v_dim]  # type: ignore[no-any-return]
 
 

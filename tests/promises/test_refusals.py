@@ -36,6 +36,16 @@ def errors_of(ranks, job: Callable[..., Any], *args: Any, size: int = 2) -> list
     return raised
 
 
+def ready() -> None:
+    """Started, and everything imported."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def started(ranks) -> None:
+    """On a busy machine this takes longer than a rank that answers may take here."""
+    ranks.run(ready, ranks=3, timeout=1000)
+
+
 def tiny(family: str, **options: Any) -> nn.Module:
     return zoo.build(f"{family}ForCausalLM", zoo.text_config(family, **options), "sdpa", torch.float64)
 
@@ -326,7 +336,7 @@ BATCHES: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
     "states": (lambda: {"input_ids": ids(), "output_hidden_states": True}, "output_hidden_states", "True"),
     "keep": (lambda: {"input_ids": ids(), "logits_to_keep": 1}, "logits_to_keep", "1"),
     "shifted": (lambda: {"input_ids": ids(), "shift_labels": ids()}, "shift_labels", "(2, 6)"),
-    "unknown": (lambda: {"input_ids": ids(), "segment_ids": ids()}, "model", "segment_ids"),
+    "unknown": (lambda: {"input_ids": ids(), "segment_ids": ids()}, "segment_ids", "none of them reads"),
 }
 
 
@@ -341,9 +351,9 @@ def run_batch(name: str, culprit: int | None) -> None:
 def test_batches(ranks, name: str) -> None:
     _, field, found = BATCHES[name]
     for rank, error in enumerate(errors_of(ranks, run_batch, name, None)):
-        assert isinstance(error, InputError | UnsupportedModelError)
+        assert type(error) is InputError
         assert field in error.field and found in error.found
-        assert name == "unknown" or error.rank == rank
+        assert error.rank == rank
 
 
 @pytest.mark.parametrize("name", ["use_cache", "holes", "mask_type", "unbatched", "labels_shape"])

@@ -41,9 +41,9 @@ def repeat(kinds: list[str], contents: list[str], other: str) -> list[int]:
     return sent
 
 
-def test_a_known_kind_costs_16_bytes(ranks) -> None:
+def test_a_known_kind_costs_24_bytes(ranks) -> None:
     for sent in ranks.run(repeat, ["a", "a", "b", "a"], ["1", "2", "3", "4"], "4", ranks=3):
-        assert sent == [2 * 1040, 2 * 16, 2 * 1040, 2 * 16]
+        assert sent == [2 * 1048, 2 * 24, 2 * 1048, 2 * 24]
 
 
 def test_what_first_notices_and_what_not(ranks) -> None:
@@ -65,3 +65,57 @@ def test_a_kind_that_only_one_rank_knows(ranks) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(of_different_kind, ranks=2)
     assert [error.field for error in raised.value.errors.values()] == ["kind", "kind"]
+
+
+def at_different_steps() -> None:
+    """Ranks that are at different steps, and compare things of different kinds."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last:
+        agree(groups.resolve_group(), lambda: "equal", step="a backward")
+    agree(groups.resolve_group(), lambda: "equal", str, str, set(), step="a forward")
+
+
+def test_different_steps(ranks) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(at_different_steps, ranks=3)
+    for error in raised.value.errors.values():
+        assert error.field == "step" and "a backward on rank 2" in error.found and "a forward" in error.expected
+
+
+class Unprintable(Exception):
+    """An error whose text cannot be had."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def unreadable(kind: str) -> None:
+    def prepare() -> str:
+        if dist.get_rank():
+            raise Unprintable if kind == "unprintable" else ValueError("a file named \udcff")
+        return "fine"
+
+    agree(groups.resolve_group(), prepare)
+
+
+@pytest.mark.parametrize("kind", ["unprintable", "surrogates"])
+def test_errors_whose_text_cannot_be_sent(ranks, kind: str) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(unreadable, kind, ranks=2)
+    assert isinstance(raised.value.errors[0], DisagreementError) and "rank 1" in raised.value.errors[0].found
+
+
+def with_details(count: int, changed: int) -> None:
+    """Long lists that differ in a line on the last rank, or in length."""
+    last = dist.get_rank() == dist.get_world_size() - 1
+    lines = [f"weight {i}=float32" for i in range(count)]
+    if last:
+        lines[changed : changed + 1] = [f"weight {changed}=float16"] if changed < count - 1 else []
+    agree(groups.resolve_group(), lambda: f"state={hash(tuple(lines))}", details=lambda: lines)
+
+
+@pytest.mark.parametrize(("count", "changed"), [(2000, 1234), (50, 49)])
+def test_the_line_that_differs_is_named(ranks, count: int, changed: int) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(with_details, count, changed, ranks=3)
+    assert [error.field for error in raised.value.errors.values()] == [f"weight {changed}"] * 3

@@ -61,17 +61,17 @@ LAYERS = {"llama": 2, "gemma": 2, "mistral": 2, "phi3_longrope": 2, "gpt_neox": 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_decoder(ranks, name: str) -> None:
-    """One message for agreement and one for the loss; nothing for masks, positions or sizes."""
+    """A message for agreement, in the backward too, and one for the loss; nothing for masks, positions or sizes."""
     for sent in ranks.run(step, name, "left_pad", ranks=2):
         assert kinds(sent.forward) == {"agree": 1, "exchange": 2 * LAYERS[name], "all_reduce": 1}
-        assert kinds(sent.backward) == {"exchange": 2 * LAYERS[name]}
+        assert kinds(sent.backward) == {"agree": 1, "exchange": 2 * LAYERS[name]}
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip_vision", "dinov2"])
 def test_tower(ranks, name: str) -> None:
     for sent in ranks.run(step, name, "many_images", ranks=2):
         assert kinds(sent.forward) == {"agree": 1, "exchange": 4, "gather": 1}
-        assert kinds(sent.backward) == {"exchange": 4, "gather": 1}
+        assert kinds(sent.backward) == {"agree": 1, "exchange": 4, "gather": 1}
 
 
 def towers_of(name: str) -> Counter[str]:

@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from triton_sp.engines.wire import describe, deserialise, rebuild, room, serialise
 from triton_sp.errors import DisagreementError, InputError
 from triton_sp.ranks import collectives
+from triton_sp.ranks.agreement import agree
+from triton_sp.ranks.failures import text_of
 from triton_sp.ranks.groups import Group
 
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
@@ -62,6 +64,7 @@ class SharedBatches(DataLoader[Any]):
         self._streamed, self._sharing, self._limit = streamed, group, limit
 
     def __iter__(self) -> Any:
+        agree(self._sharing, lambda: f"streamed={self._streamed}\nlimit={self._limit}", step="reading shared batches")
         own = iter(()) if self._parts is None else iter(self._parts)
         for step in count():
             source = 0 if self._streamed else step % self._sharing.size
@@ -82,7 +85,7 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
         except StopIteration:
             pass
         except Exception as error:
-            kind, text, tensors, failure = _FAILED, str(error).encode()[:_DESCRIPTION_LIMIT], [], error
+            kind, text, tensors, failure = _FAILED, text_of(error).encode()[:_DESCRIPTION_LIMIT], [], error
     head = torch.tensor([kind, len(text), sum(map(room, tensors))])
     kind, length, size = collectives.broadcast(head, source, group).tolist()
     if kind == _END:

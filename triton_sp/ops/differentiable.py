@@ -24,12 +24,17 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def run(ctx: Any, *grads: Any) -> Any:
         if torch.is_grad_enabled():
-            raise InputError(
-                "create_graph",
-                expected="False: sharded stages have a first derivative only",
-                found="True, a backward whose gradients are to be differentiated again",
-                remedy="train without gradient penalties, or call triton_sp.unwrap(model)",
-            )
+            raise refused_second_derivative()
         return backward(ctx, *grads)
 
     return run
+
+
+def refused_second_derivative() -> InputError:
+    """The error about a backward with `create_graph=True`."""
+    return InputError(
+        "create_graph",
+        expected="False: sharded stages have a first derivative only",
+        found="True, a backward whose gradients are to be differentiated again",
+        remedy="train without gradient penalties, or call triton_sp.unwrap(model)",
+    )

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import _functional_collectives as funcol
-from torch.distributed.distributed_c10d import _get_process_group_store
 
 from triton_sp.ops.differentiable import once_differentiable
-from triton_sp.ranks.failures import FailureBoard
+from triton_sp.ranks.backwards import note_backward
+from triton_sp.ranks.boards import blaming, board_of
 from triton_sp.ranks.groups import Group, resolve_group, world_rank
 
 _BUCKET_BYTES = 64 << 20  # of gradients in one collective
@@ -63,31 +63,11 @@ def _note(name: str, sent: int) -> None:
         ledger.entries.append((name, sent))
 
 
-# --- failures of other ranks ---------------------------------------------------------------------------------------
-
-_boards: dict[str, FailureBoard] = {}  # by the name of the group; a later group of the same name has another store
-
-
-def board_of(group: Group) -> FailureBoard:
-    """The board on which the ranks of a group tell one another about failures."""
-    store = _get_process_group_store(group.process_group)
-    board = _boards.get(group.name)
-    if board is None or board.store is not store:
-        board = _boards[group.name] = FailureBoard(store, group.rank, group.size)
-    return board
-
-
-@contextmanager
-def _blaming(group: Group) -> Iterator[None]:
-    """Turn an error of a collective into one that names the rank which caused it."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise board_of(group).explain(error) from error
+# --- waiting -----------------------------------------------------------------------------------------------------
 
 
 def _wait(x: Tensor, group: Group) -> Tensor:
-    with _blaming(group):
+    with blaming(group):
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return funcol.wait_tensor(x)  # the device waits, not the program
         return board_of(group).wait(lambda: funcol.wait_tensor(x))
@@ -105,7 +85,7 @@ def _issue(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group,
     """Like `_all_to_all`, but without waiting: the result must not be used before `_wait`."""
     row_bytes = x.element_size() * (x[:1].numel() if len(x) else 0)
     _note(name, (sum(send) - send[group.rank]) * row_bytes)
-    with _blaming(group):
+    with blaming(group):
         out = funcol.all_to_all_single(x.contiguous(), list(receive), list(send), group.process_group)
     # Without the tensor subclass, which waits as soon as anything touches it, and autograd does.
     return getattr(out, "elem", out)
@@ -162,7 +142,7 @@ def exchange(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Grou
     [1.0, 2.0]
     >>> dist.destroy_process_group()
     """
-    return _Exchange.apply(x, tuple(send), tuple(receive), group)  # type: ignore[no-any-return]
+    return note_backward(_Exchange.apply(x, tuple(send), tuple(receive), group))
 
 
 class _Gather(torch.autograd.Function):
@@ -187,7 +167,7 @@ def gather(x: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
     """The rows of all ranks, (sum(sizes), ...) in rank order, where rank p has `sizes[p]`; differentiable."""
     if group.size == 1:
         return x
-    return _Gather.apply(x, sizes, group)  # type: ignore[no-any-return]
+    return note_backward(_Gather.apply(x, sizes, group))
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -228,7 +208,7 @@ def all_reduce(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return x.detach().clone()
     _note("all_reduce", x.numel() * x.element_size())
-    with _blaming(group):
+    with blaming(group):
         total = funcol.all_reduce(x.detach(), "sum", group.process_group)
     return _wait(total, group)
 
@@ -313,6 +293,6 @@ def broadcast(x: Tensor, source: int, group: Group) -> Tensor:
     The result is on the CPU if the group has a CPU backend, else on the GPU.
     """
     _note("broadcast", x.nbytes * (group.size - 1) if group.rank == source else 0)
-    with _blaming(group):
+    with blaming(group):
         sent = funcol.broadcast(x.to(control_device(group)), source, group.process_group)
     return _wait(getattr(sent, "elem", sent), group)

@@ -1,9 +1,9 @@
 """A rank that fails in the middle of a step tells the others, which wait for it in a collective.
 
 It leaves a note in the store of the process group. A rank that waits looks there now and then, and raises an error that
-names the rank which has failed. After that the group is closed, because its ranks may be at different collectives. If
-all ranks fail in the same way, for instance at a layer that cannot be sharded, each raises its own error and the group
-can still be used.
+names the rank which has failed. A rank that has stopped leaves no note, but its heartbeat ends (waiting.py). After that
+the group is closed, because its ranks may be at different collectives. If all ranks fail in the same way, for instance
+at a layer that cannot be sharded, each raises its own error and the group can still be used.
 
 This works on CPUs only. On GPUs collectives return at once, so the program never waits in one; there the launcher
 (torchrun) ends the other ranks.
@@ -12,22 +12,20 @@ This works on CPUs only. On GPUs collectives return at once, so the program neve
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from queue import SimpleQueue
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-
-from triton_sp.errors import PeerError
+from triton_sp.errors import PeerError, SPError
+from triton_sp.ranks.waiting import Pulse, Sign, Waiter, keep_beating
 
 # Seconds that ranks which fail in the same way may be apart, and that a rank waits for the notes of others.
 GRACE = 1.0
 _NOTE_POLL_SECONDS = 0.02
 _WAIT_POLL_SECONDS = 0.25  # a rank that waits for a collective looks for notes this often
+_CLOSED = "triton_sp/closed"  # the key of why a rank has closed the group: others may be in another round
 _NOTICED = "noticed"  # the note of a rank that fails because another has failed
 _TEXT = 2000  # the most characters of a note
 _T = TypeVar("_T")
@@ -41,6 +39,9 @@ class FailureBoard:
         store: an object with `set`, `get` and `check`, such as a store of torch.distributed.
         round: how often all ranks have failed in the same way; notes of earlier rounds are not read again.
         closed: the reason why the group cannot be used any more; None while it can.
+        heartbeat: seconds without a sign of life after which a rank counts as stopped; 0 for no signs.
+        owner: returns None when the group is gone.
+        step, steps: what this rank has begun last with the group, and how often it has begun something.
     """
 
     store: Any
@@ -48,6 +49,34 @@ class FailureBoard:
     size: int
     round: int = 0
     closed: PeerError | None = None
+    heartbeat: float = 0.0
+    step: str = ""
+    steps: int = 0
+    waiter: Waiter = field(default_factory=Waiter, repr=False)
+    owner: Callable[[], Any] | None = None
+    _waits: bool = False
+    _beats: int = 0
+
+    def __post_init__(self) -> None:
+        """Use a connection of its own, because another call may hold that of the group for minutes."""
+        with suppress(Exception):
+            self.store = self.store.clone()
+
+    def begin(self, step: str, heartbeat: float | None = None) -> None:
+        """Tell that this rank begins a step, and how often it shall give signs of life from now on."""
+        self.step, self.steps = step, self.steps + 1
+        if heartbeat is not None and heartbeat != self.heartbeat:
+            self.heartbeat = heartbeat
+            keep_beating(self)
+
+    def beat(self) -> None:
+        """Give a sign of life; the last one when the group is gone."""
+        if self.owner is not None and self.owner() is None:
+            self.heartbeat = 0.0
+            return
+        self._beats += 1
+        sign = Sign(self._beats, self.steps, self._waits, self.step[:_TEXT])
+        _tolerant(lambda: self.store.set(f"triton_sp/alive/{self.rank}", sign.encode()))
 
     def failed(self, text: str) -> None:
         """Post that this rank leaves a step with an error of its own."""
@@ -55,10 +84,12 @@ class FailureBoard:
             return
         self._post(text)
         notes = self._read(lambda notes: len(notes) == self.size or _NOTICED in notes.values())
-        if len(notes) == self.size and _NOTICED not in notes.values():
+        if len(notes) == self.size and _NOTICED not in notes.values() and not self._closed_elsewhere():
             self.round += 1
+            if self.round > 1:  # nobody reads the notes of two rounds ago
+                _tolerant(lambda: self.store.delete_key(self._key(self.rank, self.round - 2)))
         else:
-            self.closed = self._error(f"rank {self.rank}", f"it failed: {text}")
+            self._close(self._error(f"rank {self.rank}", f"it failed: {text}"))
 
     def explain(self, error: BaseException) -> PeerError:
         """The error to raise when a collective of this rank has failed: find out which rank caused it."""
@@ -68,32 +99,65 @@ class FailureBoard:
         notes = self._read(lambda notes: any(text != _NOTICED for text in notes.values()) or len(notes) == self.size)
         guilty = {rank: text for rank, text in notes.items() if text != _NOTICED}
         missing = [rank for rank in range(self.size) if rank not in notes]
+        elsewhere = self._closed_elsewhere()
         if guilty:
             who, what = _ranks(list(guilty)), f"it failed: {next(iter(guilty.values()))}"
+        elif elsewhere:
+            who, _, what = elsewhere.partition(": ")
         elif missing:
             who, what = _ranks(missing), f"no sign of life: it ended, stopped or is slow ({_first_line(error)})"
         else:
             who, what = "collective", f"an error in it: {_first_line(error)}"
-        self.closed = self._error(who, what)
-        return self.closed
+        return self._close(self._error(who, what))
 
     def wait(self, arrived: Callable[[], _T]) -> _T:
         """Call `arrived`, which blocks until a collective is done, and return its result.
 
         Raises:
-            PeerError: another rank has left a note, and the collective is still not done some time later.
+            PeerError: another rank has left a note, and the collective is still not done some time later. Or another
+                rank has given no sign of life for `heartbeat` seconds, or has not come for ten times as long.
         """
         if self.closed is not None:
             raise self.closed
-        done = _background(arrived)
-        alarmed = math.inf
-        while not done.ready.wait(_WAIT_POLL_SECONDS):
-            if time.monotonic() > alarmed + GRACE / 2:
-                _abandon()
-                raise self.explain(TimeoutError("others noticed a failure"))
-            if alarmed == math.inf and self._read(lambda _: True):
-                alarmed = time.monotonic()
+        done = self.waiter.start(arrived)
+        if done.ready.wait(_WAIT_POLL_SECONDS):
+            return done.result()
+        alarmed, looked, pulses = math.inf, time.monotonic(), [Pulse() for _ in range(self.size)]
+        self._waits = True
+        try:
+            while not done.ready.wait(_WAIT_POLL_SECONDS):
+                now = time.monotonic()
+                if now > alarmed + GRACE / 2:
+                    raise self.explain(TimeoutError("others noticed a failure"))
+                if alarmed == math.inf and (self._read(lambda _: True) or self._closed_elsewhere()):
+                    alarmed = now
+                if self.heartbeat and now > looked + self.heartbeat / 8:
+                    looked = now
+                    self._look_at_others(pulses)
+        except BaseException:
+            self.waiter.abandon()
+            raise
+        finally:
+            self._waits = False
         return done.result()
+
+    def _look_at_others(self, pulses: list[Pulse]) -> None:
+        """Raise a PeerError about a rank that has stopped, or that has not come for too long."""
+        complaints = {}
+        for rank in set(range(self.size)) - {self.rank}:
+            key, sign = f"triton_sp/alive/{rank}", None
+            if _tolerant(lambda key=key: self.store.check([key])):
+                text = _tolerant(lambda key=key: self.store.get(key))
+                sign = Sign.decode(text) if text else None
+            complaint = pulses[rank].complaint(sign, self.heartbeat)
+            if complaint:
+                complaints[rank] = complaint
+        # Of those that are late, those that wait for others themselves are not to blame, if there is another.
+        blamed = {rank: text for rank, text in complaints.items() if not text.startswith("all ranks")}
+        if blamed or len(complaints) == self.size - 1:
+            rank, text = next(iter((blamed or complaints).items()))
+            self._post(_NOTICED)
+            raise self._close(self._error(f"rank {rank}", text))
 
     def _error(self, who: str, what: str) -> PeerError:
         return PeerError(
@@ -103,6 +167,17 @@ class FailureBoard:
             remedy="see its own output, and start all ranks again: the group is closed",
             rank=self.rank,
         )
+
+    def _close(self, error: PeerError) -> PeerError:
+        """From now on each collective raises this error, here; and one about this rank's elsewhere."""
+        self.closed = error
+        _tolerant(lambda: self.store.set(_CLOSED, f"{error.field}: {error.found}"[:_TEXT]))
+        return error
+
+    def _closed_elsewhere(self) -> str:
+        if not _tolerant(lambda: self.store.check([_CLOSED])):
+            return ""
+        return (_tolerant(lambda: self.store.get(_CLOSED)) or b"").decode(errors="replace")
 
     def _post(self, text: str) -> None:
         _tolerant(lambda: self.store.set(self._key(self.rank), text[:_TEXT]))
@@ -114,62 +189,15 @@ class FailureBoard:
         while True:
             for rank in range(self.size):
                 if rank not in notes and _tolerant(lambda rank=rank: self.store.check([self._key(rank)])):
-                    notes[rank] = (_tolerant(lambda rank=rank: self.store.get(self._key(rank))) or b"").decode()
+                    notes[rank] = (_tolerant(lambda rank=rank: self.store.get(self._key(rank))) or b"").decode(
+                        errors="replace"
+                    )
             if enough(notes) or time.monotonic() > end:
                 return notes
             time.sleep(_NOTE_POLL_SECONDS)
 
-    def _key(self, rank: int) -> str:
-        return f"triton_sp/failed/{self.round}/{rank}"
-
-
-# --- waiting -------------------------------------------------------------------------------------------------------
-
-
-class _Task:
-    """A call in another thread."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self.call, self.ready = call, threading.Event()
-        self.value: Any = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.value = self.call()
-        except BaseException as error:
-            self.error = error
-        self.ready.set()
-
-    def result(self) -> Any:
-        if self.error is not None:
-            raise self.error
-        return self.value
-
-
-_tasks: SimpleQueue[_Task] | None = None  # of the thread that waits for collectives
-
-
-def _background(call: Callable[[], Any]) -> _Task:
-    """Make the call in a thread. One thread serves all calls, until it is abandoned in a call that never ends."""
-    global _tasks
-    if _tasks is None:
-        _tasks = SimpleQueue()
-        threading.Thread(target=_serve, args=(_tasks,), name="triton_sp waits", daemon=True).start()
-    task = _Task(call)
-    _tasks.put(task)
-    return task
-
-
-def _serve(tasks: SimpleQueue[_Task]) -> None:
-    while tasks is _tasks:
-        tasks.get().run()
-
-
-def _abandon() -> None:
-    """Leave the thread to a call that never ends; the next call starts another one."""
-    global _tasks
-    _tasks = None
+    def _key(self, rank: int, round: int | None = None) -> str:
+        return f"triton_sp/failed/{self.round if round is None else round}/{rank}"
 
 
 # --- notes ---------------------------------------------------------------------------------------------------------
@@ -179,7 +207,7 @@ def _tolerant(action: Callable[[], Any]) -> Any:
     """Call `action`; None if the store is gone with the rank that kept it. Then errors have less to say."""
     try:
         return action()
-    except RuntimeError:
+    except Exception:
         return None
 
 
@@ -187,8 +215,16 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says, in characters that can be sent; its type where it cannot say it."""
+    try:
+        return str(error).encode(errors="backslashreplace").decode()
+    except Exception:
+        return type(error).__name__
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return (text_of(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -196,39 +232,10 @@ def reporting_failures(board: FailureBoard) -> Iterator[None]:
     """A part of a step. If an error is raised in it, the other ranks are told."""
     try:
         yield
-    except PeerError:
-        raise  # the other ranks know already
-    except Exception as error:
-        board.failed(f"{type(error).__name__}: {error}")
+    except BaseException as error:  # also a KeyboardInterrupt, after which the process may live on
+        if isinstance(error, PeerError) or getattr(error, "everywhere", False):
+            raise  # the other ranks know already
+        board.failed(f"{type(error).__name__}: {text_of(error)}")
+        if isinstance(error, SPError) and error.rank is None:
+            raise error.on_rank(board.rank) from error
         raise
-
-
-class _Backward:
-    """A callback of the autograd engine, which calls it at the end of a backward that succeeds.
-
-    If the backward fails, the engine drops its callbacks without calling them. It holds the only reference to this
-    object, so `__del__` runs at that moment.
-    """
-
-    def __init__(self, board: FailureBoard) -> None:
-        self.board, self.done = board, False
-
-    def __call__(self) -> None:
-        self.done = True
-
-    def __del__(self) -> None:
-        if not self.done:
-            self.board.failed("an error in its backward")
-
-
-class BackwardWatcher:
-    """A hook for the gradients of a call's outputs. If the backward that begins there fails, the others are told."""
-
-    def __init__(self, board: FailureBoard) -> None:
-        self.board, self.task = board, -1
-
-    def __call__(self, grad: torch.Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        if task != self.task:  # once in a backward, although several outputs have the hook
-            self.task = task
-            torch.autograd.Variable._execution_engine.queue_callback(_Backward(self.board))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_process_group_store, _resolve_process_group
 
 from triton_sp.errors import GroupError
 
@@ -34,7 +35,7 @@ class Group:
             GroupError: this process has no group of that name.
         """
         try:
-            return _resolve_process_group(self.name)  # type: ignore[arg-type]
+            found = _resolve_process_group(self.name)  # type: ignore[arg-type]
         except RuntimeError as error:
             raise GroupError(
                 "group",
@@ -42,6 +43,38 @@ class Group:
                 found="no such group in this process",
                 remedy="call triton_sp.unwrap(model) and wrap it with a group of this process",
             ) from error
+        if _inherited and any(found is other for other in _inherited):
+            raise GroupError(
+                "group",
+                expected="a process that has made its process group itself",
+                found=f"a forked child, process {os.getpid()}: its parent is the rank",
+                remedy="call the model in the parent only, or unwrap the child's copy of it",
+            )
+        return found
+
+    @property
+    def store(self) -> dist.Store:
+        """The key/value store of the group, which all of its ranks can reach."""
+        return _get_process_group_store(self.process_group)
+
+
+_inherited: list[Any] = []  # the groups of the parent of this process, in a forked child
+
+
+def _remember_inherited() -> None:
+    if dist.is_available() and dist.is_initialized():
+        _inherited.extend(dist.distributed_c10d._world.pg_map)
+
+
+os.register_at_fork(after_in_child=_remember_inherited)
+
+
+def exists(name: str) -> bool:
+    """Whether there is a process group of that name."""
+    try:
+        return _resolve_process_group(name) is not None  # type: ignore[arg-type]
+    except RuntimeError:
+        return False
 
 
 ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes completely; nothing is sent in it

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy.parts import Spans, Stack
+from triton_sp.anatomy.parts import Anatomy, Spans, Stack
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.masks import chunks_of, documents_of
+from triton_sp.wrappers.values import check_devices, check_ids, check_items, check_labels, check_names, check_pixels
 
 _CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
 _REMEDIES = {
@@ -95,7 +96,9 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
     rows, length = tokens.shape[:2]
     _check_shapes(arguments, rows, length)
     _check_loss(override, arguments)
+    _check_values(override, arguments, tokens)
     labels = arguments.get("labels")
+    labels = None if labels is None else labels.to(tokens.device)
     return Batch(
         tokens,
         mask=arguments.get("attention_mask"),
@@ -106,6 +109,15 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
         targets=None if labels is None else shift(labels),
         items=arguments.get("num_items_in_batch"),
     )
+
+
+def check_pixels_alone(anatomy: Anatomy, arguments: dict[str, Any]) -> None:
+    """Raise an InputError for what a vision model is given and cannot use."""
+    refuse(arguments, "output_attentions")
+    check_names(anatomy, arguments)
+    pixels = next((value for value in arguments.values() if isinstance(value, Tensor)), None)
+    if pixels is not None:
+        check_devices(arguments, pixels.device)
 
 
 def _refuse_cache(arguments: dict[str, Any]) -> None:
@@ -124,9 +136,12 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
     name = next((name for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
     if name is None:
         raise InputError("input_ids", expected="ids or inputs_embeds", found="neither", remedy="pass one of them")
+    if name == "input_ids" and arguments.get("inputs_embeds") is not None:
+        raise InputError("inputs_embeds", expected="ids or inputs_embeds", found="both", remedy="pass one of them")
     tokens, axes = arguments[name], 2 if name == "input_ids" else 3
-    if not isinstance(tokens, Tensor) or tokens.ndim != axes or tokens.is_floating_point() != (axes == 3):
-        expected = "integers (B, S)" if axes == 2 else "embeddings (B, S, C)"
+    fits = isinstance(tokens, Tensor) and tokens.ndim == axes
+    if not fits or not (tokens.dtype in (torch.int64, torch.int32) if axes == 2 else tokens.is_floating_point()):
+        expected = "int64 or int32 (B, S)" if axes == 2 else "floating embeddings (B, S, C)"
         raise InputError(name, expected=expected, found=_shown(tokens), remedy="pass a batch of token ids")
     return tokens
 
@@ -142,13 +157,38 @@ def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
         raise InputError(
             "cu_seq_lens_q", expected="position_ids with it", found="none", remedy="mark documents by position_ids"
         )
-    if positions is not None and (positions.ndim not in (2, 3) or positions.shape[-1] != length):
+    if positions is not None and not _fits(positions, rows, length):
         raise InputError(
             "position_ids",
-            expected=f"(B, {length}), (1, {length}) or (axes, B, {length})",
-            found=f"{tuple(positions.shape)}",
+            expected=f"integers ({rows}, {length}), (1, {length}) or (axes, {rows}, {length})",
+            found=_shown(positions),
             remedy="give the positions of the whole sequence",
         )
+
+
+def _fits(positions: Any, rows: int, length: int) -> bool:
+    plain = isinstance(positions, Tensor) and positions.ndim in (2, 3) and not positions.is_floating_point()
+    return plain and positions.shape[-1] == length and positions.shape[-2] in (1, rows)
+
+
+def _check_values(override: Override, arguments: dict[str, Any], tokens: Tensor) -> None:
+    anatomy, entry, labels = override.installation.anatomy, override.module, arguments.get("labels")
+    check_names(anatomy, arguments)
+    check_devices(arguments, tokens.device)
+    check_ids(tokens, anatomy.fusion, _call(entry, "get_input_embeddings"))
+    if labels is not None:
+        check_labels(labels, _call(entry, "get_output_embeddings"))
+    check_items(arguments.get("num_items_in_batch"), labels is not None and bool((labels[:, 1:] != IGNORE).any()))
+    if anatomy.fusion is not None:
+        check_pixels(anatomy.fusion, arguments, anatomy.towers[0])
+
+
+def _call(module: Any, method: str) -> Any:
+    """What a method of a model returns; None where it has none, or cannot tell."""
+    try:
+        return getattr(module, method)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _check_loss(override: Override, arguments: dict[str, Any]) -> None:

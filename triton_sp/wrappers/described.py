@@ -8,15 +8,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from triton_sp._version import __version__
 from triton_sp.anatomy.parts import device_of
 from triton_sp.errors import InputError
 from triton_sp.ops.dispatch import implementation
 from triton_sp.plan.cost import find_link
-from triton_sp.ranks.agreement import agree
+from triton_sp.ranks.agreement import agree, hashed
+from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.state import autocast_of
 
 # Integer tensors up to so many elements are compared by value, others by shape. With check="first" grids of images
 # still are: towers make their plans of them.
@@ -50,29 +53,73 @@ def prepare_on_all(
         prepare: validates the arguments; what it raises is raised on every rank.
         plan: what must be equal on all ranks of what was prepared, in a line.
     """
-    check = installation.config.check
-    if check == "off":
+    check, state = installation.config.check, installation.state
+    if check == "off" and state.calls:
         return prepare()
+    looked = state.look()
 
     def describe(most: int, prepared: _T) -> str:
-        return f"{_describe(installation, arguments, most)}\nplan={plan(prepared)}"
+        return f"{_describe(installation, arguments, most)}\nstate={looked}\nplan={plan(prepared)}"
 
-    brief = partial(describe, _ALWAYS_CHECKED) if check == "first" else None
-    return agree(installation.group, prepare, partial(describe, _CHECKED_VALUES), brief, installation.agreed)
+    return agree(
+        installation.group,
+        prepare,
+        partial(describe, _CHECKED_VALUES),
+        partial(describe, _ALWAYS_CHECKED) if check == "first" else None,
+        installation.agreed,
+        step=f"forward {state.calls} of {type(state.model).__name__}",
+        details=state.details,
+    )
+
+
+def agree_on_backward(installation: Installation, step: str, exchanges: list[Node]) -> None:
+    """At the start of a backward: all ranks begin that of the same forward, and will make the same exchanges in it.
+
+    A rank whose weights are frozen, or that asks for the gradients of others, makes fewer exchanges.
+
+    Args:
+        exchanges: the nodes of the graph that make one.
+    """
+
+    def describe(_: None) -> str:
+        executed = "".join(str(int(torch._C._will_engine_execute_node(node))) for node in exchanges)
+        return f"exchanges={executed.count('1')} of {len(executed)}, {hashed(executed)}"
+
+    agree(installation.group, lambda: None, describe, step=step)
+
+
+def agree_on_gradients(installation: Installation, parameters: list[nn.Parameter], everyone: Group) -> None:
+    """Before gradients are added up: all ranks are about to add those of the same parameters."""
+
+    def check() -> None:
+        if any(p.grad is not None and p.grad.layout != torch.strided for p in parameters):
+            raise InputError(
+                "gradients", expected="dense ones", found="a sparse one", remedy="use embeddings with sparse=False"
+            )
+
+    def describe(_: None) -> str:
+        unlike = {p.grad.dtype for p in parameters if p.grad is not None and p.grad.dtype != p.dtype}
+        kinds = f"gradients={len(parameters)}, of other dtypes than their weights: {sorted(map(str, unlike))}"
+        return f"{kinds}\nstate={installation.state.structure()}"
+
+    agree(everyone, check, describe, step="sync_gradients", details=installation.state.lines)
 
 
 def _describe(installation: Installation, arguments: dict[str, Any], most: int) -> str:
     """What must be equal on all ranks, a line a field; tensors of up to `most` elements by content."""
     model = installation.anatomy.entry
     lines = [f"triton_sp={__version__}", f"model={type(model).__name__}", f"config={installation.config}"]
-    lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}"]
+    device = device_of(model).type
+    lines += [f"training={model.training}", f"grad={torch.is_grad_enabled()}", f"autocast={autocast_of(device)}"]
     if installation.config.attention in ("triton", "auto"):
         implementation(device_of(model))  # raises where our kernels are wrong: here, it does so on every rank
     # Calibrated on each host: where they differ, plans would.
-    lines.append(f"link={find_link(installation.config.link, device_of(model).type, installation.group.size)}")
+    lines.append(f"link={find_link(installation.config.link, device, installation.group.size)}")
     for name, value in sorted(arguments.items()):
         if isinstance(value, Tensor):
-            lines.append(f"{name}={tuple(value.shape)} {str(value.dtype)[6:]}{_digest(value, most)}")
+            lines.append(
+                f"{name}={tuple(value.shape)} {str(value.dtype)[6:]} {value.device.type}{_digest(value, most)}"
+            )
         elif value is not None and not isinstance(value, Mapping | list | tuple):
             lines.append(f"{name}={value!s:.40}")
     return "\n".join(lines)
@@ -80,7 +127,7 @@ def _describe(installation: Installation, arguments: dict[str, Any], most: int) 
 
 def _digest(value: Tensor, most: int) -> str:
     """Ids, labels, masks and grids by content: they decide every rank's plan."""
-    if value.is_floating_point() or value.numel() > most:
+    if value.is_floating_point() or value.is_meta or value.numel() > most:
         return ""
     content = value.detach().cpu().contiguous().view(-1).numpy()
     # Processors have instructions for SHA-256: 1M ids take 6 ms, with BLAKE2 18 (measured).

@@ -14,9 +14,11 @@ from triton_sp.anatomy.parts import Stack
 from triton_sp.errors import InputError
 from triton_sp.loss import cross_entropy, mean_of_shares
 from triton_sp.ranks import collectives
-from triton_sp.ranks.failures import BackwardWatcher, reporting_failures
-from triton_sp.wrappers.batch import Batch, decodes, read_batch, refuse
-from triton_sp.wrappers.described import bind_on_all, prepare_on_all
+from triton_sp.ranks.backwards import BackwardWatcher, noting_backwards
+from triton_sp.ranks.boards import board_of, give_sign
+from triton_sp.ranks.failures import reporting_failures
+from triton_sp.wrappers.batch import Batch, check_pixels_alone, decodes, read_batch
+from triton_sp.wrappers.described import agree_on_backward, bind_on_all, prepare_on_all
 from triton_sp.wrappers.features import check_rows, needed_rows
 from triton_sp.wrappers.generation import generating
 from triton_sp.wrappers.head import HeadLoss, logit_transform
@@ -32,18 +34,25 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of a wrapped model. In `generate`, and with a key/value cache, it is the model's own."""
     installation = override.installation
     if generating():  # perhaps on this rank alone: the others are not asked anything
+        give_sign(installation.group)
         return override.original(*args, **kwargs)
+    board = board_of(installation.group)
+    board.begin("a forward", installation.config.heartbeat)
     arguments = bind_on_all(override, args, kwargs)
     decoder = installation.anatomy.decoder
     if decoder is not None and decodes(override, arguments):
+        give_sign(installation.group)
         return override.original(*args, **kwargs)
-    board = collectives.board_of(installation.group)
-    with reporting_failures(board):
+    with reporting_failures(board), noting_backwards() as exchanges:
         if decoder is None:
             out = _run_vision_model(override, arguments, args, kwargs)
         else:
             out = _run_text_model(override, arguments, decoder)
-    _watch(out, BackwardWatcher(board))
+    begin = None
+    if installation.config.check != "off":
+        step = f"backward of forward {installation.state.calls} of {type(override.module).__name__}"
+        begin = partial(agree_on_backward, installation, step, exchanges)
+    _watch(out, BackwardWatcher(board, begin))
     return out
 
 
@@ -66,7 +75,7 @@ def _watch(out: Any, hook: BackwardWatcher) -> None:
 def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, kwargs: Any) -> Any:
     """The outputs are the same on every rank, and so is a loss that the caller forms of them."""
     installation = override.installation
-    prepare_on_all(installation, arguments, lambda: refuse(arguments, "output_attentions"))
+    prepare_on_all(installation, arguments, partial(check_pixels_alone, installation.anatomy, arguments))
     with active(Call()):
         out = override.original(*args, **kwargs)
     factor = 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size

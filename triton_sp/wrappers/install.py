@@ -22,6 +22,7 @@ from triton_sp.ops.backends import choice
 from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.state import ModelState
 
 _MISSING = "<not set on the instance>"
 _MARK = "_triton_sp"
@@ -49,10 +50,12 @@ class Installation:
     front: Override | None = None  # that of the model's own forward
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
     routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
+    state: ModelState = field(init=False)  # what the models of all ranks must have in common
 
     def __post_init__(self) -> None:
         """Raise an InputError where the chosen attention is not installed, before anything is changed."""
         choice.require(self.config.attention)
+        self.state = ModelState(self.anatomy.entry)
 
     @property
     def idle(self) -> bool:

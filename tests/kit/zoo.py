@@ -15,11 +15,43 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers as hf
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.models.llava_onevision.modeling_llava_onevision import get_anyres_image_grid_shape, unpad_image
 
 Batch = dict[str, Tensor]
+
+
+class Missing(dict[str, Any]):
+    """A configuration that the installed version of transformers doesn't have. Its cases are left out."""
+
+    def to_dict(self) -> Missing:
+        return self
+
+    to_diff_dict = to_dict
+
+
+class _Installed:
+    """transformers, with something in the place of configurations that an older version doesn't have or take."""
+
+    def __getattr__(self, name: str) -> Any:
+        newest = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24)
+        if newest or not name.endswith("Config"):
+            return getattr(transformers, name)
+        return partial(_configure, getattr(transformers, name, Missing))
+
+
+def _configure(kind: Any, **options: Any) -> Any:
+    if any(isinstance(value, Missing) for value in options.values()):
+        return Missing()
+    try:
+        return kind(**options)
+    except StrictDataclassError:
+        return Missing()
+
+
+hf = _Installed()
 
 PAD, IMAGE, VIDEO, VISION_START, VISION_END, FIRST_TEXT, VOCAB = 0, 1, 2, 3, 4, 5, 89
 HEADS = 12
@@ -157,7 +189,7 @@ def text_case(name: str, family: str, attention: str = "sdpa", ranks: tuple[int,
     # Eager attention fills masks with the least float64, which is -inf in its softmax, which is in float32. Gemma's
     # norms round their weight to float32, so its gradient is a sum of float32 numbers.
     dtype = torch.float32 if attention == "eager" or family == "Gemma" else torch.float64
-    config = text_config(f"{family}Text" if hasattr(hf, f"{family}TextConfig") else family, **options)
+    config = text_config(f"{family}Text" if hasattr(transformers, f"{family}TextConfig") else family, **options)
     recipe = partial(build, f"{family}ForCausalLM", config, attention)
     # Where a row has no key, eager attention averages all tokens of the row; sdpa and flash attention give 0.
     batches = {batch: partial(text_batch, batch, padding_learns=attention != "eager") for batch in names}
@@ -637,6 +669,12 @@ def hybrid_cases() -> list[Case]:
     ]
 
 
+def is_installed(case: Case) -> bool:
+    """Whether the installed version of transformers has a case's model."""
+    model, config, *_ = case.build.args if isinstance(case.build, partial) else ("", None)
+    return not isinstance(config, Missing) and hasattr(transformers, model)
+
+
 CASES = {
     case.name: case
     for case in (
@@ -650,9 +688,10 @@ CASES = {
         *text_cases(),
         *odd_head_cases(),
     )
+    if is_installed(case)
 }
 
 from kit import special  # noqa: E402  # made of what stands above
 
-CASES |= {case.name: case for case in special.cases()}
+CASES |= {case.name: case for case in special.cases() if is_installed(case)}
 FEATURES_GATHERED |= special.GATHERED

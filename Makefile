@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where Python is told to write no bytecode, each of a test's processes would compile all of transformers: 14 s, not 5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check docs gpu perf all-plans interpreter engines adapters faults soak compile-table clean
+.PHONY: demo test check docs gpu perf all-plans interpreter engines adapters faults soak versions compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -72,6 +72,10 @@ soak: .venv/.ready
 perf: .venv/.ready
 	for sweep in scale agree fuse exchange model single_rank host plan; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
 	$(BIN)/python -m perf.plot
+
+# Long: a part of the parity suite with other versions of transformers: tests/data/versions.csv.
+versions: .venv/.ready
+	$(BIN)/python tests/versions.py
 
 compile-table: .venv/.ready
 	$(BIN)/python tests/kernels/compile_table.py

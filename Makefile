@@ -65,7 +65,7 @@ faults: .venv/.ready
 # recurrent layers of every kind on 2, 3 and 4 ranks.
 soak: .venv/.ready
 	$(BIN)/python -m pytest -n 2 -m long tests/promises/test_poison.py tests/promises/test_memory.py tests/wrappers/test_hybrids.py \
-		tests/wrappers/test_special.py
+		tests/wrappers/test_special.py tests/promises/test_video.py
 	PYTHONPATH=tests $(BIN)/python tests/promises/fuzz.py 10000
 
 # What a CPU can measure; DeepSpeed takes part if it is installed: .venv/bin/python -m pip install -e '.[peers]'

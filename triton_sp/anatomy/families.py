@@ -135,8 +135,9 @@ def layer_config(attention: nn.Module) -> Any:
     """The configuration of the layer of an attention module, where layers have heads of their own (Gemma 4), or the one
     of all layers."""
     config: Any = getattr(attention, "config", None)
-    by_layer, index = getattr(config, "per_layer_config", None), getattr(attention, "layer_idx", None)
-    return by_layer[index] if by_layer and index is not None else config
+    index = getattr(attention, "layer_idx", None)
+    by_layer = None if index is None else getattr(config, "per_layer_config", None)
+    return config if by_layer is None else by_layer[index]
 
 
 def numbers_its_tokens(attention: nn.Module) -> bool:

@@ -177,7 +177,8 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
     """Fill in what a vision tower has outside of its blocks."""
     ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
-    stack.module = ancestors[0]
+    # The model around a tower and a decoder may say that it takes pixels, too (BLIP-2).
+    stack.module = next((m for m in ancestors if not any(map(_embeds_tokens, m.modules()))), owner)
     stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
     parts = list(_outside(owner, stack.blocks))
     stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]

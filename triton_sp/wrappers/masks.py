@@ -35,6 +35,12 @@ def _found(*_: Any, mask_function: MaskFunction, **__: Any) -> None:
     raise _Found(mask_function)
 
 
+def _found_chunks(*_: Any, mask_function: MaskFunction, local_size: int | None = None, **__: Any) -> None:
+    """Before 5.17 Llama 4 makes masks that no layer has, too; those of chunks come with their size."""
+    if local_size is not None:
+        raise _Found(mask_function)
+
+
 def mask_function_of(
     decoder: nn.Module, shape: tuple[int, int], layer_type: str | None = None, **arguments: Any
 ) -> MaskFunction | None:
@@ -49,7 +55,7 @@ def mask_function_of(
         from transformers import AttentionMaskInterface
     except ImportError:
         return None
-    AttentionMaskInterface.register(_LOOK, _found)
+    AttentionMaskInterface.register(_LOOK, _found_chunks if layer_type == CHUNKED else _found)
     module: Any = decoder
     config, like = module.config, next(module.parameters())
     module.config = copy.copy(config)

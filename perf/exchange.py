@@ -50,7 +50,7 @@ def ours(case: AttentionCase) -> Layer:
     group = groups.resolve_group()
     table = torch.tensor(case.segments.starts, dtype=torch.int32)
     stream = Stream(group, shard_tokens(case.tokens, group.size), table, host_segments=case.segments)
-    return lambda q, k, v: stages.attention(q, k, v, stream, causal=case.causal)
+    return lambda q, k, v: stages.attention((q, k, v), stream, causal=case.causal)
 
 
 def alst(case: AttentionCase) -> Layer:

@@ -88,7 +88,7 @@ def stream_of(ranks: int, plan: str) -> Stream:
 def sharded(case: AttentionCase, ranks: int, plan: str) -> Layer:
     """The layer of one of so many ranks."""
     stream = stream_of(ranks, plan)
-    return lambda q, k, v: stages.attention(q, k, v, stream, causal=case.causal)
+    return lambda q, k, v: stages.attention((q, k, v), stream, causal=case.causal)
 
 
 def unwrapped(case: AttentionCase) -> Layer:

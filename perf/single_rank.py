@@ -171,7 +171,6 @@ def account(shape: Shape, run: Run, ranks: int = RANKS) -> Account:
         mock.patch.object(dispatch, "portable", lambda device: "triton"),
         mock.patch.object(dispatch, "implementation", lambda device: "triton"),
         mock.patch.object(launch, "target", lambda: "cuda:90"),
-        mock.patch.dict(launch.SPLITS, {32: (32, 0)}),  # of the small shape; nothing is compiled
         mock.patch.object(JITFunction, "run", lambda *_, **__: None),
     ):
         model = build(shape, run, cpu)

@@ -41,7 +41,9 @@ class Measure(NamedTuple):
 def measures() -> list[Measure]:
     """All measures of the library in this checkout."""
     files = sorted((ROOT / "triton_sp").rglob("*.py"))
-    plain = [file for file in files if "kernels" not in file.parts]  # a kernel is one long function by nature
+    plain = [
+        file for file in files if "kernels" not in file.relative_to(ROOT).parts
+    ]  # a kernel is one long function by nature
     lengths = [(file.read_text().count("\n"), file.name) for file in files]
     defined = [(f, f"{file.name}:{f.lineno} {f.name}") for file in files for f in functions(file)]
     bodies = [(body_lines(f), f"{file.name}:{f.lineno} {f.name}") for file in plain for f in functions(file)]

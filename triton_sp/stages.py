@@ -45,6 +45,7 @@ class Layer(NamedTuple):
     window: int | None
     softcap: float
     softmax_scale: float
+    dims: tuple[int, int]  # head dim of q and k, and of v
     attention: Choice | None = None
 
     @property
@@ -52,39 +53,47 @@ class Layer(NamedTuple):
         """What the operators of the stage attend are told beside the mask."""
         return {"softcap": self.softcap, "softmax_scale": self.softmax_scale, "attention": self.attention}
 
+    def narrow(self, states: States) -> States:
+        """q, k and v without the columns that they got for the way: they travel as wide as the widest of them."""
+        (q, k, v), (dim, v_dim) = states, self.dims
+        return states if dim == v_dim else (q[..., :dim], k[..., :dim], v[..., :v_dim])
+
 
 @torch.compiler.disable(reason="the exchange of heads is one eager operator a layer")
 def attention(
-    q_THD: Tensor,
-    k_TKD: Tensor,
-    v_TKD: Tensor,
+    states: States,
     stream: Stream,
     *,
     causal: bool,
     window: int | None = None,
     softcap: float | None = None,
     softmax_scale: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention over the whole stream from this rank's tokens: two exchanges, a fair share of the heads each; no
     exchange where shards end with segments.
 
     Args:
-        q_THD, k_TKD, v_TKD: this rank's tokens, all heads, in one dtype; position embeddings applied.
+        states: q (T, H, D), k (T, K, D) and v (T, K, V), this rank's tokens, all heads, in one dtype; position
+            embeddings applied.
+        sinks: (H,), the learned sinks of all heads, the same on every rank. Their gradient is this rank's share, to be
+            summed over ranks as that of every replicated parameter.
 
     Returns:
-        (T, H, D), this rank's tokens, all heads.
+        (T, H, V), this rank's tokens, all heads.
     """
-    dim, v_dim = q_THD.shape[-1], v_TKD.shape[-1]
-    scale = dim**-0.5 if softmax_scale is None else softmax_scale
-    layer = Layer(causal, window, softcap or 0.0, scale, stream.attention)
+    q_THD, _, v_TKD = states
+    dims = q_THD.shape[-1], v_TKD.shape[-1]
+    scale = dims[0] ** -0.5 if softmax_scale is None else softmax_scale
+    layer = Layer(causal, window, softcap or 0.0, scale, dims, stream.attention)
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, causal, window)
-        return varlen.attend_eagerly(q_THD, k_TKD, v_TKD, mask, **layer.factors)
-    if v_dim < dim:  # q, k and v travel in one buffer
-        v_TKD = F.pad(v_TKD, (0, dim - v_dim))
+        return varlen.attend_eagerly(states if sinks is None else (*states, sinks), mask, **layer.factors)
+    if dims[0] != dims[1]:  # they travel in one buffer
+        q_THD, k_TKD, v_TKD = (F.pad(x, (0, max(dims) - x.shape[-1])) for x in states)
+        states = q_THD, k_TKD, v_TKD
     with torch.autocast(q_THD.device.type, enabled=False):
-        out = note_backward(_ExchangeHeads.apply(q_THD, k_TKD, v_TKD, stream, layer))
-    return out if v_dim == dim else out[..., :v_dim]  # type: ignore[no-any-return]
+        return note_backward(_ExchangeHeads.apply(*states, sinks, stream, layer))
 
 
 class _ExchangeHeads(torch.autograd.Function):
@@ -95,9 +104,11 @@ class _ExchangeHeads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, stream: Stream, layer: Layer) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, stream: Stream, layer: Layer
+    ) -> Tensor:
         group, parts = stream.group, _parts((q, k, v), stream, layer)
-        result, kept, returning = q.new_empty(q.shape), [], []
+        result, kept, returning = q.new_empty(*q.shape[:2], layer.dims[1]), [], []
 
         def send(part: _Part) -> Pending:  # pack, exchange
             return begin_all_to_all(part.route.pack(part.states), part.route.sent, part.route.received, group)
@@ -109,22 +120,25 @@ class _ExchangeHeads(torch.autograd.Function):
                 arriving = send(following)
             route = part.route
             attended = [  # attend
-                varlen.forward(*states, mask, **layer.factors)
-                for states, mask in zip(route.states(received), route.masks, strict=True)
+                varlen.forward(*layer.narrow(states), mask, **layer.factors, sinks=own)
+                for states, mask, own in zip(route.states(received), route.masks, part.sinks(sinks), strict=True)
             ]
-            outs = route.join([out for out, _ in attended], received)
+            outs = route.join([out for out, _ in attended], received[..., : layer.dims[1]])
             returning.append(begin_all_to_all(outs, route.returned, route.results, group))  # exchange
             kept += [received, *(x for pair in attended for x in pair)]
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack(finish(coming), result[:, part.heads])  # unpack
         ctx.stream, ctx.layer, ctx.shapes = stream, layer, (q.shape, k.shape, v.shape)
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(sinks, *kept)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        stream, layer, kept = ctx.stream, ctx.layer, iter(ctx.saved_tensors)
+        (sinks, *saved), stream, layer = ctx.saved_tensors, ctx.stream, ctx.layer
+        kept, dsinks = iter(saved), None
+        if sinks is not None:
+            dsinks = torch.zeros_like(sinks, dtype=torch.promote_types(sinks.dtype, torch.float32))
         dq, dk, dv = grads = tuple(dout.new_empty(shape) for shape in ctx.shapes)
         group, parts, returning = stream.group, _parts((dq, dk, dv), stream, layer), []
 
@@ -139,14 +153,19 @@ class _ExchangeHeads(torch.autograd.Function):
                 arriving = send(following)
             route, received = part.route, next(kept)
             buffer, places = route.places(received)
-            for states, place, mask, own in zip(route.states(received), places, route.masks, douts, strict=True):
-                forward = (*states, next(kept), next(kept))
-                varlen.backward(own, None, forward, mask, **layer.factors, grads=place)  # of attend
+            tasks = zip(route.states(received), places, route.masks, douts, strict=True)
+            learned = zip(part.sinks(sinks), part.sinks(dsinks), strict=True)
+            for (states, place, mask, own), (sink, dsink) in zip(tasks, learned, strict=True):
+                forward = (*layer.narrow(states), next(kept), next(kept), *([] if sink is None else [sink]))
+                places_of = layer.narrow(place)
+                found = varlen.backward(own, None, forward, mask, **layer.factors, grads=places_of)  # of attend
+                if dsink is not None and found.dsinks is not None:
+                    dsink += found.dsinks
             flat = route.join_gradients(buffer, places)
             returning.append(begin_all_to_all(flat, route.received, route.sent, group))  # of the exchange
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack_gradients(finish(coming), part.states)  # of pack
-        return *grads, None, None
+        return *grads, dsinks, None, None
 
 
 class _Part(NamedTuple):
@@ -155,6 +174,12 @@ class _Part(NamedTuple):
     route: HeadRoute
     states: States
     heads: slice  # of the queries and the outputs
+
+    def sinks(self, sinks: Tensor | None) -> list[Tensor | None]:
+        """Those of each task, of all or of their gradients."""
+        if sinks is None:
+            return [None] * len(self.route.tasks)
+        return [sinks[self.heads][task.q.start : task.q.stop] for task in self.route.tasks]
 
 
 def _parts(states: States, stream: Stream, layer: Layer) -> list[_Part]:

@@ -22,7 +22,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # the interpreter is wrong in bf16
 MAIN = DTYPES[-1] if ON_GPU else torch.float32
 STRETCH = 12 if ON_GPU else 1  # tiles are 32 x 16 in the interpreter, up to 128 x 128 on a GPU
-DIMS = [64, 72, 80, 88, 96, 128, 256]
+DIMS = [64, 72, 80, 88, 96, 128, 256, 16, 56, 104, 160, 192]
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Case:
     heads: int = 2
     k_heads: int = 1
     dim: int = 64
+    v_dim: int = 0  # 0: dim
     dtype: torch.dtype = MAIN
     causal: bool = False
     window: int | None = None
@@ -47,13 +48,15 @@ class Case:
         self.q = [n * STRETCH for n in self.q]
         self.k = self.q if self.k is None else [n * STRETCH for n in self.k]
         self.used = None if self.used is None else [n * STRETCH for n in self.used]
+        self.v_dim = self.v_dim or self.dim
         self.window = None if self.window is None else self.window * STRETCH
 
     def tensors(self, seed=0):
         generator = torch.Generator().manual_seed(seed)
         rows, keys = sum(self.q) + self.slack, sum(self.k) + self.slack
-        shapes = [(rows, self.heads), (keys, self.k_heads), (keys, self.k_heads), (rows, self.heads)]
-        return [torch.randn(*s, self.dim, generator=generator).to(DEVICE, self.dtype) for s in shapes]
+        shapes = [(rows, self.heads, self.dim), (keys, self.k_heads, self.dim)]
+        shapes += [(keys, self.k_heads, self.v_dim), (rows, self.heads, self.v_dim)]
+        return [torch.randn(*s, generator=generator).to(DEVICE, self.dtype) for s in shapes]
 
     def tables(self):
         def table(lengths):
@@ -102,7 +105,7 @@ class Case:
             start, k_start = start + n, k_start + n_k
         return mask.to(DEVICE)
 
-    def oracle(self, q, k, v, dtype):
+    def oracle(self, q, k, v, dtype, sinks=None):
         """out and log-sum-exp by the textbook, everything in `dtype`."""
         q, k, v = (x.to(dtype).transpose(0, 1) for x in (q, k, v))
         k, v = (x.repeat_interleave(self.heads // self.k_heads, 0) for x in (k, v))
@@ -110,7 +113,8 @@ class Case:
         if self.softcap:
             s = self.softcap * torch.tanh(s / self.softcap)
         s = s.masked_fill(~self.dense_mask(), -math.inf)
-        lse = torch.logsumexp(s, -1)
+        sink = s[..., :0] if sinks is None else sinks.to(dtype)[:, None, None].expand(-1, s.shape[1], 1)
+        lse = torch.logsumexp(torch.cat([s, sink], -1), -1)
         p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0)[..., None])
         return (p @ v).transpose(0, 1), lse.transpose(0, 1)
 
@@ -158,9 +162,20 @@ def test_head_dims(dim, dtype):
 
 
 @pytest.mark.skipif(ON_GPU, reason="covered by test_head_dims")
-@pytest.mark.parametrize("dim", [88, 128, 256])
+@pytest.mark.parametrize(
+    "dim",
+    [
+        pytest.param(dim, marks=[] if dim in (16, 24, 40, 56, 88, 104, 128, 152, 192, 256) else LATER)
+        for dim in range(16, 257, 8)
+    ],
+)
 def test_head_dims_small(dim):
     assert_exact(Case([17, 5], dim=dim, heads=1, dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("dim", "v_dim"), [(192, 128), (24, 72), (64, 16)])
+def test_head_dim_of_v(dim, v_dim):
+    assert_exact(Case([17, 5], dim=dim, v_dim=v_dim, causal=True))
 
 
 @pytest.mark.parametrize(
@@ -230,6 +245,33 @@ def test_lse_and_its_gradient():
     torch.testing.assert_close(lse.double(), exact, atol=1e-5, rtol=1e-5)
     for ours, wanted in zip(found, wide, strict=True):
         torch.testing.assert_close(ours.double(), wanted.grad, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([20, 9], heads=4, k_heads=2, causal=True, dim=72, v_dim=40),
+        Case([20, 13], [30, 7], causal=True, window=6, heads=1),  # rows without a key see the sink alone
+        Case([20, 9], sees=prefix, softcap=2.0),
+    ],
+    ids=["grouped", "rows without a key", "ranges"],
+)
+def test_sinks(case):
+    case.dtype, rows = torch.float32, sum(case.q)
+    *states, dout = case.tensors()
+    states.append(torch.linspace(-2.0, 3.0, case.heads, device=DEVICE))
+    weight = torch.randn(rows, case.heads, device=DEVICE)
+
+    def results(attend, dtype, dout):
+        leaves = [x.to(dtype).requires_grad_() for x in states]
+        out, lse = attend(*leaves)
+        return [out[:rows], lse[:rows], *torch.autograd.grad((out * dout).sum() + (lse[:rows] * weight).sum(), leaves)]
+
+    wanted = results(lambda q, k, v, sinks: case.oracle(q, k, v, torch.float64, sinks), torch.float64, dout)
+    dout[rows:] = math.nan  # the slack has no sink, and what is in it is not read
+    found = results(lambda q, k, v, sinks: case.call(q, k, v, True, sinks=sinks), torch.float32, dout)
+    for ours, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=3e-5, rtol=1e-4)
 
 
 def test_gradient_of_lse_alone():
@@ -303,15 +345,17 @@ def test_backward_is_bitwise_deterministic():
     tensors = case.tensors()
     first = gradients(case, tensors, case.call)
     for _ in range(100 if ON_GPU else 1):
-        again = gradients(case, tensors, lambda *x: case.call(*x, deterministic=True))
+        again = gradients(case, tensors, case.call)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_op_is_well_formed():
     case = Case([9, 5], heads=2)
     q, k, v, _ = (x.requires_grad_() for x in case.tensors())
-    arguments = (q, k, v, present(case.mask()), True, None, 0.125, 0.0)
-    torch.library.opcheck(torch.ops.triton_sp.attend.default, arguments)
+    sinks = torch.zeros(2, device=DEVICE, requires_grad=True)
+    for states in ([q, k, v], [q, k, v, sinks]):
+        arguments = (states, present(case.mask()), True, None, 0.125, 0.0)
+        torch.library.opcheck(torch.ops.triton_sp.attend.default, arguments)
 
 
 def test_compile_checkpoint_and_autocast():
@@ -445,12 +489,12 @@ def test_malformed_tables_stay_in_bounds(table, monkeypatch):
     found = attend_backward.backward(dout, None, q, k, v, out, lse, mask, softmax_scale=0.125)
     monkeypatch.setattr(torch, "empty", empty)
     assert len(checks) == 7 and all(intact() for intact in checks)  # out, lse, dq, dk, dv and two for each row
-    assert not any(x.isnan().any() for x in (out, lse, *found))
+    assert not any(x.isnan().any() for x in (out, lse, *found[:3]))
 
 
 def test_what_no_kernel_does_raises():
     table = torch.tensor([0, 9], device=DEVICE)
-    for dim, dtype in ((48, torch.float32), (64, torch.float64)):
-        x = torch.zeros(9, 1, dim, device=DEVICE, dtype=dtype)
+    for dim, v_dim, dtype in ((60, 64, torch.float32), (64, 264, torch.float32), (64, 64, torch.float64)):
+        x, v = (torch.zeros(9, 1, size, device=DEVICE, dtype=dtype) for size in (dim, v_dim))
         with pytest.raises(UnsupportedKernelError, match="expected"):
-            varlen_attention(x, x, x, Mask(table))
+            varlen_attention(x, x, v, Mask(table))

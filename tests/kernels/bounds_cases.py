@@ -144,4 +144,4 @@ def test_kernels_stay_inside(name, monkeypatch):
     found = attend_backward.backward(dout, None, q, k, v, out, lse, mask, softmax_scale=0.125)
     monkeypatch.setattr(torch, "empty", empty)
     assert len(checks) >= 7 and all(intact() for intact in checks)
-    assert not any(x.isnan().any() for x in (out, lse, *found))
+    assert not any(x.isnan().any() for x in (out, lse, *found[:3]))

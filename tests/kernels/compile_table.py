@@ -30,10 +30,12 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes a block may use
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "dkv_dk": 3, "dkv_dv": 2}  # matrix products for each (row, key) pair
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}  # bytes a block may use
+# Matrix products over the head dim of q and k, and over that of v, for each (row, key) pair.
+PRODUCTS = {"forward": (1, 1), "dq": (2, 1), "dkv": (2, 2), "dkv_dk": (2, 1), "dkv_dv": (1, 1)}
+DIMS = [(dim, dim) for dim in launch.DIMS] + [(192, 128)]  # of q and k, and of v
 FIELDS = [
-    "triton", "target", "kernel", "tier", "dim", "dtype", "rows", "keys", "warps", "stages", "registers",
+    "triton", "target", "kernel", "tier", "dim", "v_dim", "dtype", "rows", "keys", "warps", "stages", "registers",
     "spill_bytes", "stack_bytes", "shared_bytes", "matrix", "issued_over_useful", "narrow_loads",
     "mma_sync", "warnings",
 ]  # fmt: skip
@@ -78,14 +80,14 @@ def compiling_for(target: str, compiled: dict):
         triton.runtime.driver._active = driver
 
 
-def compile_attend(target: str, dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 3) -> dict:
+def compile_attend(target: str, dim: int, v_dim: int, dtype: torch.dtype = torch.bfloat16, heads: int = 3) -> dict:
     """The kernels {"forward", "dq", "dkv"} as the launchers compile them for packed tensors with an odd head count."""
-    q = torch.zeros(64, heads, dim, dtype=dtype)
+    q, v = (torch.zeros(64, heads, size, dtype=dtype) for size in (dim, v_dim))
     mask = Mask(torch.tensor([0, 40, 64], dtype=torch.int32))
     compiled = {}
     with compiling_for(target, compiled):
-        out, lse = attend.forward(q, q, q, mask, softmax_scale=dim**-0.5)
-        attend_backward.backward(out, None, q, q, q, out, lse, mask, softmax_scale=dim**-0.5)
+        out, lse = attend.forward(q, q, v, mask, softmax_scale=dim**-0.5)
+        attend_backward.backward(out, None, q, q, v, out, lse, mask, softmax_scale=dim**-0.5)
     return compiled
 
 
@@ -104,8 +106,14 @@ def describe_gluon(dim: int, dtype: torch.dtype, compiled) -> dict:
     ptx = compiled.asm["ptx"]
     shapes = Counter(re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
     row = dict.fromkeys(FIELDS, "") | {"triton": triton.__version__, "target": "sm_90", "kernel": "forward"}
-    row |= {"tier": "gluon", "dim": dim, "dtype": str(dtype).removeprefix("torch."), "rows": hopper_attend.ROWS}
-    row |= {"keys": hopper_attend.KEYS, "warps": 12, "stages": 2, "shared_bytes": compiled.metadata.shared}
+    row |= {"tier": "gluon", "dim": dim, "v_dim": dim, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {
+        "rows": hopper_attend.ROWS,
+        "keys": hopper_attend.KEYS,
+        "warps": 12,
+        "stages": 2,
+        "shared_bytes": compiled.metadata.shared,
+    }
     row |= assemble(ptx, "sm_90")
     row["mma_sync"] = sum(n for shape, n in shapes.items() if not shape.startswith("m64"))
     row["narrow_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*?\.[bu]16", ptx))
@@ -121,10 +129,10 @@ def assemble(ptx: str, target: str) -> dict:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
         source.write(ptx)
         source.flush()
-        chip = "sm_90a" if target == "sm_90" else target
+        chip = target if target == "sm_80" else target + "a"
         tools = triton.knobs.nvidia
-        # Triton 3.9 takes its newer assembler from sm_90 on.
-        newer = target == "sm_90" and triton.__version__ >= "3.9"
+        # Triton takes its newer assembler from sm_100 on, 3.9 from sm_90 on.
+        newer = target == "sm_100" or (target == "sm_90" and triton.__version__ >= "3.9")
         command = [
             (tools.ptxas_blackwell if newer else tools.ptxas).path,
             "-v",
@@ -161,12 +169,12 @@ def assert_whole_accesses(compiled, target: str) -> None:
         assert not any(".b16" in kind or ".u16" in kind for kind in accesses)
 
 
-def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -> dict:
+def describe(target: str, kernel: str, dim: int, v_dim: int, dtype: torch.dtype, compiled) -> dict:
     """One row of the table."""
     choice, row = None, dict.fromkeys(FIELDS, "")
     with compiling_for(target, {}):
-        choice = launch.find_launch(kernel.split("_")[0], dim, dtype)
-    row |= {"triton": triton.__version__, "target": target, "kernel": kernel, "tier": "tl", "dim": dim}
+        choice = launch.find_launch(kernel.split("_")[0], dim, v_dim, dtype)
+    row |= {"triton": triton.__version__, "target": target, "kernel": kernel, "tier": "tl", "dim": dim, "v_dim": v_dim}
     row |= {"dtype": str(dtype).removeprefix("torch."), "rows": choice.rows, "keys": choice.keys}
     row |= {"warps": choice.options["num_warps"], "stages": choice.options["num_stages"]}
     row["shared_bytes"] = compiled.metadata.shared
@@ -183,24 +191,27 @@ def describe(target: str, kernel: str, dim: int, dtype: torch.dtype, compiled) -
         shapes = Counter(re.findall(r"mma(?:_async)?\.sync\.aligned\.(m\d+n\d+k\d+)", ptx))
         row["mma_sync"] = sum(n for shape, n in shapes.items() if not shape.startswith("m64"))
         row["narrow_loads"] = len(re.findall(r"ld\.global(?:\.\w+)*?\.[bu]16", ptx))
-        issued = 0
+        shapes["tcgen05.mma"] = len(re.findall(r"tcgen05\.mma\.", ptx))  # its size is in a register
+        issued, useful = 0, PRODUCTS[kernel][0] * dim + PRODUCTS[kernel][1] * v_dim
         for shape, n in shapes.items():
+            if shape == "tcgen05.mma":
+                continue
             m, columns, depth = map(int, re.findall(r"\d+", shape))
             # Every warp runs the instruction; one of m64 is shared by the four of a warpgroup.
             issued += n * m * columns * depth * choice.options["num_warps"] // (4 if m == 64 else 1)
-        row["issued_over_useful"] = round(issued / (PRODUCTS[kernel] * choice.rows * choice.keys * dim), 3)
-    row["matrix"] = " ".join(f"{n}*{shape}" for shape, n in sorted(shapes.items()))
+        row["issued_over_useful"] = round(issued / (choice.rows * choice.keys * useful), 3) or ""
+    row["matrix"] = " ".join(f"{n}*{shape}" for shape, n in sorted(shapes.items()) if n)
     return row
 
 
-def rows_for(targets=TARGETS, dims=tuple(launch.SPLITS), dtypes=(torch.bfloat16,)):
+def rows_for(targets=TARGETS, dims=tuple(DIMS), dtypes=(torch.bfloat16,)):
     """Rows of the table, one for each kernel, target and head dim."""
     for target in targets:
         for dtype in dtypes:
-            for dim in dims:
-                for kernel, compiled in compile_attend(target, dim, dtype).items():
-                    yield describe(target, kernel, dim, dtype, compiled)
-                if target == "sm_90" and dim in hopper_attend.DIMS and not gate.missing_api():
+            for dim, v_dim in dims:
+                for kernel, compiled in compile_attend(target, dim, v_dim, dtype).items():
+                    yield describe(target, kernel, dim, v_dim, dtype, compiled)
+                if target == "sm_90" and dim == v_dim and dim in hopper_attend.DIMS and not gate.missing_api():
                     yield describe_gluon(dim, dtype, compile_gluon(dim, dtype)["gluon"])
 
 

@@ -32,6 +32,7 @@ def test_cpu_runs_the_reference(monkeypatch):
         {"window": 0},
         {"softcap": -1.0},
         {"softmax_scale": 0.0},
+        {"sinks": torch.zeros(3)},
         {"cu_seqlens_k": torch.zeros(3).int()},
         {"key_ranges": torch.zeros(2, 3).int()},
         {"key_ranges": torch.zeros(2, 4).int(), "causal": True},

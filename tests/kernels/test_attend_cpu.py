@@ -24,27 +24,32 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("softcap", "v_dim", "sunk"), [(0.0, 5, False), (1.5, 5, True), (0.0, 3, True), (0.0, 8, False), (1.5, 1, False)]
+)
 @pytest.mark.parametrize("name", MASKS)
-def test_backward_is_that_of_the_textbook(name: str, softcap: float) -> None:
-    mask, factors = MASKS[name], {"softmax_scale": 0.4, "softcap": softcap}
+def test_backward_is_that_of_the_textbook(name: str, softcap: float, v_dim: int, sunk: bool) -> None:
+    sinks = torch.linspace(-1.0, 2.0, 4, dtype=torch.float64).requires_grad_() if sunk else None
+    mask, factors = MASKS[name], {"softmax_scale": 0.4, "softcap": softcap, "sinks": sinks}
     keys = 30 if mask.cu_seqlens_k is None else 40
     torch.manual_seed(0)
-    shapes = [(33, 4, 5), (keys + 3, 2, 5), (keys + 3, 2, 5)]
+    shapes = [(33, 4, 5), (keys + 3, 2, 5), (keys + 3, 2, v_dim)]
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     expected, lse_HT = attend_cpu.attend_exactly(q, k, v, mask, **factors)
-    out, lse_TH = varlen_attention(q, k, v, mask, softmax_scale=0.4, softcap=softcap or None, return_lse=True)
+    leaves = (q, k, v) if sinks is None else (q, k, v, sinks)
+    of_scores = factors | {"softcap": softcap or None}
+    out, lse_TH = varlen_attention(q, k, v, mask, return_lse=True, **of_scores)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse_TH.T, lse_HT, rtol=1e-12, atol=1e-12)
     dout, weight = torch.randn_like(out), torch.randn_like(lse_HT)
     for with_lse in (False, True):
         wanted, found = ((x * dout).sum() for x in (expected, out))
-        wanted = wanted + 0 * (q.sum() + k.sum() + v.sum())  # without a segment the textbook has no gradient
+        wanted = wanted + 0 * sum(x.sum() for x in leaves)  # without a segment the textbook has no gradient
         if with_lse:
             seen = torch.isfinite(lse_HT)
             wanted = wanted + (lse_HT.where(seen, 0.0) * weight).sum()
             found = found + (lse_TH.T.where(seen, 0.0) * weight).sum()
-        grads = [torch.autograd.grad(x, (q, k, v), retain_graph=True) for x in (wanted, found)]
+        grads = [torch.autograd.grad(x, leaves, retain_graph=True) for x in (wanted, found)]
         for one, other in zip(*grads, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-11, atol=1e-11)
 

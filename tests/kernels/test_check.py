@@ -36,7 +36,7 @@ def backward(dout, dlse, q, k, v, out, lse, mask, *, softmax_scale):
     grads = attend_cpu.attend_backward(
         dout.float().nan_to_num(), dlse, (*wide, lse), mask, softmax_scale=softmax_scale, softcap=0.0
     )
-    return [x.to(q.dtype) for x in grads]
+    return [x.to(q.dtype) for x in grads[:3]]
 
 
 @pytest.fixture

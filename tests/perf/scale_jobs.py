@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from perf.scale import Attention
 from triton_sp import stages
+from triton_sp.kernels.mask import States
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.plan.stream import Stream
@@ -14,8 +15,9 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import resolve_group
 
 
-def states(x: Attention, tokens: int) -> list[torch.Tensor]:
-    return [torch.zeros(tokens, heads, x.dim, requires_grad=True) for heads in (x.heads, x.kv_heads, x.kv_heads)]
+def states(x: Attention, tokens: int) -> States:
+    q, k, v = (torch.zeros(tokens, heads, x.dim, requires_grad=True) for heads in (x.heads, x.kv_heads, x.kv_heads))
+    return q, k, v
 
 
 def one_level(x: Attention) -> tuple[int, int, int]:
@@ -25,7 +27,7 @@ def one_level(x: Attention) -> tuple[int, int, int]:
     segments = Segments((0, x.tokens))
     stream = Stream(group, shards, torch.tensor(segments.starts, dtype=torch.int32), host_segments=segments)
     with collectives.record() as forward:
-        out = stages.attention(*states(x, shards.sizes[group.rank]), stream, causal=x.causal)
+        out = stages.attention(states(x, shards.sizes[group.rank]), stream, causal=x.causal)
     with collectives.record() as backward:
         out.sum().backward()
     return forward.bytes, backward.bytes, len(forward.entries)

@@ -49,13 +49,13 @@ def count(heads: int, kv_heads: int, plan: str, layers: int) -> dict[str, int]:
     nothing = {
         "forward": lambda q, *_, **__: (q.contiguous(), lse[: q.shape[1], : len(q)]),
         "backward": lambda *_, grads, **__: [grad.zero_() for grad in grads],
-        "attend_eagerly": lambda q, k, v, *_, **__: q + (k.sum() + v.sum()) * 0,
+        "attend_eagerly": lambda states, *_, **__: states[0] + (states[1].sum() + states[2].sum()) * 0,
     }
     with mock.patch.multiple(varlen, **nothing), CountReads() as reads:
         out = x
         for _ in range(layers):
             kv = out[:, :kv_heads]
-            out = stages.attention(out, kv, kv, stream, causal=True)
+            out = stages.attention((out, kv, kv), stream, causal=True)
         out.sum().backward()
     # The twins of pack and unpack read their tables, where the kernels are handed them.
     return {name: number for name, number in reads.found.items() if not name.startswith("pack")}

@@ -1,8 +1,8 @@
 """Attention of packed tokens, forward: one program for each tile of rows and head.
 
-Shapes: q (T, H, D), k and v (T_k, K, D), out like q, log-sum-exp (H, T) in fp32. Strides are counted in units of
-UNIT elements. All of them are multiples of 8 in practice, and saying so in this way lets the compiler see 16-byte
-loads at D = 72 too, where a head stride of 72 elements passed as it is made every load 2 bytes wide.
+Shapes: q (T, H, D), k (T_k, K, D), v (T_k, K, V), out (T, H, V), log-sum-exp (H, T) in fp32. Strides are counted in
+units of UNIT elements. All of them are multiples of 8 in practice, and saying so in this way lets the compiler see
+16-byte loads at D = 72 too, where a head stride of 72 elements passed as it is made every load 2 bytes wide.
 """
 
 import torch
@@ -29,12 +29,13 @@ from triton_sp.kernels.tiles import (
 @triton.jit
 def attend_block(
     acc0, acc1, top, total, q0, q1, lowest, highest, edge, first, k_ptr, v_ptr, k_row, v_row, keys, inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BN: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the running softmax (`top` and `total`: maximum and sum of each row, base 2)."""
     key = tl.arange(0, BN)
     k0, k1 = load_split(k_ptr + first * k_row, key, k_row, keys - first, D, D0, D1)
-    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, D, D0, D1)
+    v0, v1 = load_split(v_ptr + first * v_row, key, v_row, keys - first, V, V0, V1)
     s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
     s = masked(s, first + key, lowest, highest, float("-inf"), edge, BRANCH)
     new_top = tl.maximum(top, tl.max(s, 1) * outer)
@@ -44,24 +45,25 @@ def attend_block(
     alpha = tl.exp2(top - base)
     total = total * alpha + tl.sum(p, 1)
     acc0 = acc0 * alpha[:, None]
-    if D1 > 0:
+    if V1 > 0:
         acc1 = acc1 * alpha[:, None]
-    acc0, acc1 = dot_into(acc0, acc1, p, v0, v1, D1)
+    acc0, acc1 = dot_into(acc0, acc1, p, v0, v1, V1)
     return acc0, acc1, new_top, total
 
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
     rows, keys, segments, group, left, right, inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(mask(q k^T scale)) v and its log-sum-exp, for rows [first, first + BM) of one segment and head.
 
     A row at position p (its number in the segment, shifted so that the last row meets the last key) sees the keys
-    p - left .. p + right, or those of its range where ranges are given. Example: v = (1, 3 | 10), equal scores,
+    p - left .. p + right, or those of its range where ranges are given, and the sink of its head, if there are sinks: a
+    key of no value, whose score is learned. Example: v = (1, 3 | 10), equal scores,
     segments of 2 and 1 -> out = (2, 2 | 10).
     """
     head = tl.program_id(1)
@@ -87,19 +89,24 @@ def attend_forward(
         lowest, highest, begin, full_begin, full_end, end = reach(
             first + row + shift, first + shift, tl.minimum(first + BM, length) - 1 + shift, left, right, k_length, BN
         )
-    acc0 = tl.zeros([BM, D0], tl.float32)
-    acc1 = tl.zeros([BM, D1 if D1 > 0 else 16], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
+    acc0 = tl.zeros([BM, V0], tl.float32)
+    acc1 = tl.zeros([BM, V1 if V1 > 0 else 16], tl.float32)
+    if sinks_ptr is not None:
+        # The running softmax begins with the sink. The slack has none, as it has no key.
+        top = tl.zeros([BM], tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634
+        total = tl.where(segment < segments, 1.0, tl.zeros([BM], tl.float32))
+    else:
+        top = tl.full([BM], float("-inf"), tl.float32)
+        total = tl.zeros([BM], tl.float32)
     for block in range(begin, end):
         edge = (block < full_begin) | (block >= full_end)
         acc0, acc1, top, total = attend_block(
             acc0, acc1, top, total, q0, q1, lowest, highest, edge, block * BN, k_base, v_base, k_row, v_row, k_length,
-            inner, outer, D, D0, D1, BN, SOFTCAP, BRANCH,
+            inner, outer, D, D0, D1, V, V0, V1, BN, SOFTCAP, BRANCH,
         )  # fmt: skip
 
     scale = 1.0 / tl.where(total == 0.0, 1.0, total)  # the sum over no key is 0, and so is out
-    store_split(out_base, row, out_row, length - first, acc0 * scale[:, None], acc1 * scale[:, None], D, D0, D1)
+    store_split(out_base, row, out_row, length - first, acc0 * scale[:, None], acc1 * scale[:, None], V, V0, V1)
     lse = tl.where(total == 0.0, float("-inf"), (top + tl.log2(total)) * 0.6931471805599453)
     tl.store(lse_ptr + head.to(tl.int64) * rows + start + first + row, lse, mask=row < length - first)
 
@@ -112,21 +119,23 @@ def forward(
     *,
     softmax_scale: float,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
     out_THD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of packed tokens on the device of q, which may be strided in any way but along D.
 
     Args: as `triton_sp.varlen_attention`, and `out_THD`, a strided place to write to.
 
-    Returns: out (T, H, D) in the dtype of q and the log-sum-exp (H, T) in fp32, -inf for a row without a key.
+    Returns: out (T, H, V) in the dtype of q and the log-sum-exp (H, T) in fp32, -inf for a row without a key
+        or a sink.
 
     Raises: UnsupportedKernelError for a head dim or dtype that no kernel exists for.
     """
-    rows, heads, dim = q_THD.shape
+    (rows, heads, dim), v_dim = q_THD.shape, v_TKD.shape[2]
     q, k, v = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
-    out = torch.empty_like(q_THD, memory_format=torch.contiguous_format) if out_THD is None else out_THD
+    out = torch.empty(rows, heads, v_dim, dtype=q.dtype, device=q.device) if out_THD is None else out_THD
     lse_HT = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-    choice = launch.find_launch("forward", dim, q.dtype)
+    choice = launch.find_launch("forward", dim, v_dim, q.dtype)
     unit, strides = launch.strides(q, k, v, out)
     cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
     segments = mask.cu_seqlens_q.numel() - 1
@@ -134,9 +143,9 @@ def forward(
     ranges = None if key_ranges is None else key_ranges.contiguous()
     with torch.cuda.device_of(q):
         attend_forward[(rows // choice.rows + segments + 1, heads)](
-            q, k, v, out, lse_HT, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, *strides,
+            q, k, v, out, lse_HT, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, *strides,
             rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer,
-            D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
+            **choice.parts, UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip
     return out, lse_HT

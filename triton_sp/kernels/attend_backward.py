@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from triton_sp.kernels import launch
-from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.mask import Grads, Mask, States
+from triton_sp.kernels.sinks import sink_gradient
 from triton_sp.kernels.tiles import (
     dot_into,
     dot_rows,
@@ -33,8 +34,8 @@ def attend_dq(
     cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dout_row, dout_head, dq_row, dq_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k of the rows [first, first + BM) of one segment and head, where ds = p (dout v^T - delta).
 
@@ -57,10 +58,10 @@ def attend_dq(
 
     row = tl.arange(0, BM)  # from the tile's start, as are the addresses
     per_row = head.to(tl.int64) * rows + start + first + row
-    out0, out1 = load_split(out_base, row, out_row, length - first, D, D0, D1)
-    dout0, dout1 = load_split(dout_base, row, dout_row, length - first, D, D0, D1)
+    out0, out1 = load_split(out_base, row, out_row, length - first, V, V0, V1)
+    dout0, dout1 = load_split(dout_base, row, dout_row, length - first, V, V0, V1)
     delta = tl.sum(out0.to(tl.float32) * dout0.to(tl.float32), 1)
-    if D1 > 0:
+    if V1 > 0:
         delta += tl.sum(out1.to(tl.float32) * dout1.to(tl.float32), 1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + per_row, mask=row < length - first, other=0.0)
@@ -84,11 +85,11 @@ def attend_dq(
     for block in range(begin, end):
         key = tl.arange(0, BN)
         k0, k1 = load_split(k_base + block * BN * k_row, key, k_row, k_length - block * BN, D, D0, D1)
-        v0, v1 = load_split(v_base + block * BN * v_row, key, v_row, k_length - block * BN, D, D0, D1)
+        v0, v1 = load_split(v_base + block * BN * v_row, key, v_row, k_length - block * BN, V, V0, V1)
         s = soft(dot_rows(q0, q1, k0, k1, D1), inner, SOFTCAP)
         edge = (block < full_begin) | (block >= full_end)
         p = masked(tl.exp2(s * outer - lse2[:, None]), block * BN + key, lowest, highest, 0.0, edge, BRANCH)
-        ds = p * (dot_rows(dout0, dout1, v0, v1, D1) - delta[:, None])
+        ds = p * (dot_rows(dout0, dout1, v0, v1, V1) - delta[:, None])
         if SOFTCAP:
             ds *= 1.0 - s * s
         dq0, dq1 = dot_into(dq0, dq1, ds, k0, k1, D1)
@@ -99,8 +100,8 @@ def attend_dq(
 def dkv_block(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, first, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
     q_row, dout_row, rows, inner, outer,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    BM: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk += ds^T q and dv += p^T dout over one block of rows.
 
@@ -108,7 +109,7 @@ def dkv_block(
     """
     row = tl.arange(0, BM)
     q0, q1 = load_split(q_ptr + first * q_row, row, q_row, rows - first, D, D0, D1)
-    dout0, dout1 = load_split(dout_ptr + first * dout_row, row, dout_row, rows - first, D, D0, D1)
+    dout0, dout1 = load_split(dout_ptr + first * dout_row, row, dout_row, rows - first, V, V0, V1)
     # Read without a mask, as 32-bit offsets and before the products: each of these decided between spilling and not.
     # So what was read past the segment's end can be NaN, and ds is masked as p is.
     lse2 = tl.load(lse2_ptr + (first + row))
@@ -116,9 +117,9 @@ def dkv_block(
     s = soft(dot_rows(k0, k1, q0, q1, D1), inner, SOFTCAP)
     p = masked(tl.exp2(s * outer - lse2[None, :]), first + row, lowest, highest, 0.0, edge, BRANCH)
     if DV:
-        dv0, dv1 = dot_into(dv0, dv1, p, dout0, dout1, D1)
+        dv0, dv1 = dot_into(dv0, dv1, p, dout0, dout1, V1)
     if DK:
-        ds = p * (dot_rows(v0, v1, dout0, dout1, D1) - delta[None, :])
+        ds = p * (dot_rows(v0, v1, dout0, dout1, V1) - delta[None, :])
         if SOFTCAP:
             ds *= 1.0 - s * s
         ds = masked(ds, first + row, lowest, highest, 0.0, edge, BRANCH)
@@ -132,8 +133,9 @@ def attend_dkv(
     ranges_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, dk_row, dk_head, dv_row, dv_head,
     rows, keys, segments, group, left, right, inner, outer, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UNIT: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
+    UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk (if DK) and dv (if DV) of the keys [first, first + BN) of one segment and key head."""
     k_head_number = tl.program_id(1)
@@ -152,7 +154,7 @@ def attend_dkv(
 
     key = tl.arange(0, BN)  # from the tile's start, as are the addresses
     k0, k1 = load_split(k_base, key, k_row, k_length - first, D, D0, D1)
-    v0, v1 = load_split(v_base, key, v_row, k_length - first, D, D0, D1)
+    v0, v1 = load_split(v_base, key, v_row, k_length - first, V, V0, V1)
     if ranges_ptr is not None:  # here of the rows that see each key
         lowest, highest, begin, full_begin, full_end, end = reach_in(
             ranges_ptr, keys, k_start + first, tl.maximum(tl.minimum(BN, k_length - first), 1) - 1, key, start, length,
@@ -166,8 +168,8 @@ def attend_dkv(
     end = tl.where(first < k_length, end, begin)  # no row sees the keys that seqused_k leaves out
     dk0 = tl.zeros([BN, D0], tl.float32)
     dk1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
-    dv0 = tl.zeros([BN, D0], tl.float32)
-    dv1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
+    dv0 = tl.zeros([BN, V0], tl.float32)
+    dv1 = tl.zeros([BN, V1 if V1 > 0 else 16], tl.float32)
     for head in range(k_head_number * group, (k_head_number + 1) * group):
         q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
         dout_base = dout_ptr + start * dout_row + head * (dout_head.to(tl.int64) * UNIT)
@@ -177,7 +179,7 @@ def attend_dkv(
             dk0, dk1, dv0, dv1 = dkv_block(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, block * BM, q_base, dout_base,
                 lse2_ptr + per_row, delta_ptr + per_row, q_row, dout_row, length, inner, outer,
-                D, D0, D1, BM, SOFTCAP, BRANCH, DK, DV,
+                D, D0, D1, V, V0, V1, BM, SOFTCAP, BRANCH, DK, DV,
             )  # fmt: skip
     # The sums of keys at or past k_length are those of a key of zeros, not zero: they are set to 0 here.
     real = (key < k_length - first)[:, None]
@@ -186,7 +188,7 @@ def attend_dkv(
         store_split(dk_base, key, dk_row, k_extent - first, dk0, dk1, D, D0, D1)
     if DV:
         dv0, dv1 = tl.where(real, dv0, 0.0), tl.where(real, dv1, 0.0)
-        store_split(dv_base, key, dv_row, k_extent - first, dv0, dv1, D, D0, D1)
+        store_split(dv_base, key, dv_row, k_extent - first, dv0, dv1, V, V0, V1)
 
 
 def invert(key_ranges: Tensor, keys: int) -> Tensor:
@@ -212,15 +214,17 @@ def backward(
     *,
     softmax_scale: float,
     softcap: float = 0.0,
-    grads: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attend.forward`: dq (T, H, D), dk and dv (T_k, K, D), in the dtypes of q, k and v.
+    sinks: Tensor | None = None,
+    grads: States | None = None,
+) -> Grads:
+    """Gradients of `attend.forward`: dq (T, H, D), dk (T_k, K, D) and dv (T_k, K, V), in the dtypes of q, k and v, and
+    that of the sinks (H,) in fp32, if there are any.
 
     Args: `dout_THD` and `dlse_HT`, the gradients of both results (None: the log-sum-exp was not used), then the
     arguments and results of the forward; `grads`, strided places to write dq, dk and dv to. Any strides are read; a
     `dout` that is not contiguous along D is copied.
     """
-    rows, heads, dim = q_THD.shape
+    (rows, heads, dim), v_dim = q_THD.shape, v_TKD.shape[2]
     q, k, v, out, dout = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD, out_THD, dout_THD))
     dq, dk, dv = grads or (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     dlse_HT = None if dlse_HT is None else dlse_HT.contiguous()
@@ -230,7 +234,7 @@ def backward(
     common = (rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer, softmax_scale)
     key_ranges = None if key_ranges is None else key_ranges.contiguous()
     row_ranges = None if key_ranges is None else invert(key_ranges, k.shape[0])
-    choice, dkv = launch.find_launch("dq", dim, q.dtype), launch.find_launch("dkv", dim, q.dtype)
+    choice, dkv = (launch.find_launch(kernel, dim, v_dim, q.dtype) for kernel in ("dq", "dkv"))
     # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
     lse2, delta = (torch.empty(heads * rows + dkv.rows, dtype=torch.float32, device=q.device) for _ in range(2))
     with torch.cuda.device_of(q):
@@ -238,16 +242,18 @@ def backward(
         attend_dq[(rows // choice.rows + segments + 1, heads)](
             q, k, v, out, dout, lse_HT, dlse_HT, dq, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k,
             key_ranges, *strides, *common,
-            D=dim, D0=choice.split[0], D1=choice.split[1], UNIT=unit, SOFTCAP=softcap > 0,
+            **choice.parts, UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip
         unit, strides = launch.strides(q, k, v, dout, dk, dv)
-        # Both sums of a tile of keys do not fit the registers at D = 256: there each gets a launch (9 products, not 7).
-        for wants_dk, wants_dv in ((True, False), (False, True)) if dim > 128 else ((True, True),):
+        # Both sums of a tile of keys do not fit the registers above 128: there each gets a launch (9 products, not 7).
+        for wants_dk, wants_dv in ((True, False), (False, True)) if max(dim, v_dim) > 128 else ((True, True),):
             attend_dkv[(k.shape[0] // dkv.keys + segments + 1, k.shape[1])](
                 q, k, v, dout, dk, dv, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k, row_ranges,
                 *strides, *common,
-                D=dim, D0=dkv.split[0], D1=dkv.split[1], UNIT=unit, SOFTCAP=softcap > 0,
+                **dkv.parts, UNIT=unit, SOFTCAP=softcap > 0,
                 BM=dkv.rows, BN=dkv.keys, BRANCH=dkv.branch, DK=wants_dk, DV=wants_dv, **dkv.options,
             )  # fmt: skip
-    return dq, dk, dv
+    if sinks is None:
+        return Grads(dq, dk, dv)
+    return Grads(dq, dk, dv, sink_gradient(sinks, lse_HT, delta[: heads * rows].view(heads, rows)))

@@ -26,15 +26,16 @@ RUNTIME = [
     *("rows", "keys", "segments", "group", "left", "right"),
 ]  # fmt: skip
 
-SPLITS = {64: (64, 0), 72: (64, 16), 80: (64, 16), 88: (64, 32), 96: (64, 32), 128: (128, 0), 256: (128, 128)}
+DIMS = range(16, 257, 8)  # head dims that kernels exist for
 
 
 class Launch(NamedTuple):
-    """Rows and keys of a tile, the parts of D, whether masks are branched around, and the options of the launch."""
+    """Rows and keys of a tile, the head dims and their parts, whether masks are branched around, and the options of
+    the launch."""
 
     rows: int
     keys: int
-    split: tuple[int, int]
+    parts: dict[str, int]
     branch: bool
     options: dict[str, Any]
 
@@ -52,17 +53,20 @@ SM90 = {
     ("forward", 80): _options(128, 64, 8, 2, maxnreg=128),
     ("forward", 96): _options(128, 64, 8, 2),
     ("forward", 128): _options(128, 128, 8, 2),
-    ("forward", 256): _options(128, 32, 8, 2),
+    ("forward", 256): _options(128, 64, 8, 2),
     ("dq", 64): _options(128, 64, 8, 2, maxnreg=128),
     ("dq", 128): _options(128, 64, 8, 2),
+    ("dq", 192): _options(128, 32, 8, 2),
     ("dq", 256): _options(128, 32, 8, 1),
-    ("dkv", 128): _options(32, 128, 8, 2),
+    ("dkv", 192): _options(32, 128, 8, 2),
     ("dkv", 256): _options(32, 128, 8, 1),
 }
 SM80 = {
+    ("forward", 48): _options(128, 64, 8, 2),
     ("forward", 64): _options(128, 64, 4, 2),
     ("forward", 96): _options(128, 64, 8, 2),
     ("forward", 128): _options(128, 32, 8, 2),
+    ("forward", 192): _options(128, 32, 8, 1),
     ("forward", 256): _options(128, 16, 8, 1),
     ("dq", 64): _options(64, 32, 4, 2),
     ("dq", 128): _options(128, 32, 8, 2),
@@ -72,6 +76,7 @@ SM80 = {
     ("dkv", 128): _options(16, 128, 8, 2),
     ("dkv", 256): _options(16, 64, 4, 1),
 }
+SM100 = SM80 | {("dkv", 128): _options(32, 128, 8, 1)}
 # Consumer chips (sm_86, sm_89, sm_120) have 99 KiB of shared memory a block.
 SMALL = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}
 CDNA = {
@@ -86,7 +91,7 @@ FP32 = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "d
 # Small enough that a segment of 40 tokens has several tiles; the interpreter pays by the program.
 INTERPRETER = {(kernel, 256): _options(32, 16, 4, 1) for kernel in ("forward", "dq", "dkv")}
 
-TABLES = {"cuda:90": SM90, "cuda:80": SM80, "cuda:100": SM80, "cuda": SMALL, "hip": CDNA, "interpreter": INTERPRETER}
+TABLES = {"cuda:90": SM90, "cuda:80": SM80, "cuda:100": SM100, "cuda": SMALL, "hip": CDNA, "interpreter": INTERPRETER}
 
 
 def target() -> str:
@@ -108,16 +113,17 @@ def tuned() -> dict[str, list[Any]]:
         return json.load(file)
 
 
-def find_launch(kernel: str, dim: int, dtype: torch.dtype) -> Launch:
-    """The tile, split and options for a kernel ("forward", "dq" or "dkv"), a head dim and a dtype."""
+def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype) -> Launch:
+    """The tile, parts and options for a kernel ("forward", "dq" or "dkv"), the head dims of q and v, and a dtype."""
     where = target()
-    if dim not in SPLITS:
-        raise UnsupportedKernelError(
-            "head dim",
-            expected=f"one of {', '.join(map(str, SPLITS))}",
-            found=str(dim),
-            remedy="pad q, k and v with zeros to the next of these, or run the reference on the CPU",
-        )
+    for name, found in (("head dim of q and k", dim), ("head dim of v", v_dim)):
+        if found not in DIMS:
+            raise UnsupportedKernelError(
+                name,
+                expected=f"a multiple of 8 from {DIMS[0]} to {DIMS[-1]}",
+                found=str(found),
+                remedy="pad with zeros to the next of these, or run the reference on the CPU",
+            )
     # Triton's interpreter multiplies the bit patterns of bf16 (3.6.0 and 3.9.0), without a word.
     allowed = [torch.float32, torch.float16] + [torch.bfloat16] * (where != "interpreter")
     if dtype not in allowed:
@@ -128,22 +134,30 @@ def find_launch(kernel: str, dim: int, dtype: torch.dtype) -> Launch:
             remedy="convert them, or unset TRITON_INTERPRET" if where == "interpreter" else "convert them",
         )
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
-    rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= dim)
-    rows, keys, options = tuned().get(f"{where} {kernel} {dim}", (rows, keys, options))
+    widest = max(dim, v_dim)
+    rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= widest)
+    rows, keys, options = tuned().get(f"{where} {kernel} {widest}", (rows, keys, options))
     if NO_32_WIDE and where == "cuda:90":
         rows, keys = max(rows, 64), max(keys, 64)
+    (d0, d1), (v0, v1) = split(dim), split(v_dim)
+    parts = {"D": dim, "D0": d0, "D1": d1, "V": v_dim, "V0": v0, "V1": v1}
     # The interpreter takes the branch too: it is what must be proven, the other path masks every block.
-    return Launch(rows, keys, split(dim), where in ("cuda:90", "interpreter"), options)
+    return Launch(rows, keys, parts, where in ("cuda:90", "interpreter"), options)
 
 
 def split(dim: int) -> tuple[int, int]:
-    """The parts that a head dim is cut in.
+    """The two parts that a head dim is cut in: powers of two from 16 to 128, as few columns as that allows.
 
-    >>> split(80), split(72), split(256)
-    ((64, 16), (64, 16), (128, 128))
+    >>> split(80), split(72), split(56), split(192), split(256)
+    ((64, 16), (64, 16), (64, 0), (128, 64), (128, 128))
     """
-    first, second = SPLITS[dim]
-    return (first, 64) if second == 32 and NO_32_WIDE else (first, second)
+    whole = max(triton.next_power_of_2(dim), 16)
+    first = whole // 2
+    second = max(triton.next_power_of_2(dim - first), 16)
+    if NO_32_WIDE:
+        first, second = (64 if part == 32 else part for part in (first, second))
+        whole = 64 if whole == 32 else whole
+    return (whole, 0) if first + second >= whole and whole <= 128 else (first, second)
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the rows of a packed tensor see of its keys: one value that travels from the layer to the launch."""
+"""What travels from a layer to the launch of its kernels and back: what rows see of keys, and gradients."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+States = tuple[Tensor, Tensor, Tensor]  # q, k and v of some heads, or places for their gradients
 UNLIMITED = 1 << 30  # a reach that no segment exceeds, and that can be added to a position without overflow
 
 
@@ -55,3 +56,13 @@ class Mask(NamedTuple):
         """The four tensors, with the table of the keys filled in."""
         cu_seqlens_k = self.cu_seqlens_q if self.cu_seqlens_k is None else self.cu_seqlens_k
         return [self.cu_seqlens_q, cu_seqlens_k, self.seqused_k, self.key_ranges]
+
+
+class Grads(NamedTuple):
+    """What a backward of attention gives: dq, dk and dv, like q, k and v, and the gradient of the sinks, (H,) in fp32
+    or wider, where there are any."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dsinks: Tensor | None = None

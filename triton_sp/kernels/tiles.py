@@ -1,7 +1,8 @@
 """What the attend kernels share: from a program to its segment, which blocks it visits, and tiles split along D.
 
-A head dim is never rounded up to a power of two: it is cut in two parts, D0 + D1 (80 = 64 + 16, 72 = 64 + 16 with 8
+A head dim is not rounded up to a power of two: it is cut in two parts, D0 + D1 (80 = 64 + 16, 72 = 64 + 16 with 8
 columns masked), and every tile is a pair. Where D1 is 0 the second of the pair is not used and costs nothing.
+`launch.split` says which parts a head dim has. q and k have D = D0 + D1, v and out have V = V0 + V1.
 """
 
 import triton
@@ -114,7 +115,10 @@ def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: 
     save the registers that make dk and dv fit at D = 128.
     """
     inside = (rows < limit)[:, None]
-    x0 = tl.load(ptr + (rows[:, None] * stride.to(tl.int32) + tl.arange(0, D0)[None, :]), mask=inside, other=0.0)
+    cols = tl.arange(0, D0)
+    if D0 > D:
+        inside &= (cols < D)[None, :]
+    x0 = tl.load(ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :]), mask=inside, other=0.0)
     if D1 > 0:
         cols = D0 + tl.arange(0, D1)
         if D0 + D1 > D:
@@ -129,6 +133,8 @@ def load_split(ptr, rows, stride, limit, D: tl.constexpr, D0: tl.constexpr, D1: 
 def store_split(ptr, rows, stride, limit, x0, x1, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     cols = tl.arange(0, D0)
     inside = (rows < limit)[:, None]
+    if D0 > D:
+        inside &= (cols < D)[None, :]
     tl.store(ptr + (rows[:, None] * stride.to(tl.int32) + cols[None, :]), x0.to(ptr.dtype.element_ty), mask=inside)
     if D1 > 0:
         cols = D0 + tl.arange(0, D1)

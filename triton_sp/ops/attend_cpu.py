@@ -13,9 +13,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.mask import Grads, Mask, States
+from triton_sp.kernels.sinks import sink_gradient
 
 
 def visible_keys(rows: int, keys: int, *, causal: bool, window: int | None, device: torch.device) -> Tensor:
@@ -38,7 +40,14 @@ def visible_keys(rows: int, keys: int, *, causal: bool, window: int | None, devi
 
 
 def attend_exactly(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: Mask, *, softmax_scale: float, softcap: float = 0.0
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    mask: Mask,
+    *,
+    softmax_scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The oracle: attention inside each segment by the textbook formula in fp32 or wider, differentiable by autograd.
 
@@ -53,7 +62,8 @@ def attend_exactly(
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~_seen(segment.visible(mask, q_THD.device), k.shape[1]), -math.inf)
-        lse = torch.logsumexp(scores, -1)
+        with_sink = scores if sinks is None else torch.cat([scores, _column(sinks, scores)], -1)
+        lse = torch.logsumexp(with_sink, -1)
         # A row without any key has lse = -inf; its probabilities are 0 by definition, not exp(-inf + inf).
         weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
         outs.append((weights @ v).transpose(0, 1).to(q_THD.dtype))
@@ -66,14 +76,20 @@ def attend_exactly(
 
 # --- attention on the CPU: the kernels' contract, in O(T) memory -----------------------------------------------------
 
-Three = tuple[Tensor, Tensor, Tensor]  # q, k and v, or their gradients
 Five = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # q, k, v, out and the log-sum-exp
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA runs on CPUs
 _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def attend(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, mask: Mask, *, softmax_scale: float, softcap: float = 0.0
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    mask: Mask,
+    *,
+    softmax_scale: float,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) and the log-sum-exp (H, T), without a gradient: what `attend_backward` needs of the forward."""
     q_THD, k_TKD, v_TKD = (x.detach() for x in (q_THD, k_TKD, v_TKD))
@@ -82,18 +98,28 @@ def attend(
     for segment in _segments(q_THD, k_TKD, mask):
         q, k, v = segment.states(q_THD, k_TKD, v_TKD)
         own, own_lse = out[segment.rows.start : segment.rows.stop], lse[:, segment.rows.start : segment.rows.stop]
-        if segment.plain(mask, softcap) and q.shape[2] == v.shape[2]:
+        if segment.plain(mask, softcap):
             found, found_lse = _FLASH(*_heads_first(q, k, v), 0.0, mask.causal, scale=softmax_scale)
-            own.copy_(found[0].transpose(0, 1))
+            own.copy_(found[0].transpose(0, 1)[..., : v.shape[2]])
             own_lse.copy_(found_lse[0])
-            continue
-        for rows in _blocks(q):
-            scores, _ = _scores(q[rows], k, segment.visible(mask, q.device)[:, rows], softmax_scale, softcap)
-            top = torch.logsumexp(scores, -1)
-            weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0.0)[..., None])
-            own[rows] = (weights @ _per_key_head(v)).flatten(0, 1).transpose(0, 1).to(q.dtype)
-            own_lse[:, rows] = top.flatten(0, 1)
+        else:
+            visible = segment.visible(mask, q.device)
+            for rows in _blocks(q):
+                scores, _ = _scores(q[rows], k, visible[:, rows], softmax_scale, softcap)
+                top = torch.logsumexp(scores, -1)
+                weights = torch.exp(scores - top.masked_fill(top == -math.inf, 0.0)[..., None])
+                own[rows] = (weights @ _per_key_head(v)).flatten(0, 1).transpose(0, 1).to(q.dtype)
+                own_lse[:, rows] = top.flatten(0, 1)
+        if sinks is not None:
+            _add_sinks(own, own_lse, sinks.detach())
     return out, lse
+
+
+def _add_sinks(out: Tensor, lse_HR: Tensor, sinks: Tensor) -> None:
+    """A key of no value beside the others: the sum of exponentials grows, out shrinks as much."""
+    with_sinks = torch.logaddexp(lse_HR, sinks.to(lse_HR.dtype)[:, None])
+    out.mul_(torch.exp(lse_HR - with_sinks).T[..., None])
+    lse_HR.copy_(with_sinks)
 
 
 def attend_backward(
@@ -104,9 +130,10 @@ def attend_backward(
     *,
     softmax_scale: float,
     softcap: float = 0.0,
-    grads: Three | None = None,
-) -> Three:
-    """dq, dk and dv of `attend`, whose q, k, v and results are `states`; written to `grads` where these are given."""
+    sinks: Tensor | None = None,
+    grads: States | None = None,
+) -> Grads:
+    """The gradients of `attend`, whose q, k, v and results are `states`; in `grads` where these are given."""
     states = tuple(x.detach() for x in states)  # type: ignore[assignment]
     grads = grads or tuple(torch.empty_like(x) for x in states[:3])  # type: ignore[assignment]
     assert grads is not None
@@ -114,12 +141,15 @@ def attend_backward(
         grad.zero_()
     factors = _Factors(softmax_scale, softcap)
     for segment in _segments(states[0], states[1], mask):
-        q, v = segment.states(*states[:3])[::2]
-        if segment.plain(mask, softcap) and q.shape[2] == v.shape[2] and dlse is None:
+        if segment.plain(mask, softcap) and dlse is None:
             _backward_by_sdpa(dout, states, segment, mask, factors, grads)
         else:
             _backward_by_rows(dout, dlse, states, segment, mask, factors, grads)
-    return grads
+    if sinks is None:
+        return Grads(*grads)
+    out, lse_HT = states[3:]
+    delta_HT = (dout.to(lse_HT.dtype) * out.to(lse_HT.dtype)).sum(-1).T
+    return Grads(*grads, sink_gradient(sinks.detach(), lse_HT, delta_HT if dlse is None else delta_HT - dlse))
 
 
 class _Factors(NamedTuple):
@@ -128,7 +158,7 @@ class _Factors(NamedTuple):
 
 
 def _backward_by_sdpa(
-    dout: Tensor, states: Five, segment: _Segment, mask: Mask, factors: _Factors, grads: Three
+    dout: Tensor, states: Five, segment: _Segment, mask: Mask, factors: _Factors, grads: States
 ) -> None:
     (q, k, v), own = segment.states(*states[:3]), slice(segment.rows.start, segment.rows.stop)
     group = q.shape[1] // k.shape[1]
@@ -137,13 +167,13 @@ def _backward_by_sdpa(
     lse = states[4][None, :, own]
     found = _FLASH_BACKWARD(*given, lse, 0.0, mask.causal, scale=factors.softmax_scale)
     dq, dk, dv = segment.states(*grads)
-    dq.copy_(found[0][0].transpose(0, 1))
+    dq.copy_(found[0][0].transpose(0, 1)[..., : q.shape[2]])
     for grad, part in zip((dk, dv), found[1:], strict=True):
-        grad.copy_(part[0].transpose(0, 1).unflatten(1, (-1, group)).sum(2))
+        grad.copy_(part[0].transpose(0, 1)[..., : grad.shape[2]].unflatten(1, (-1, group)).sum(2))
 
 
 def _backward_by_rows(
-    dout: Tensor, dlse: Tensor | None, states: Five, segment: _Segment, mask: Mask, factors: _Factors, grads: Three
+    dout: Tensor, dlse: Tensor | None, states: Five, segment: _Segment, mask: Mask, factors: _Factors, grads: States
 ) -> None:
     q, k, v = segment.states(*states[:3])
     dq, dk, dv = segment.states(*grads)
@@ -174,7 +204,7 @@ class _Segment:
     rows: range
     keys: range
 
-    def states(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def states(self, q: Tensor, k: Tensor, v: Tensor) -> States:
         """The segment's part of q, k and v."""
         keys = slice(self.keys.start, self.keys.stop)
         return q[self.rows.start : self.rows.stop], k[keys], v[keys]
@@ -217,6 +247,11 @@ def _scores(
     return scores.masked_fill(~_seen(visible, len(k_LKD)), -math.inf), slope
 
 
+def _column(sinks: Tensor, scores_HRL: Tensor) -> Tensor:
+    """The sink of each head as one more score of each row."""
+    return sinks.to(scores_HRL.dtype)[:, None, None].expand(-1, scores_HRL.shape[1], 1)
+
+
 def _seen(visible: Tensor, keys: int) -> Tensor:
     """(rows, keys) bool."""
     (first, stop), key = visible[..., None], torch.arange(keys, device=visible.device)
@@ -238,5 +273,7 @@ def _per_key_head(x_LKD: Tensor) -> Tensor:
 
 
 def _heads_first(*states: Tensor) -> list[Tensor]:
-    """(T, H, D) -> (1, H, T, D), as SDPA has them."""
-    return [x.transpose(0, 1)[None] for x in states]
+    """(T, H, D) -> (1, H, T, D), as SDPA has them: all of one head dim. Columns of zeros change no score."""
+    widest = max(x.shape[2] for x in states)
+    wide = (x if x.shape[2] == widest else F.pad(x, (0, widest - x.shape[2])) for x in states)
+    return [x.transpose(0, 1)[None] for x in wide]

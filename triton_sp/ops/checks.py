@@ -44,7 +44,7 @@ def _check_states(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 3 or k.ndim != 3 or v.shape[:2] != k.shape[:2] or v.ndim != 3 or q.shape[2] != k.shape[2]:
         raise InputError(
             "q, k, v",
-            expected="(T, H, D), (T_k, K, D), (T_k, K, D)",
+            expected="(T, H, D), (T_k, K, D), (T_k, K, V)",
             found=shapes,
             remedy="pack the tokens of the batch into one stream",
         )
@@ -55,6 +55,20 @@ def _check_states(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype or not q.dtype.is_floating_point:
         raise InputError(
             "q, k, v", expected="one floating dtype", found=f"{q.dtype}, {k.dtype}, {v.dtype}", remedy="convert them"
+        )
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """One score for each query head, where q is."""
+    if sinks is None:
+        return
+    fits = sinks.shape == q.shape[1:2] and sinks.device == q.device and sinks.is_floating_point()
+    if not fits:
+        raise InputError(
+            "sinks",
+            expected=f"a floating dtype of shape ({q.shape[1]},) on {q.device}",
+            found=f"{sinks.dtype} of shape {tuple(sinks.shape)} on {sinks.device}",
+            remedy="give one sink for each query head",
         )
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.mask import Grads, Mask, States
 from triton_sp.ops import attend_cpu, dispatch
 from triton_sp.ops.backends.adapter import Call, Results
-from triton_sp.ops.checks import check_call, check_values
+from triton_sp.ops.checks import check_call, check_sinks, check_values
 from triton_sp.ops.differentiable import once_differentiable
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def varlen_attention(
     *,
     softcap: float | None = None,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
+    sinks: Tensor | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
 
@@ -41,7 +41,7 @@ def varlen_attention(
     *,
     softcap: float | None = None,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
+    sinks: Tensor | None = None,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -54,23 +54,26 @@ def varlen_attention(
     *,
     softcap: float | None = None,
     softmax_scale: float | None = None,
-    deterministic: bool = False,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed tokens, each segment by itself.
 
     Args:
         q_THD: queries (T, H, D), with any strides. One that is not contiguous along D is copied.
-        k_TKD, v_TKD: keys and values (T_k, K, D) with H a multiple of K, in the dtype of q.
+        k_TKD: keys (T_k, K, D) with H a multiple of K, in the dtype of q.
+        v_TKD: values (T_k, K, V), in the dtype of q. V need not be D (DeepSeek-V3, arXiv:2412.19437, has 128 and 192).
         mask: which keys each row sees, see `Mask`.
         softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118).
         softmax_scale: factor of the scores, above 0; None for 1 / sqrt(D).
-        deterministic: gradients equal bit for bit from run to run. They are either way: no kernel here uses atomics.
-        return_lse: also return the natural logarithm of each row's sum of exponentials.
+        sinks: (H,), a score for each query head that takes part in the softmax of its rows, beside those of the keys
+            (gpt-oss, arXiv:2508.10925). Learned: it has a gradient.
+        return_lse: also return the natural logarithm of each row's sum of exponentials, that of the sink included.
 
     Returns:
-        (T, H, D) in the dtype of q. Rows without a key, and rows past cu_seqlens_q[-1], are 0. With `return_lse` also
-        (T, H) in fp32, -inf for such rows; both are differentiable. Under autocast, as for PyTorch's own attention,
+        (T, H, V) in the dtype of q. Rows without a key, and rows past cu_seqlens_q[-1], are 0. With `return_lse` also
+        (T, H) in fp32, -inf for such rows; both are differentiable. Gradients are
+        equal bit for bit from run to run: no kernel here uses atomics. Under autocast, as for PyTorch's own attention,
         inputs are converted to its dtype.
 
     Raises:
@@ -79,7 +82,7 @@ def varlen_attention(
             for the device, so there only if TRITON_SP_DEBUG=1, and unchecked ones never make a kernel read or write
             outside its tensors.
         UnsupportedKernelError: a head dim or dtype that the kernels of this device do not exist for. They exist for
-            64, 72, 80, 88, 96, 128, 256 in bf16, fp16 and fp32; the reference takes any.
+            multiples of 8 from 16 to 256 in bf16, fp16 and fp32; the reference takes any.
 
     >>> import torch
     >>> v = torch.tensor([1.0, 3.0, 10.0]).view(3, 1, 1).expand(3, 1, 64)
@@ -91,31 +94,31 @@ def varlen_attention(
     >>> prefix = torch.tensor([[0, 0, 0], [2, 2, 3]])  # the first two tokens see one another, the third sees all
     >>> varlen_attention(q, q, v, Mask(torch.tensor([0, 3]), key_ranges=prefix))[:2, 0, 0].tolist()
     [2.0, 2.0]
+    >>> varlen_attention(q, q, v, Mask(torch.tensor([0, 2, 3])), sinks=torch.zeros(1))[:, 0, 0].mul(3).round().tolist()
+    [4.0, 4.0, 15.0]
     """
     check_call(q_THD, k_TKD, v_TKD, mask, softcap, softmax_scale)
+    check_sinks(sinks, q_THD)
     device = q_THD.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q_THD, k_TKD, v_TKD = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q_THD, k_TKD, v_TKD))
     factors = (q_THD.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale, softcap or 0.0)
-    states = (q_THD, k_TKD, v_TKD)
+    states = (q_THD, k_TKD, v_TKD) if sinks is None else (q_THD, k_TKD, v_TKD, sinks)
     with torch.autocast(device, enabled=False):
         if torch.compiler.is_compiling():
-            out, lse_HT = attend(*states, present(mask), mask.causal, mask.window, *factors)
+            out, lse_HT = attend(states, present(mask), mask.causal, mask.window, *factors)
         else:
-            out, lse_HT = _Attend.apply(*states, mask, *factors, None)
+            out, lse_HT = _Attend.apply(mask, *factors, None, *states)
     return (out, lse_HT.transpose(0, 1)) if return_lse else out
 
 
-Three = tuple[Tensor, Tensor, Tensor]
-
-
 def attend_eagerly(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, *, softmax_scale: float, softcap: float, attention: Choice | None
+    states: Sequence[Tensor], mask: Mask, *, softmax_scale: float, softcap: float, attention: Choice | None
 ) -> Tensor:
-    """`varlen_attention` for callers who have checked, by whom `attention` chooses; None for ours."""
-    with torch.autocast(q.device.type, enabled=False):
-        return _Attend.apply(q, k, v, mask, softmax_scale, softcap, attention)[0]  # type: ignore[no-any-return]
+    """`varlen_attention` of q, k, v and perhaps sinks that are checked, by whom `attention` chooses; None for ours."""
+    with torch.autocast(states[0].device.type, enabled=False):
+        return _Attend.apply(mask, softmax_scale, softcap, attention, *states)[0]  # type: ignore[no-any-return]
 
 
 def forward(
@@ -126,25 +129,26 @@ def forward(
     *,
     softmax_scale: float,
     softcap: float,
+    sinks: Tensor | None = None,
     attention: Choice | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (T, H, D) and the log-sum-exp (H, T), without a gradient, by the implementation that is chosen here."""
     if attention is not None:
-        call = Call(q, k, v, mask, softmax_scale, softcap)
+        call = Call(q, k, v, mask, softmax_scale, softcap, sinks)
         if adapter := attention.pick("forward", call):
             return adapter.forward(call)
     chosen = dispatch.implementation(q.device)
     check_values(len(q), len(k), mask)
     if chosen == "reference":
-        return attend_cpu.attend(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+        return attend_cpu.attend(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
     from triton_sp.kernels import attend as kernel  # here, so that the package imports without Triton
 
-    if chosen == "gluon":
+    if chosen == "gluon" and sinks is None:
         from triton_sp.kernels.hopper import attend as hopper
 
         if hopper.takes(q, k, v, mask, softcap):
             return hopper.forward(q, k, v, mask, softmax_scale=softmax_scale)
-    return kernel.forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap)
+    return kernel.forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=sinks)
 
 
 def backward(
@@ -155,18 +159,20 @@ def backward(
     *,
     softmax_scale: float,
     softcap: float,
-    grads: Three | None = None,
+    grads: States | None = None,
     attention: Choice | None = None,
-) -> Three:
-    """dq, dk and dv of `forward`, whose q, k, v, out and log-sum-exp are `states`; in `grads` where these are given."""
-    q, k, v, out, lse = states
+) -> Grads:
+    """The gradients of `forward`, whose q, k, v, out and log-sum-exp are `states`, and its sinks the last of them if it
+    had any; in `grads` where these are given."""
+    q, k, v, out, lse, *others = states
+    sinks = next(iter(others), None)
     if attention is not None and dlse is None:
-        call = Call(q, k, v, mask, softmax_scale, softcap)
+        call = Call(q, k, v, mask, softmax_scale, softcap, sinks)
         if adapter := attention.pick("backward", call):
             grads = grads or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
             adapter.backward(call, Results(dout, out, lse), grads)
-            return grads
-    factors = {"softmax_scale": softmax_scale, "softcap": softcap, "grads": grads}
+            return Grads(*grads)
+    factors = {"softmax_scale": softmax_scale, "softcap": softcap, "sinks": sinks, "grads": grads}
     if dispatch.portable(q.device) == "reference":
         with torch.autocast(q.device.type, enabled=False):
             return attend_cpu.attend_backward(dout, dlse, (q, k, v, out, lse), mask, **factors)
@@ -180,12 +186,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float, attention: Choice | None
+        ctx: Any, mask: Mask, softmax_scale: float, softcap: float, attention: Choice | None, *states: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)  # mostly the log-sum-exp has no gradient: no zeros for it
-        ctx.mask, ctx.factors = mask, {"softmax_scale": scale, "softcap": softcap, "attention": attention}
-        out, lse = forward(q, k, v, mask, **ctx.factors)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.mask, ctx.factors = mask, {"softmax_scale": softmax_scale, "softcap": softcap, "attention": attention}
+        q, k, v, *sinks = states
+        out, lse = forward(q, k, v, mask, **ctx.factors, sinks=next(iter(sinks), None))
+        ctx.save_for_backward(q, k, v, out, lse, *sinks)
         return out, lse
 
     @staticmethod
@@ -193,7 +200,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         states = ctx.saved_tensors  # once: a checkpoint gives each tensor a single time
         dout = torch.zeros_like(states[3]) if dout is None else dout
-        return *backward(dout, dlse, states, ctx.mask, **ctx.factors), None, None, None, None
+        grads = backward(dout, dlse, states, ctx.mask, **ctx.factors)
+        return None, None, None, None, *[grad for grad in grads if grad is not None]
 
 
 # --- the same as registered operators, for torch.compile -------------------------------------------------------------
@@ -201,17 +209,16 @@ class _Attend(torch.autograd.Function):
 
 @torch.library.custom_op("triton_sp::attend", mutates_args=())
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    states: list[Tensor],
     tables: list[Tensor],
     causal: bool,
     window: int | None,
     softmax_scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """out (T, H, D) and the log-sum-exp (H, T), of a mask with these tables, see `present`."""
-    return forward(q, k, v, _mask(tables, causal, window), softmax_scale=softmax_scale, softcap=softcap)
+    """out (T, H, V) and the log-sum-exp (H, T) of q, k, v and perhaps sinks, of a mask with these tables: `present`."""
+    (q, k, v, *sinks), mask = states, _mask(tables, causal, window)
+    return forward(q, k, v, mask, softmax_scale=softmax_scale, softcap=softcap, sinks=next(iter(sinks), None))
 
 
 def present(mask: Mask) -> list[Tensor]:
@@ -229,7 +236,8 @@ def _mask(tables: list[Tensor], causal: bool, window: int | None) -> Mask:
 
 
 @attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+def _(states: list[Tensor], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    q, _k, v = states[:3]
     lse_HT = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(*q.shape[:2], v.shape[2]), lse_HT
 
@@ -244,29 +252,30 @@ def attend_backward(
     window: int | None,
     softmax_scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv of `attend`; `states` are its q, k, v, out and log-sum-exp."""
+) -> list[Tensor]:
+    """The gradients of `attend`; `states` are its q, k, v, out, log-sum-exp and perhaps sinks."""
     mask = _mask(tables, causal, window)
-    return backward(dout, dlse, states, mask, softmax_scale=softmax_scale, softcap=softcap)
+    *grads, dsinks = backward(dout, dlse, states, mask, softmax_scale=softmax_scale, softcap=softcap)
+    return grads if dsinks is None else [*grads, dsinks.to(states[5].dtype)]
 
 
 @attend_backward.register_fake
-def _(dout: Tensor, dlse: Tensor | None, states: list[Tensor], *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.new_empty(x.shape) for x in states[:3])
-    return q, k, v
+def _(dout: Tensor, dlse: Tensor | None, states: list[Tensor], *_: Any, **__: Any) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in [*states[:3], *states[5:]]]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    q, k, v, tables, *ctx.settings = inputs
-    ctx.save_for_backward(q, k, v, *output, *tables)
+    (q, k, v, *sinks), tables, *ctx.settings = inputs
+    ctx.states = 5 + len(sinks)
+    ctx.save_for_backward(q, k, v, *output, *sinks, *tables)
 
 
 def _registered_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
-    states, tables = saved[:5], saved[5:]
+    states, tables = saved[: ctx.states], saved[ctx.states :]
     dout = torch.zeros_like(saved[3]) if dout is None else dout
-    return *attend_backward(dout, dlse, states, tables, *ctx.settings), [None] * len(tables), None, None, None, None
+    return attend_backward(dout, dlse, states, tables, *ctx.settings), [None] * len(tables), None, None, None, None
 
 
 attend.register_autograd(_registered_backward, setup_context=_setup)

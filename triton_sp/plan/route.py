@@ -15,13 +15,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.mask import Mask, States
 from triton_sp.ops import pack
 from triton_sp.plan.boxes import Buffer, Route
 from triton_sp.plan.heads import Tasks
 from triton_sp.plan.shards import Shards
-
-States = tuple[Tensor, Tensor, Tensor]  # q, k and v of some heads, or their gradients
 
 
 class WholeHeads:
@@ -67,8 +65,8 @@ class WholeHeads:
         """The adjoint of `states`: what the second exchange of the backward sends."""
         return buffer
 
-    def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
-        """The tasks' outputs as the send buffer of the second exchange."""
+    def join(self, outs: list[Tensor], like: Tensor) -> Tensor:
+        """The tasks' outputs as the send buffer of the second exchange; `like` is a buffer of their dtype and width."""
         return outs[0].flatten(0, 1)
 
     def split(self, flat: Tensor) -> list[Tensor]:
@@ -146,11 +144,11 @@ class CutHeads:
             return buffer
         return pack.pack_boxes([x for states in places for x in states], self.arrivals, sum(self.received))
 
-    def join(self, outs: list[Tensor], received: Tensor) -> Tensor:
+    def join(self, outs: list[Tensor], like: Tensor) -> Tensor:
         """The outputs of the tasks as the send buffer of the second exchange."""
         if len(outs) == 1:  # its rows stand in the order of the ranks that have them
             return outs[0].flatten(0, 1)
-        return pack.pack_boxes(outs, self.outputs, sum(self.returned)) if outs else received[:0]
+        return pack.pack_boxes(outs, self.outputs, sum(self.returned)) if outs else like[:0]
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """The adjoint of `join`."""

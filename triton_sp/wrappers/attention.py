@@ -118,7 +118,7 @@ def attention_forward(
     tokens, stream = len(scope.stream.own), scope.by_layer_type.get(layer_type(module), scope.stream)
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
     out = stages.attention(
-        q, k, v, stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
+        (q, k, v), stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
     )
     if query.shape[2] > tokens:  # the row of `_with_a_row`
         out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))

@@ -116,7 +116,7 @@ def _sharded_sdpa(
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
     # Rows that share their tokens' positions are as independent as heads are, so they are treated as more heads.
     q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (query, key, value))
-    out = stages.attention(q, k, v, scope.stream, causal=is_causal, softmax_scale=scale)
+    out = stages.attention((q, k, v), scope.stream, causal=is_causal, softmax_scale=scale)
     return out.transpose(0, 1).unflatten(0, query.shape[:2])
 
 

@@ -23,6 +23,7 @@ class Call(NamedTuple):
     mask: Mask
     softmax_scale: float
     softcap: float
+    sinks: Tensor | None = None
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -94,6 +95,8 @@ class Adapter(ABC):
         yield from self._obstacles_of_mask(mask)
         if call.softcap and not self.softcaps:
             yield f"{name} takes no softcap"
+        if call.sinks is not None:
+            yield f"{name} takes no learned sinks"
 
     def _obstacles_of_mask(self, mask: Mask) -> Iterator[str]:
         name = self.name

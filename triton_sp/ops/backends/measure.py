@@ -53,13 +53,14 @@ def outcome(direction: Direction, sample: Sample, adapter: Adapter | None) -> li
         return list(grads)
     states = (*call[:3], results.out, results.lse)
     factors: Any = {"softmax_scale": call.softmax_scale, "softcap": call.softcap}
-    return list(varlen.backward(results.dout, None, states, call.mask, grads=grads, **factors))
+    varlen.backward(results.dout, None, states, call.mask, grads=grads, **factors)
+    return list(grads)
 
 
 def ours(call: Call) -> tuple[Tensor, Tensor]:
     """out and the log-sum-exp by ours."""
-    q, k, v, mask, scale, softcap = call
-    return varlen.forward(q, k, v, mask, softmax_scale=scale, softcap=softcap)
+    q, k, v, mask, scale, softcap, sinks = call
+    return varlen.forward(q, k, v, mask, softmax_scale=scale, softcap=softcap, sinks=sinks)
 
 
 def difference(direction: Direction, sample: Sample, adapter: Adapter) -> str:

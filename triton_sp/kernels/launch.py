@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from triton_sp.errors import UnsupportedKernelError
+from triton_sp.errors import InputError, UnsupportedKernelError
 
 # Triton 3.7 reads outside shared memory where a tile 32 wide meets wgmma (triton issue 11366, seen with 3.7.1).
 NO_32_WIDE = triton.__version__.startswith("3.7.")
@@ -105,12 +105,41 @@ def target() -> str:
 
 @functools.cache
 def tuned() -> dict[str, list[Any]]:
-    """The entries of the file that TRITON_SP_TUNED names: {"cuda:90 forward 72": [rows, keys, options]}."""
+    """The entries of the file that TRITON_SP_TUNED names: {"cuda:90 forward 72": [rows, keys, options]}.
+
+    Raises:
+        InputError: there is no such file, or something else in it.
+    """
     path = os.environ.get("TRITON_SP_TUNED")
     if not path:
         return {}
-    with open(path) as file:
-        return json.load(file)
+    try:
+        with open(path, "rb") as file:
+            entries = json.loads(file.read(1 << 20))
+        wrong = [key for key, entry in entries.items() if not _is_launch(entry)]
+        found = f"{entries[wrong[0]]!s:.60} for {wrong[0]!r:.40}" if wrong else ""
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        entries, found = {}, f"{type(error).__name__}: {error!s:.80}"
+    if found:
+        raise InputError(
+            "TRITON_SP_TUNED",
+            expected='a JSON file of {"cuda:90 forward 72": [rows, keys, {"num_warps": 4}]}, as perf/tune.py writes it',
+            found=f"{path}: {found}",
+            remedy="write it anew, or unset the variable",
+        )
+    return entries
+
+
+def _is_launch(entry: Any) -> bool:
+    """Tiles of powers of two and options that are small numbers: what a launch may be, whoever wrote it."""
+
+    def small(x: Any, most: int) -> bool:
+        return type(x) is int and 0 <= x <= most
+
+    if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], dict):
+        return False
+    tiles = all(small(x, 512) and x >= 16 and x & (x - 1) == 0 for x in entry[:2])
+    return tiles and all(small(value, 512) for value in entry[2].values())
 
 
 def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype) -> Launch:

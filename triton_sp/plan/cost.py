@@ -12,6 +12,7 @@ so every rank comes to the same answer.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -76,7 +77,8 @@ def _calibrated(path: Path) -> Link | None:
     """What was measured, read once in a process, because each forward asks several times; None if nothing was."""
     try:
         link = Link(**cache.load(path))
-        if min(link.latency, link.bandwidth, link.compute) > 0:
+        numbers = (link.latency, link.bandwidth, link.compute)
+        if all(type(x) in (int, float) and 0 < x < math.inf for x in numbers) and isinstance(link.name, str):
             return link
         found = str(link)
     except FileNotFoundError:

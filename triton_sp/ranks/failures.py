@@ -148,7 +148,7 @@ class FailureBoard:
             key, sign = f"triton_sp/alive/{rank}", None
             if _tolerant(lambda key=key: self.store.check([key])):
                 text = _tolerant(lambda key=key: self.store.get(key))
-                sign = Sign.decode(text) if text else None
+                sign = _tolerant(lambda text=text: Sign.decode(text)) if text else None
             complaint = pulses[rank].complaint(sign, self.heartbeat)
             if complaint:
                 complaints[rank] = complaint

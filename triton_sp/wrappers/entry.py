@@ -119,7 +119,8 @@ class Prepared:
     def plan(self) -> str:
         """What must be equal on all ranks, because each has decided it by itself."""
         stream = self.call.stream
-        return f"{self.call.choice.plan} {stream.shards.sizes} {stream.host_segments} {self.request or ''}"
+        needed = {name: shards.sizes for name, shards in self.call.needed.items()}
+        return f"{self.call.choice.plan} {stream.shards.sizes} {needed} {stream.host_segments} {self.request or ''}"
 
 
 def _prepare(override: Override, arguments: dict[str, Any], decoder: Stack) -> Prepared:

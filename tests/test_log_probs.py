@@ -149,7 +149,7 @@ def test_alone(ranks, options: dict[str, bool]) -> None:
     [
         ("unwrapped", "call wrap first"),
         ("labels", "labels: expected a tensor"),
-        ("fused", "labels: expected them"),
+        ("fused", "labels: expected labels"),
         ("temperature", "a positive number, found 0.0"),
     ],
 )

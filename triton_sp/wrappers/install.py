@@ -72,7 +72,7 @@ class Installation:
         """Let `run(override, *args, **kwargs)` stand for `module.forward`, or for another method."""
         override = Override(module, run, self, method)
         self.set(module, method, override)
-        if module is self.anatomy.entry:
+        if module is self.anatomy.entry and method == "forward":
             self.front = override
 
     def return_to_front(self) -> None:

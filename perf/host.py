@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -40,6 +41,7 @@ RANKS = (1, 2, 8)
 ROUNDS = 20  # layers in a measurement
 WARM_UP = 2  # turns that do not count
 OURS, UNWRAPPED, BOTH = "triton_sp", "SDPA, unwrapped", "forward and backward"
+THEIRS = "transformers"
 CASES = (
     AttentionCase("Qwen3-VL ViT", (TOKENS,), 16, 16, 72),
     AttentionCase("Qwen2.5-VL-7B LLM", (TOKENS,), 28, 4, 128, causal=True),
@@ -147,7 +149,24 @@ def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Fo
         }
         for (stage, direction), run in stages_of(case, stream).items():
             runs[stage, OURS, direction] = lambda run=run: timed(run)
+        if ranks == max(RANKS) and plan == "heads":
+            runs |= before_attention(case)
         return in_turns(runs, repeats, launched)
+
+
+def before_attention(case: AttentionCase) -> dict[tuple[str, str, str], Callable[[], float]]:
+    """What a model's own code does to q and k, which ours leaves to it."""
+
+    def step(states: tuple[Tensor, ...], function: Callable[..., Any]) -> None:
+        found = function(*states)
+        torch.autograd.grad(found, states, [torch.zeros_like(x) for x in found])
+
+    runs: dict[tuple[str, str, str], Callable[[], float]] = {}
+    for name, (states, function) in host_models.rotations(case, TOKENS).items():
+        plain = [x.detach() for x in states]
+        runs[name, THEIRS, "forward"] = partial(timed, partial(function, *plain))
+        runs[name, THEIRS, BOTH] = partial(timed, partial(step, states, function))
+    return runs
 
 
 def in_turns(

@@ -88,6 +88,24 @@ def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Fo
         return host.in_turns(runs, repeats, launched, ROUNDS)
 
 
+def rotations(case: AttentionCase, tokens: int) -> dict[str, tuple[tuple[Tensor, ...], Callable[..., Any]]]:
+    """What transformers' models do to q and k before attention, by name: their inputs, and the function."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+    cos, sin = torch.randn(2, tokens, case.dim)
+    if not case.causal:
+        states = tuple(torch.randn(tokens, case.heads, case.dim, requires_grad=True) for _ in range(2))
+        return {"rotation": (states, lambda q, k: apply_rotary_pos_emb_vision(q, k, cos, sin))}
+    norm = Qwen3RMSNorm(case.dim)
+    states = tuple(torch.randn(1, n, tokens, case.dim, requires_grad=True) for n in (case.heads, case.kv_heads))
+    return {
+        "rotation": (states, lambda q, k: apply_rotary_pos_emb(q, k, cos[None], sin[None])),
+        "norm and rotation": (states, lambda q, k: apply_rotary_pos_emb(norm(q), norm(k), cos[None], sin[None])),
+    }
+
+
 def _run(model: nn.Module, batch: dict[str, Tensor], backward: bool) -> Callable[[], None]:
     def run() -> None:
         with torch.set_grad_enabled(backward):

@@ -180,6 +180,15 @@ def host_table(rows: pd.DataFrame) -> str:
     return markdown(header, lines)
 
 
+def rotation_table(rows: pd.DataFrame) -> str:
+    """What a model's own code does to q and k before attention."""
+    lines = []
+    for (case, stage), part in rows[rows["provider"] == "transformers"].groupby(["case", "stage"], sort=False):
+        values = 1e3 * part.set_index("direction")["p20_ms"]
+        lines.append([case.split(",")[0], stage, *(f"{values[d]:.0f}" for d in ("forward", "forward and backward"))])
+    return markdown(["layer", "of q and k", "us forward", "us forward and backward"], lines)
+
+
 def host_before_table(rows: pd.DataFrame) -> str:
     """The layer as one operator beside the layer as it was."""
     lines = []
@@ -230,6 +239,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
     "host": (host_table, _cpu("host")),
+    "rotation": (rotation_table, _cpu("host")),
     "host_before": (host_before_table, _cpu("host_before")),
     "plan": (plan_table, _cpu("plan")),
 }

@@ -161,6 +161,7 @@ def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
     assert notes["model", "triton_sp", "forward", case] == layer.replace("1", str(host_models.LAYERS))
     stages = found[found["stage"].isin(["pack", "exchange", "attend", "unpack"])]
     assert len(stages[stages["case"] == case]) == 8 and (found["median_ms"] >= 0).all()
+    assert plot.rotation_table(found).count("\n") == 1 + 3  # of a tower, and of a decoder with norms and without
     table = plot.host_table(found)
     assert table.count("\n") == 1 + 2 * 2 * 2 and f"| {case} | 2 |" in table and "nan" not in table
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from triton_sp.kernels import launch
 from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.schedule import place, table_of
 from triton_sp.kernels.tiles import (
     dot_into,
     dot_rows,
     extent_keys,
     load_split,
-    locate,
     masked,
     reach,
     reach_in,
@@ -53,9 +53,9 @@ def attend_block(
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr, table_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head,
-    rows, keys, segments, group, left, right, inner, outer,
+    rows, keys, segments, heads, group, causal, left, right, inner, outer,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -66,8 +66,7 @@ def attend_forward(
     key of no value, whose score is learned. Example: v = (1, 3 | 10), equal scores,
     segments of 2 and 1 -> out = (2, 2 | 10).
     """
-    head = tl.program_id(1)
-    segment, start, length, first = locate(tl.program_id(0), cu_q_ptr, segments, rows, BM)
+    segment, start, length, first, head = place(table_ptr, cu_q_ptr, segments, rows, heads, causal, BM, True)
     if first >= length:
         return
     k_start, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
@@ -141,10 +140,11 @@ def forward(
     segments = mask.cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(softmax_scale, softcap)
     ranges = None if key_ranges is None else key_ranges.contiguous()
+    table = table_of(mask, rows, k.shape[0], choice.rows)
     with torch.cuda.device_of(q):
-        attend_forward[(rows // choice.rows + segments + 1, heads)](
-            q, k, v, out, lse_HT, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, *strides,
-            rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer,
+        attend_forward[((rows // choice.rows + segments + 1) * heads,)](
+            q, k, v, out, lse_HT, sinks, cu_seqlens_q, cu_seqlens_k, seqused_k, ranges, table, *strides,
+            rows, k.shape[0], segments, heads, heads // k.shape[1], mask.ordered, mask.left, mask.right, inner, outer,
             **choice.parts, UNIT=unit, SOFTCAP=softcap > 0,
             BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
         )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_sp.kernels import launch
 from triton_sp.kernels.mask import Grads, Mask, States
+from triton_sp.kernels.schedule import heads_each, place, row_ranges_of, table_of
 from triton_sp.kernels.sinks import sink_gradient
 from triton_sp.kernels.tiles import (
     dot_into,
@@ -19,7 +20,6 @@ from triton_sp.kernels.tiles import (
     extent,
     extent_keys,
     load_split,
-    locate,
     masked,
     reach,
     reach_in,
@@ -30,20 +30,20 @@ from triton_sp.kernels.tiles import (
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dq(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, lse2_ptr, delta_ptr,
-    cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, dq_ptr, stats_ptr, delta_ptr,
+    cu_q_ptr, cu_k_ptr, used_ptr, ranges_ptr, table_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head, dout_row, dout_head, dq_row, dq_head,
-    rows, keys, segments, group, left, right, inner, outer, scale,
+    rows, keys, segments, heads, group, causal, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
+    SLOT: tl.constexpr,
 ):  # fmt: skip
     """dq = ds k of the rows [first, first + BM) of one segment and head, where ds = p (dout v^T - delta).
 
     Writes what `attend_dkv` needs of each row: lse2, the log-sum-exp in base 2 (+inf for a row without a key, so that
     its probabilities come out as 0), and delta = rowsum(dout * out) - dlse, since d lse / d s = p too.
     """
-    head = tl.program_id(1)
-    segment, start, length, first = locate(tl.program_id(0), cu_q_ptr, segments, rows, BM)
+    segment, start, length, first, head = place(table_ptr, cu_q_ptr, segments, rows, heads, causal, BM, True)
     if first >= length:
         return
     k_start, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
@@ -67,8 +67,11 @@ def attend_dq(
         delta -= tl.load(dlse_ptr + per_row, mask=row < length - first, other=0.0)
     lse2 = tl.load(lse_ptr + per_row, mask=row < length - first, other=0.0) * 1.4426950408889634
     lse2 = tl.where(lse2 == float("-inf"), float("inf"), lse2)
-    tl.store(delta_ptr + per_row, delta, mask=row < length - first)
-    tl.store(lse2_ptr + per_row, lse2, mask=row < length - first)
+    stats_ptr = stats_of(stats_ptr, head, segment, start, segments, rows, SLOT) + 2 * (first + row)
+    tl.store(stats_ptr, lse2, mask=row < length - first)
+    tl.store(stats_ptr + 1, delta, mask=row < length - first)
+    if delta_ptr is not None:
+        tl.store(delta_ptr + per_row, delta, mask=row < length - first)
 
     q0, q1 = load_split(q_base, row, q_row, length - first, D, D0, D1)
     if ranges_ptr is not None:
@@ -97,8 +100,18 @@ def attend_dq(
 
 
 @triton.jit
+def stats_of(stats_ptr, head, segment, start, segments, rows, SLOT: tl.constexpr):
+    """Where the statistics of a segment's rows are: (lse2, delta) of one row after the other.
+
+    Segments begin at multiples of SLOT rows, see `locate`, so that `attend_dkv` reads 16 bytes at a time.
+    """
+    slots = rows // SLOT + segments + 1
+    return stats_ptr + (head.to(tl.int64) * slots + start // SLOT + segment) * (2 * SLOT)
+
+
+@triton.jit
 def dkv_block(
-    dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, first, q_ptr, dout_ptr, lse2_ptr, delta_ptr,
+    dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, first, q_ptr, dout_ptr, stats_ptr,
     q_row, dout_row, rows, inner, outer,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     BM: tl.constexpr, SOFTCAP: tl.constexpr, BRANCH: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
@@ -112,8 +125,8 @@ def dkv_block(
     dout0, dout1 = load_split(dout_ptr + first * dout_row, row, dout_row, rows - first, V, V0, V1)
     # Read without a mask, as 32-bit offsets and before the products: each of these decided between spilling and not.
     # So what was read past the segment's end can be NaN, and ds is masked as p is.
-    lse2 = tl.load(lse2_ptr + (first + row))
-    delta = tl.load(delta_ptr + (first + row))
+    at = 2 * first + 4 * tl.arange(0, BM // 2)[:, None] + tl.arange(0, 4)[None, :]
+    lse2, delta = tl.split(tl.reshape(tl.load(stats_ptr + at), [BM, 2]))
     s = soft(dot_rows(k0, k1, q0, q1, D1), inner, SOFTCAP)
     p = masked(tl.exp2(s * outer - lse2[None, :]), first + row, lowest, highest, 0.0, edge, BRANCH)
     if DV:
@@ -129,17 +142,18 @@ def dkv_block(
 
 @triton.jit(do_not_specialize=launch.RUNTIME)
 def attend_dkv(
-    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
-    ranges_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, dk_ptr, dv_ptr, stats_ptr, cu_q_ptr, cu_k_ptr, used_ptr,
+    ranges_ptr, table_ptr,
     q_row, q_head, k_row, k_head, v_row, v_head, dout_row, dout_head, dk_row, dk_head, dv_row, dv_head,
-    rows, keys, segments, group, left, right, inner, outer, scale,
+    rows, keys, segments, heads, group, each, causal, left, right, inner, outer, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr,
     UNIT: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BRANCH: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dk (if DK) and dv (if DV) of the keys [first, first + BN) of one segment and key head."""
-    k_head_number = tl.program_id(1)
-    segment, k_start, k_extent, first = locate(tl.program_id(0), cu_k_ptr, segments, keys, BN)
+    """dk (if DK) and dv (if DV) of the keys [first, first + BN) of one segment and key head, summed over `each` of its
+    query heads: all of the group, or one, where `add_heads` sums afterwards. `heads` counts these parts.
+    """
+    segment, k_start, k_extent, first, part = place(table_ptr, cu_k_ptr, segments, keys, heads, causal, BN, False)
     if first >= k_extent:
         return
     _, k_length = extent_keys(segment, cu_k_ptr, used_ptr, segments, keys)
@@ -147,10 +161,10 @@ def attend_dkv(
     length = tl.where(segment < segments, length, 0)
     q_row, k_row, v_row = q_row.to(tl.int64) * UNIT, k_row.to(tl.int64) * UNIT, v_row.to(tl.int64) * UNIT
     dout_row, dk_row, dv_row = dout_row.to(tl.int64) * UNIT, dk_row.to(tl.int64) * UNIT, dv_row.to(tl.int64) * UNIT
-    k_base = k_ptr + (k_start + first) * k_row + k_head_number * (k_head.to(tl.int64) * UNIT)
-    v_base = v_ptr + (k_start + first) * v_row + k_head_number * (v_head.to(tl.int64) * UNIT)
-    dk_base = dk_ptr + (k_start + first) * dk_row + k_head_number * (dk_head.to(tl.int64) * UNIT)
-    dv_base = dv_ptr + (k_start + first) * dv_row + k_head_number * (dv_head.to(tl.int64) * UNIT)
+    k_base = k_ptr + (k_start + first) * k_row + (part * each // group) * (k_head.to(tl.int64) * UNIT)
+    v_base = v_ptr + (k_start + first) * v_row + (part * each // group) * (v_head.to(tl.int64) * UNIT)
+    dk_base = dk_ptr + (k_start + first) * dk_row + part * (dk_head.to(tl.int64) * UNIT)
+    dv_base = dv_ptr + (k_start + first) * dv_row + part * (dv_head.to(tl.int64) * UNIT)
 
     key = tl.arange(0, BN)  # from the tile's start, as are the addresses
     k0, k1 = load_split(k_base, key, k_row, k_length - first, D, D0, D1)
@@ -170,15 +184,15 @@ def attend_dkv(
     dk1 = tl.zeros([BN, D1 if D1 > 0 else 16], tl.float32)
     dv0 = tl.zeros([BN, V0], tl.float32)
     dv1 = tl.zeros([BN, V1 if V1 > 0 else 16], tl.float32)
-    for head in range(k_head_number * group, (k_head_number + 1) * group):
+    for head in range(part * each, (part + 1) * each):
         q_base = q_ptr + start * q_row + head * (q_head.to(tl.int64) * UNIT)
         dout_base = dout_ptr + start * dout_row + head * (dout_head.to(tl.int64) * UNIT)
-        per_row = tl.cast(head, tl.int64) * rows + start
+        stats = stats_of(stats_ptr, tl.cast(head, tl.int32), segment, start, segments, rows, BM)
         for block in range(begin, end):
             edge = (block < full_begin) | (block >= full_end)
             dk0, dk1, dv0, dv1 = dkv_block(
                 dk0, dk1, dv0, dv1, k0, k1, v0, v1, lowest, highest, edge, block * BM, q_base, dout_base,
-                lse2_ptr + per_row, delta_ptr + per_row, q_row, dout_row, length, inner, outer,
+                stats, q_row, dout_row, length, inner, outer,
                 D, D0, D1, V, V0, V1, BM, SOFTCAP, BRANCH, DK, DV,
             )  # fmt: skip
     # The sums of keys at or past k_length are those of a key of zeros, not zero: they are set to 0 here.
@@ -191,15 +205,33 @@ def attend_dkv(
         store_split(dv_base, key, dv_row, k_extent - first, dv0, dv1, V, V0, V1)
 
 
-def invert(key_ranges: Tensor, keys: int) -> Tensor:
-    """The rows that see each key, from the keys that each row sees: (2, T) -> (2, T_k), int32, no host read.
+@triton.jit(do_not_specialize=launch.RUNTIME)
+def add_heads(
+    parts_ptr, out_ptr, out_row, out_head, rows, heads, group,
+    D: tl.constexpr, DP: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """out (T, K, D) = the sum over the query heads of each key head of fp32 parts (T, K * group, D), in their order.
 
-    >>> invert(torch.tensor([[0, 0, 0, 1], [3, 3, 3, 4]]), 4).tolist()
-    [[0, 0, 0, 3], [3, 4, 4, 4]]
+    Example: parts (1, 2, 3, 4) of one row, D = 1, group = 2 -> out = (3, 7).
     """
-    key = torch.arange(keys, dtype=key_ranges.dtype, device=key_ranges.device)
-    # Ranges never decrease: the rows before the first one that sees a key end by it, the ones behind start past it.
-    return torch.stack([torch.searchsorted(key_ranges[bound], key, right=True, out_int32=True) for bound in (1, 0)])
+    row, head = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1)
+    col = tl.arange(0, DP)[None, :]
+    here = (row < rows)[:, None] & (col < D)
+    at = parts_ptr + (row[:, None].to(tl.int64) * (heads * group) + head * group) * D + col
+    total = tl.zeros([BM, DP], tl.float32)
+    for i in range(group):
+        total += tl.load(at + i * D, mask=here, other=0.0)
+    to = row[:, None].to(tl.int64) * (out_row.to(tl.int64) * UNIT) + head * (out_head.to(tl.int64) * UNIT) + col
+    tl.store(out_ptr + to, total.to(out_ptr.dtype.element_ty), mask=here)
+
+
+def sum_heads(parts: Tensor, out: Tensor, group: int) -> None:
+    """Launches `add_heads`."""
+    (unit, strides), (keys, k_heads, dim) = launch.strides(out), out.shape
+    add_heads[(triton.cdiv(keys, 16), k_heads)](
+        parts, out, *strides, keys, k_heads, group,
+        D=dim, DP=triton.next_power_of_2(dim), UNIT=unit, BM=16, num_warps=4,
+    )  # fmt: skip
 
 
 def backward(
@@ -231,29 +263,37 @@ def backward(
     cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
     segments = mask.cu_seqlens_q.numel() - 1
     inner, outer = launch.score_factors(softmax_scale, softcap)
-    common = (rows, k.shape[0], segments, heads // k.shape[1], mask.left, mask.right, inner, outer, softmax_scale)
+    keys, k_heads, group = k.shape[0], k.shape[1], heads // k.shape[1]
+    reaches = (mask.ordered, mask.left, mask.right, inner, outer, softmax_scale)
     key_ranges = None if key_ranges is None else key_ranges.contiguous()
-    row_ranges = None if key_ranges is None else invert(key_ranges, k.shape[0])
     choice, dkv = (launch.find_launch(kernel, dim, v_dim, q.dtype) for kernel in ("dq", "dkv"))
-    # Longer by a tile of rows than (H, T), since attend_dkv reads whole tiles of them.
-    lse2, delta = (torch.empty(heads * rows + dkv.rows, dtype=torch.float32, device=q.device) for _ in range(2))
+    slots = rows // dkv.rows + segments + 1
+    delta_HT = None if sinks is None else torch.empty_like(lse_HT)
+    stats = torch.empty(heads, slots, dkv.rows, 2, dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         unit, strides = launch.strides(q, k, v, out, dout, dq)
-        attend_dq[(rows // choice.rows + segments + 1, heads)](
-            q, k, v, out, dout, lse_HT, dlse_HT, dq, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k,
-            key_ranges, *strides, *common,
+        attend_dq[((rows // choice.rows + segments + 1) * heads,)](
+            q, k, v, out, dout, lse_HT, dlse_HT, dq, stats, delta_HT, cu_seqlens_q, cu_seqlens_k, seqused_k,
+            key_ranges, table_of(mask, rows, keys, choice.rows), *strides, rows, keys, segments, heads, group, *reaches,
             **choice.parts, UNIT=unit, SOFTCAP=softcap > 0,
-            BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, **choice.options,
+            BM=choice.rows, BN=choice.keys, BRANCH=choice.branch, SLOT=dkv.rows, **choice.options,
         )  # fmt: skip
-        unit, strides = launch.strides(q, k, v, dout, dk, dv)
+        each = heads_each(keys // dkv.keys, k_heads, group, q.device)
+        parts = [
+            x if each == group else torch.empty(keys, heads, x.shape[2], dtype=torch.float32, device=x.device)
+            for x in (dk, dv)
+        ]
+        unit, strides = launch.strides(q, k, v, dout, *parts)
         # Both sums of a tile of keys do not fit the registers above 128: there each gets a launch (9 products, not 7).
         for wants_dk, wants_dv in ((True, False), (False, True)) if max(dim, v_dim) > 128 else ((True, True),):
-            attend_dkv[(k.shape[0] // dkv.keys + segments + 1, k.shape[1])](
-                q, k, v, dout, dk, dv, lse2, delta, cu_seqlens_q, cu_seqlens_k, seqused_k, row_ranges,
-                *strides, *common,
+            attend_dkv[((keys // dkv.keys + segments + 1) * (heads // each),)](
+                q, k, v, dout, *parts, stats, cu_seqlens_q, cu_seqlens_k, seqused_k, row_ranges_of(mask, keys),
+                table_of(mask, rows, keys, dkv.keys, of_keys=True), *strides,
+                rows, keys, segments, heads // each, group, each, *reaches,
                 **dkv.parts, UNIT=unit, SOFTCAP=softcap > 0,
                 BM=dkv.rows, BN=dkv.keys, BRANCH=dkv.branch, DK=wants_dk, DV=wants_dv, **dkv.options,
             )  # fmt: skip
-    if sinks is None:
-        return Grads(dq, dk, dv)
-    return Grads(dq, dk, dv, sink_gradient(sinks, lse_HT, delta[: heads * rows].view(heads, rows)))
+        if each != group:
+            sum_heads(parts[0], dk, group)
+            sum_heads(parts[1], dv, group)
+    return Grads(dq, dk, dv, None if sinks is None or delta_HT is None else sink_gradient(sinks, lse_HT, delta_HT))

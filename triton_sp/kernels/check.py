@@ -22,7 +22,7 @@ from triton_sp.kernels.mask import Mask
 from triton_sp.kernels.verdict import Verdict
 
 KIND = "portable"
-SOURCES = ("attend.py", "attend_backward.py", "check.py", "launch.py", "mask.py", "sinks.py", "tiles.py")
+SOURCES = ("attend.py", "attend_backward.py", "check.py", "launch.py", "mask.py", "schedule.py", "sinks.py", "tiles.py")
 SLACK = 5  # rows past the last segment, of NaN
 ALLOWED = {"out": 2.0, "lse": 2.0, "dq": 3.0, "dk": 3.0, "dv": 3.0}  # times the textbook's error in the same dtype
 REMEDY = (

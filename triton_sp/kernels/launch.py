@@ -23,7 +23,7 @@ NO_32_WIDE = triton.__version__.startswith("3.7.")
 # the same kernel again.
 RUNTIME = [
     *(f"{x}_{axis}" for x in ("q", "k", "v", "out", "dout", "dq", "dk", "dv") for axis in ("row", "head")),
-    *("rows", "keys", "segments", "group", "left", "right"),
+    *("rows", "keys", "segments", "heads", "group", "each", "causal", "left", "right"),
 ]  # fmt: skip
 
 DIMS = range(16, 257, 8)  # head dims that kernels exist for
@@ -58,8 +58,11 @@ SM90 = {
     ("dq", 128): _options(128, 64, 8, 2),
     ("dq", 192): _options(128, 32, 8, 2),
     ("dq", 256): _options(128, 32, 8, 1),
+    # Of 64 rows each product reads as much shared memory as the matrix units can use; 32 rows keep them at two thirds.
+    # Above 80 the sums leave no registers for 64: 128 bytes spilled at 96, 224 at 128.
+    ("dkv", 80): _options(64, 128, 8, 2),
     ("dkv", 192): _options(32, 128, 8, 2),
-    ("dkv", 256): _options(32, 128, 8, 1),
+    ("dkv", 256): _options(16, 128, 8, 1),
 }
 SM80 = {
     ("forward", 48): _options(128, 64, 8, 2),
@@ -70,11 +73,13 @@ SM80 = {
     ("forward", 256): _options(128, 16, 8, 1),
     ("dq", 64): _options(64, 32, 4, 2),
     ("dq", 128): _options(128, 32, 8, 2),
-    ("dq", 256): _options(64, 16, 4, 1),
+    ("dq", 192): _options(64, 16, 4, 1),
+    ("dq", 256): _options(32, 16, 4, 1),
     ("dkv", 64): _options(32, 64, 4, 2),
     ("dkv", 80): _options(16, 64, 4, 2),
     ("dkv", 128): _options(16, 128, 8, 2),
-    ("dkv", 256): _options(16, 64, 4, 1),
+    ("dkv", 192): _options(16, 64, 4, 1),
+    ("dkv", 256): _options(16, 32, 4, 1),
 }
 SM100 = SM80 | {("dkv", 128): _options(32, 128, 8, 1)}
 # Consumer chips (sm_86, sm_89, sm_120) have 99 KiB of shared memory a block.
@@ -187,6 +192,11 @@ def split(dim: int) -> tuple[int, int]:
         first, second = (64 if part == 32 else part for part in (first, second))
         whole = 64 if whole == 32 else whole
     return (whole, 0) if first + second >= whole and whole <= 128 else (first, second)
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run at a time where each takes a whole multiprocessor; of an H100 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ class Mask(NamedTuple):
         window: a row sees this many keys, its own included, behind it (and ahead of it, if not causal).
         max_seqlens: rows and keys of the longest segment, if the host knows them. Our kernels do without; those of
             others must be told. They also rely on segments that cover all rows, and on rows that each see a key.
+        kept: where kernels keep what they have worked out of a mask, from call to call; only for a mask whose tensors
+            never change. None: nothing is kept.
 
     >>> import torch
     >>> mask = Mask(torch.tensor([0, 2, 3]), causal=True, window=5)
@@ -40,6 +42,7 @@ class Mask(NamedTuple):
     causal: bool = False
     window: int | None = None
     max_seqlens: tuple[int, int] | None = None
+    kept: dict[tuple[str, int], Tensor] | None = None
 
     @property
     def left(self) -> int:
@@ -50,6 +53,11 @@ class Mask(NamedTuple):
     def right(self) -> int:
         """How many keys ahead of its own position a row sees."""
         return 0 if self.causal else self.left
+
+    @property
+    def ordered(self) -> int:
+        """1 where later rows see more keys, 0 where a row's number says nothing about it."""
+        return int(self.causal or self.key_ranges is not None)
 
     @property
     def tables(self) -> list[Tensor | None]:

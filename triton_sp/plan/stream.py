@@ -107,10 +107,10 @@ class Stream:
             tables = self._tables(rows, keys)
             if causal and self.host_segments is not None and self.host_segments.spans:
                 ranges = self._key_ranges(window)[:, rows.start : rows.stop]
-                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)))
+                self._masks[key] = Mask(*tables, (ranges - keys.start).clamp(0, len(keys)), kept={})
             else:
                 longest = None if self.host_segments is None else self._max_seqlens(rows, keys)
-                self._masks[key] = Mask(*tables, None, causal, window, longest)
+                self._masks[key] = Mask(*tables, None, causal, window, longest, kept={})
         return self._masks[key]
 
     def _max_seqlens(self, rows: range, keys: range) -> tuple[int, int]:

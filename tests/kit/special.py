@@ -250,6 +250,20 @@ def gemma4_cases() -> list[Case]:
     ]
 
 
+def sink_cases() -> list[Case]:
+    """A learned sink for each head. Transformers' eager attention is the one that has them in float64."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    options = experts | {"num_attention_heads": 10, "kv_heads": 5, "hidden_size": 40, "intermediate_size": 24}
+    options |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "rope_parameters": rope}
+    config, eager = text_config("GptOss", **options), "eager"
+    tower = zoo.vision_config("InternVLVision", attention_bias=True)
+    parts = (tower, config, zoo.tile_visuals([2, 1, 1, 1, 1], GRID**2 // 4))
+    internvl = vlm_case("internvl_gpt_oss", "InternVL", parts, attention=eager, experts_implementation=eager)
+    text = text_case("gpt_oss", "Llama")
+    return [special(replace(text, build=partial(zoo.build, "GptOssForCausalLM", config, eager))), special(internvl)]
+
+
 def cases() -> list[Case]:
     return [
         *deepseek_cases(),
@@ -260,4 +274,5 @@ def cases() -> list[Case]:
         *mllama_cases(),
         *ernie_cases(),
         *molmo2_cases(),
+        *sink_cases(),
     ]

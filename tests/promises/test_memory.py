@@ -27,6 +27,7 @@ ALIKE = {
     "qwen2_vl": 1.02,
     "qwen3_vl_moe": 1.02,
     "qwen3_5_moe_vl": 1.02,
+    "internvl_gpt_oss": 3.01,
     "llava_next": 1.7,
     "paligemma2": 3.01,
     "idefics2": 1.8,

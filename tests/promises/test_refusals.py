@@ -154,6 +154,13 @@ def arange_in_attention() -> nn.Module:
     return model
 
 
+def attention_with_a_bias() -> nn.Module:
+    """Of which nobody knows what its attention does with it."""
+    model = zoo.CASES["llama"].model()
+    model.model.layers[0].self_attn.bias = nn.Parameter(torch.zeros(12))
+    return model
+
+
 AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "falcon": (lambda: from_config("FalconForCausalLM", "FalconConfig"), "transformer.h", "FalconAttention"),
     "bloom": (lambda: from_config("BloomForCausalLM", "BloomConfig"), "transformer.h", "BloomAttention"),
@@ -178,13 +185,7 @@ AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "drop_path",
         "drop_prob",
     ),
-    "gpt_oss": (
-        lambda: from_config(
-            "GptOssForCausalLM", "GptOssConfig", num_key_value_heads=12, head_dim=8, num_local_experts=2
-        ),
-        "self_attn",
-        "sinks",
-    ),
+    "bias": (attention_with_a_bias, "self_attn", "['bias']"),
     "arange": (arange_in_attention, "self_attn", "arange"),
     "minimax": (
         lambda: from_config("MiniMaxForCausalLM", "MiniMaxConfig", num_local_experts=2, num_key_value_heads=12),

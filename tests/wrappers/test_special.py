@@ -24,6 +24,7 @@ QUICK = {
     "gemma4": [Plan("left_pad", "non_reentrant", config=heads(2))],
     "kimi_k25": [Plan("plain", config=heads(2))],
     "mllama": [Plan("left_pad", config=heads(2))],
+    "gpt_oss": [Plan("left_pad", config=heads(2)), Plan("packed", "non_reentrant", heads(2))],
 }
 
 
@@ -55,6 +56,11 @@ def attend_to_keys_without_gradient(module: Any, query: Any, key: Any, value: An
     return attention_forward(module, query, key, value, *rest, **kwargs)
 
 
+def attend_without_sinks(*states: Any, s_aux: Any = None, **kwargs: Any) -> Any:
+    """The sinks are dropped in silence."""
+    return attention_forward(*states, **kwargs)
+
+
 def localise_without_rows(arguments: dict[str, Any], call: Any) -> None:
     """Every token sees the images of all rows."""
     localise(arguments, call)
@@ -67,6 +73,7 @@ SPANS_EVERYWHERE = families.SPANS | {"gemma4": replace(families.SPANS["gemma4"],
 # name: the model and the batch that show it, and what is replaced by what
 MUTANTS: dict[str, tuple[str, str, Any, str, Any]] = {
     "keys unshared": ("gemma4_text", "plain", attention, "attention_forward", attend_to_keys_without_gradient),
+    "sinks ignored": ("gpt_oss", "plain", attention, "attention_forward", attend_without_sinks),
     "spans in all layers": ("gemma4", "left_pad", families, "SPANS", SPANS_EVERYWHERE),
     "images of other rows": ("mllama", "left_pad", cross, "localise", localise_without_rows),
     "chunks ignored": ("llama4_text", "plain", layout, "CHUNKED", "no such layers"),

@@ -43,8 +43,8 @@ PROVEN = {
     "gemma", "gemma2", "gemma3_text", "glm4v_text", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen2_vl_text",
     "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text",
     # decoders whose attention or positions are special
-    "deepseek_v2", "deepseek_v3", "ernie4_5_vl_moe_text", "gemma4_text", "gpt2", "llama4_text", "mllama_text_model",
-    "molmo2_text", "opt",
+    "deepseek_v2", "deepseek_v3", "ernie4_5_vl_moe_text", "gemma4_text", "gpt2", "gpt_oss", "llama4_text",
+    "mllama_text_model", "molmo2_text", "opt",
     # their towers
     "ernie4_5_vl_moe_vision", "gemma4_vision", "kimi_k25_vision", "llama4_vision_model", "molmo2_vision",
     # decoders with recurrent layers

@@ -70,12 +70,12 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
     leaf = not any(True for _ in module.children())
     if getattr(module, "drop_prob", 0):
         return refuse_stochastic_depth(name, module)
-    if calls_attention_interface(module) and own:
+    if calls_attention_interface(module) and set(own) - {"sinks"}:  # these it hands on, see wrappers/attention.py
         return UnsupportedModelError(
             name,
             expected="attention whose parameters all lie in layers that work token by token",
             found=f"parameters {own} of its own",
-            remedy="use a model without them; attention sinks and learned biases are not handled yet",
+            remedy="use a model without them; learned biases are not handled yet",
         )
     along = sorted(own_code_names(module) & _ALONG_TOKENS) if calls_attention_interface(module) else []
     if along and not (along == ["arange"] and numbers_its_tokens(module)):

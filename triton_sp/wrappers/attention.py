@@ -26,7 +26,7 @@ from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
 
 NAME = "triton_sp"
 # Arguments that change what attention computes and that we do not compute.
-_MEANINGFUL = ("s_aux", "position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
+_MEANINGFUL = ("position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
 
 
 def redirect(attention: Sequence[nn.Module], installation: Installation) -> None:
@@ -103,9 +103,11 @@ def attention_forward(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention signature: q (B, H, L, D), k and v (B, K, L, D); returns (B, L, H, D) and None."""
+    """transformers' attention signature: q (B, H, L, D), k and v (B, K, L, D), learned sinks s_aux (H,); returns
+    (B, L, H, D) and None."""
     scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
     decoder = scope is not None
     scope = scope or current(AttentionScope)
@@ -117,9 +119,8 @@ def attention_forward(
     scope.tally["attention"] += 1
     tokens, stream = len(scope.stream.own), scope.by_layer_type.get(layer_type(module), scope.stream)
     q, k, v = (x[:tokens] for x in _packed(query, key, value))
-    out = stages.attention(
-        (q, k, v), stream, causal=causal, window=sliding_window, softcap=softcap, softmax_scale=scaling
-    )
+    masked: dict[str, Any] = {"causal": causal, "window": sliding_window}
+    out = stages.attention((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling, sinks=s_aux)
     if query.shape[2] > tokens:  # the row of `_with_a_row`
         out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))
     return out[None], None

@@ -189,7 +189,8 @@ def neighbours(size: int | None) -> dist.ProcessGroup | None:
             found=f"{size}",
             remedy="start a multiple of it, or choose another size",
         )
-    return dist.new_subgroups(size)[0]
+    own: Any = dist.new_subgroups(size)[0]  # on a rank of no group it would be a number, but every rank is in one
+    return own
 
 
 def join_world(device: torch.device) -> Group:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -12,6 +13,8 @@ from kit import parity, zoo
 from kit.parity import Plan, heads, hold
 
 from triton_sp.anatomy import families
+from triton_sp.anatomy.families import MAKES_SPANS, spans_of
+from triton_sp.anatomy.find import find_parts
 from triton_sp.wrappers import attention, cross, layout
 
 # In the suite, on two ranks; head counts that these do not divide are in the cases themselves.
@@ -91,3 +94,13 @@ def run_mutant(mutant: str, path: Any) -> parity.Parity:
 def test_the_check_notices(ranks, reference, mutant: str) -> None:
     for result in ranks.run(run_mutant, mutant, reference(*MUTANTS[mutant][:2]), ranks=2):
         assert result.gradient > 1e-4, result
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+def test_spans_are_known_where_the_model_makes_them_so(monkeypatch, name: str) -> None:
+    """In transformers 5.10 images of Gemma see each other in another way; no rule is assumed there."""
+    model = zoo.CASES[name].model()
+    decoder = find_parts(model).decoder
+    assert decoder is not None and spans_of(model, decoder.module) is not None
+    monkeypatch.delattr(sys.modules[type(model).__module__], MAKES_SPANS)
+    assert spans_of(model, decoder.module) is None

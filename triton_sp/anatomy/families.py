@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,6 +99,10 @@ SPANS: dict[str, Spans] = {
     "paligemma": Spans((0,), single=True, required=True),  # the prefix: image and prompt
 }
 
+# What makes them in Gemma 3 and 4 since transformers 5.16. In 5.10, which has not got it, images see each other in
+# another way: by these rules the loss was off 0.3 %, and gradients 16 to 95 % (measured).
+MAKES_SPANS = "create_masks_for_vision_model"
+
 
 def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
     """The masks that the innermost model around a decoder makes for it, as transformers >= 5 composes them: before,
@@ -105,12 +110,16 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
     around: list[Any] = [
         m for m in entry.modules() if is_hf(m) and m is not decoder and any(part is decoder for part in m.modules())
     ]
-    spans = SPANS.get(around[-1].config.model_type) if around else None
+    model = around[-1].config.model_type if around else ""
+    spans = SPANS.get(model)
     if spans is None:
         return None
     from transformers import masking_utils
 
     if not hasattr(masking_utils, "blockwise_overlay"):
+        return None
+    makes_masks = sys.modules[type(around[-1]).__module__]
+    if model.startswith(("gemma3", "gemma4")) and not hasattr(makes_masks, MAKES_SPANS):
         return None
     config: Any = decoder.config
     whom = getattr(config, "use_bidirectional_attention", None)  # "vision", or True or "all": then it isn't causal

@@ -23,7 +23,14 @@ def main() -> int:
     ranks = 4 if gpus >= 4 else 2
     where = f"{ranks} GPUs, NCCL" if gpus >= ranks else f"{ranks} processes on the CPU, gloo"
     print(f"triton_sp demo: {where}. Each model is trained for a few steps twice: as it is, on one process, and")
-    print(f"wrapped by triton_sp.wrap, each batch shared by {ranks} ranks. Both must compute the same.\n", flush=True)
+    print(f"wrapped by triton_sp.wrap, each batch shared by {ranks} ranks. Both must compute the same.\n")
+    print(
+        "You will see what wrap does with each model, then losses and gradients side by side, the bytes that the ranks"
+    )
+    print(
+        "exchange and the memory of activations, and at last OK, or what disagrees. It takes one to two minutes on two"
+    )
+    print("cores, of which the first seconds pass with imports.\n", flush=True)
 
     REPORTS.mkdir(exist_ok=True)
     csv = REPORTS / "demo.csv"

@@ -119,6 +119,29 @@ def compare(job: Job, device: torch.device, bar: Any) -> list[dict[str, Any]]:
     ]
 
 
+class Dots:
+    """Progress where the output is no terminal: a dot a step, all on one line; what is to be written follows it."""
+
+    def __init__(self, steps: int) -> None:
+        self.written: list[str] = []
+        print(f"{steps} steps: ", end="", flush=True)
+
+    def __enter__(self) -> Dots:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        print("\n", *self.written, sep="\n", flush=True)
+
+    def set_postfix_str(self, text: str) -> None:
+        """A line cannot be changed here."""
+
+    def update(self) -> None:
+        print(".", end="", flush=True)
+
+    def write(self, text: str) -> None:
+        self.written.append(text)
+
+
 def main(csv: Path) -> None:
     gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
@@ -128,7 +151,9 @@ def main(csv: Path) -> None:
     dist.init_process_group("nccl" if gpu else "gloo")
     rows: list[dict[str, Any]] = []
     todo = jobs()
-    with tqdm(total=2 * len(todo) * STEPS, unit="step", disable=dist.get_rank() != 0, dynamic_ncols=True) as bar:
+    steps, first = 2 * len(todo) * STEPS, dist.get_rank() == 0
+    terminal = sys.stderr.isatty() or not first
+    with tqdm(total=steps, unit="step", disable=not first, dynamic_ncols=True) if terminal else Dots(steps) as bar:
         for job in todo:
             rows += compare(job, device, bar)
     found: list[Any] = [None] * dist.get_world_size()

@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 import triton_sp
 from perf.contest import Settings, failure
-from perf.hollow import Hollow
 from perf.rows import Report, Row
+from triton_sp.hollow import Hollow
 from triton_sp.ops import dispatch
 
 RANKS = 8

@@ -60,7 +60,7 @@ def measures() -> list[Measure]:
         Measure("parameters outside kernels", *worst(counts, 8)),
         Measure("% of functions fully typed", 100 - 100 * len(untyped) / len(defined), 100, listed(untyped), True),
         Measure("% of public names with a docstring", 100 - 100 * len(bare) / len(named), 97, listed(bare), True),
-        Measure(f"imports between {len(imports.rooms())} rooms", len(imports.arrows()), 80),
+        Measure(f"imports between {len(imports.rooms())} rooms", len(imports.arrows()), 96),
     ]
 
 

@@ -28,8 +28,9 @@ def wrap(model_: Model, group: Any = None, config: SPConfig | None = None) -> Mo
     From then on every rank calls the model with the same, whole batch. Vision towers and the decoder compute on this
     rank's tokens, and exchange tokens for heads in attention (Ulysses, arXiv:2309.14509). `out.loss` is the loss of the
     whole batch, on every rank. `out.logits` holds the logits of this rank's tokens, (1, T, V) without padding, or all
-    of them if `config.gather_logits`. `generate` and calls of inner modules in eval mode or under no_grad run as
-    before, not sharded, each rank by itself. Inner modules that are called directly in training with gradients raise.
+    of them if `config.gather_logits`. `generate` (unless `config.shard_prefill`) and calls of inner modules in eval
+    mode or under no_grad run as before, not sharded, each rank by itself. Inner modules that are called directly in
+    training with gradients raise.
 
     Args:
         model_: a Hugging Face model, a module around one (PEFT), or a plain module with a stack of attention blocks.

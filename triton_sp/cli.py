@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from triton_sp import launch
+from triton_sp import environment, forecast, launch
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups
@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "torchrun has started (torchrun ... -m triton_sp.cli launch train.py). Every Trainer wraps its model.",
     )
     start.add_argument("script", nargs=argparse.REMAINDER, help="a script, -m module, or an installed command")
+    commands.add_parser("env", help="what a report of a problem needs to say about this machine, to be pasted into it")
+    _plan_options(
+        commands.add_parser("plan", help="what each rank will hold and send in a step, before any GPU is rented")
+    )
     for name, text in CHECKOUT.items():
         commands.add_parser(name, help=text, add_help=False)
     parsed, rest = parser.parse_known_args(arguments)
@@ -56,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if "RANK" in os.environ:
+    if parsed.command == "plan":
+        _plan(parsed)
+    elif parsed.command == "env":
+        print(environment.report())
+    elif "RANK" in os.environ:
         _calibrate()
     else:
         ranks = parsed.ranks or max(torch.cuda.device_count(), 0) or 2
@@ -69,6 +77,43 @@ def _launch(command: list[str]) -> None:
     else:
         ranks = torch.cuda.device_count() or int(os.environ.get(launch.SIZE, 2))
         groups.start_ranks(ranks, "triton_sp.cli", "launch", *command)
+
+
+def _plan_options(plan: argparse.ArgumentParser) -> None:
+    plan.description = (
+        "Runs the model's forward on tensors without numbers, by the code that plans the real run. Memory is that "
+        "of the forward; the backward's own peak is not in it. Plans are those of the link 'nvlink'."
+    )
+    plan.add_argument("model", help="a folder or file with a configuration of transformers, or a name on the Hub")
+    plan.add_argument("--gpus", type=int, default=8, help="of the job: ZeRO and FSDP shard over them")
+    plan.add_argument("--ranks", help="sizes of a group, as 1,2,4; default: 1, 2, 4, ... up to all GPUs")
+    plan.add_argument("--gpu-memory", type=float, help="GB of a GPU; rows then say whether the forward fits")
+    plan.add_argument("--text", type=_tokens, default=1024, help="tokens of text, such as 8k")
+    plan.add_argument("--images", type=int, default=0)
+    plan.add_argument("--resolution", default="1344x1344", help="height x width of each image, in pixels")
+    plan.add_argument("--engine", choices=forecast.ENGINES, default="ddp")
+    plan.add_argument("--checkpointing", action="store_true", help="layers are recomputed in the backward")
+    plan.add_argument("--chunked-loss", action="store_true", help="SPConfig(chunked_loss=True)")
+    plan.add_argument("--json", action="store_true", help="for programs: sizes in bytes")
+
+
+def _tokens(text: str) -> int:
+    """8k is 8192 and 1M is 1048576."""
+    scale = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower())
+    return int(text) if scale is None else int(float(text[:-1]) * scale)
+
+
+def _plan(asked: argparse.Namespace) -> None:
+    height, width = (int(side) for side in asked.resolution.lower().split("x"))
+    job = forecast.Job(
+        *(asked.gpus, asked.text, asked.images, height, width),
+        *(asked.engine, asked.checkpointing, asked.chunked_loss),
+    )
+    ranks = [1 << i for i in range(asked.gpus.bit_length())]
+    if asked.ranks:
+        ranks = [int(size) for size in asked.ranks.split(",")]
+    rows = forecast.forecast(forecast.load_model(asked.model), job, ranks)
+    print(forecast.as_json(rows) if asked.json else forecast.as_table(rows, asked.gpu_memory))
 
 
 def _from_checkout(module: str, arguments: list[str]) -> int:

@@ -37,6 +37,8 @@ class SPConfig:
         heartbeat: seconds. A rank that waits for others on the CPU looks whether they are alive: one that has given no
             sign of life for so long has stopped, one that is alive and has not come for ten times as long has left.
             Then all ranks that wait raise. 0 leaves it to the time-out of the process group, half an hour.
+        shard_prefill: True lets `generate` run the prompt sharded. All ranks of the group must call it together then,
+            with the same arguments and random seed. False lets each rank generate by itself, unsharded, perhaps alone.
         single: True wraps a group of one rank too, which `wrap` leaves as it is otherwise: the model then runs on
             packed tokens without padding, with the attention kernels of this library.
         attention: what attends. "triton": the kernels of this library. "torch" (FlashAttention 2 as PyTorch has it),
@@ -60,6 +62,7 @@ class SPConfig:
     recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
     heartbeat: float = 60.0
+    shard_prefill: bool = False
     single: bool = False
     attention: Literal["triton", "auto", "torch", "cudnn", "flash_attention_2", "flash_attention_3"] = "triton"
 

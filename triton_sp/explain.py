@@ -12,6 +12,7 @@ from triton_sp.anatomy.find import find_parts
 from triton_sp.anatomy.parts import Fusion, Stack, device_of
 from triton_sp.errors import SPError
 from triton_sp.ops.dispatch import implementation
+from triton_sp.wrappers.generation import describe_prefill
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
@@ -74,23 +75,27 @@ class Explanation:
         rows: the lines of the table, for programs.
         attention: what computes attention on the model's device, see `ops.dispatch.implementation`.
         loss: what computes the loss of a training step; empty if the model is not wrapped.
+        prefill: how `generate` runs a prompt; empty if the model is not wrapped, or does not generate.
     """
 
     title: str
     rows: tuple[Row, ...]
     attention: str
     loss: str = ""
+    prefill: str = ""
 
     def __str__(self) -> str:
-        lines = self._table()
         told = [
             f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
         ]
         plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
-        computed = [f"attention is computed by: {self.attention}"]
-        if self.loss:
-            computed.append(f"the loss of a training step is computed by: {self.loss}")
-        return "\n".join([self.title, *lines, *plans, *computed, *told])
+        computed = {
+            "attention is computed by": self.attention,
+            "the loss of a training step is computed by": self.loss,
+            "the prompt of generate is run by": self.prefill,
+        }
+        said = [f"{what}: {how}" for what, how in computed.items() if how]
+        return "\n".join([self.title, *self._table(), *plans, *said, *told])
 
     def _table(self) -> list[str]:
         """The rows as lines of text, columns one under another."""
@@ -133,6 +138,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     except SPError as error:
         attention = f"nothing on this machine: {error}"
     loss = "" if installation is None else loss_implementation(installation)
+    prefill = describe_prefill(installation)
     try:
         anatomy = installation.anatomy if installation else find_parts(model)
     except SPError as error:
@@ -147,7 +153,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
-    return Explanation(title, tuple(rows), attention, loss)
+    return Explanation(title, tuple(rows), attention, loss, prefill)
 
 
 def _fusion_row(fusion: Fusion) -> Row:

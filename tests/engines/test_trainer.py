@@ -17,6 +17,13 @@ def test_trainer(ranks, groups: int, samples: int) -> None:
         assert error["weights"] < 1e-4 and error["loss"] < 1e-4 and error["eval"] < 1e-4, error
 
 
+def test_predict_with_generate(ranks) -> None:
+    """The prompt sharded, token for token what one process generates; the loss beside it sharded too."""
+    for found, expected, loss in ranks.run(trainer_jobs.predict, ranks=2):
+        assert found == expected
+        assert abs(loss - 1) < 1e-4
+
+
 def test_accelerate(ranks) -> None:
     assert max(ranks.run(trainer_jobs.accelerate, ranks=4)) < 1e-4
 

@@ -164,6 +164,38 @@ def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
     }
 
 
+def predict() -> tuple[list[list[int]], list[list[int]], float]:
+    """What a trainer with `predict_with_generate` predicts on a group, and what one process generates; the loss beside
+    it, over that of an evaluation by hand."""
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
+
+    model, data = zoo.CASES["llava"].model(torch.float32), samples(3, seed=1)
+    expected, loss = [], evaluate_by_hand(model, data, 1)
+    options = {"max_new_tokens": 4, "suppress_tokens": [zoo.IMAGE, zoo.PAD]}
+    model.config.pad_token_id = model.generation_config.pad_token_id = zoo.PAD
+    for row in data:
+        batch = collate([row])
+        batch.pop("labels")
+        expected += model.generate(**batch, **options, do_sample=False).tolist()
+    with as_torchrun(), tempfile.TemporaryDirectory() as folder:
+        arguments = Seq2SeqTrainingArguments(
+            folder,
+            use_cpu=True,
+            ddp_backend="gloo",
+            per_device_eval_batch_size=1,
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            predict_with_generate=True,
+        )
+        triton_sp.wrap(model, config=triton_sp.SPConfig(shard_prefill=True))
+        trainer = Seq2SeqTrainer(model, arguments, collate)
+        triton_sp.share_batches(trainer)
+        out = trainer.predict(data, **options)
+    found = [[token for token in row if token not in (-100, zoo.PAD)] for row in out.predictions.tolist()]
+    return found, expected, float(out.metrics["test_loss"]) / loss
+
+
 def accelerate() -> float:
     """A plain accelerate loop with gradient accumulation, on 2 x 2 ranks; the worst relative error of the weights."""
     case = zoo.CASES["llava"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -39,6 +40,35 @@ class Largest(TorchDispatchMode):
             if x.numel() > self.elements and not square and x.untyped_storage().data_ptr() not in self.inputs:
                 self.elements, self.shape = x.numel(), tuple(x.shape)
         return out
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes of tensors that live at one time, of those that operations return in this block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.now = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._count(x.untyped_storage(), before)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = id(storage)
+        if key in before or key in self.live:  # a view, or written in place
+            return
+        self.live[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.bytes = max(self.bytes, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self.live.pop(key, 0)
 
 
 @dataclass(frozen=True)
@@ -89,3 +119,17 @@ def held_gathered(name: str) -> Held:
     """With a fusion that is not known."""
     with mock.patch.dict(families.FEATURE_METHODS, clear=True):
         return held(name, True)
+
+
+def prefill_peak(name: str, wrapped: bool) -> tuple[int, int]:
+    """The most bytes that live while a prompt runs, beside its key/value cache; and those of the cache."""
+    model, batch = zoo.CASES[name].model(torch.float32), long_batch(name, torch.float32)
+    if wrapped:
+        triton_sp.wrap(model, config=triton_sp.SPConfig(shard_prefill=True))
+    prompt = {key: value for key, value in batch.items() if key != "labels"}
+    options = {"max_new_tokens": 1, "do_sample": False, "use_cache": True, "return_dict_in_generate": True}
+    with torch.no_grad(), Peak() as peak:
+        out = model.generate(**prompt, **options)
+    layers = (getattr(out, "cache", None) or out.past_key_values).layers  # the second before transformers 5.24
+    cache = sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+    return peak.bytes - cache, cache

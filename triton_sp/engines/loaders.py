@@ -7,6 +7,7 @@ which is P times too much, and multiplies the loss by the number of processes, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -79,7 +80,15 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
     if group.size > 1 and hasattr(trainer, "_generate_single_turn"):
         share_rollouts(trainer, group, collectives.leaders(group), limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
+    if group.size > 1 and getattr(trainer.args, "predict_with_generate", None) is not None:
+        trainer.evaluation_loop = partial(_evaluate, trainer, trainer.evaluation_loop)
     return trainer
+
+
+def _evaluate(trainer: Any, evaluation_loop: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A Seq2SeqTrainer begins each evaluation by taking a gather of its own, which would count every rank."""
+    trainer.gather_function = trainer.accelerator.gather_for_metrics
+    return evaluation_loop(*args, **kwargs)
 
 
 def _adapt(accelerator: Any, group: Group, limit: int) -> Any:

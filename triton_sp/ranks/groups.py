@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +80,14 @@ def exists(name: str) -> bool:
 
 
 ALONE = Group("", 0, 1)  # a rank by itself, for what every rank computes completely; nothing is sent in it
+
+
+def backends() -> list[str]:
+    """The libraries that can connect ranks here, of those that are used: gloo for CPUs, nccl for GPUs."""
+    if not dist.is_available():
+        return []
+    there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, found in there.items() if found]
 
 
 def resolve_group(group: Any = None) -> Group:
@@ -204,3 +214,24 @@ def join_world(device: torch.device) -> Group:
 def leave_world() -> None:
     """Undo `join_world`."""
     dist.destroy_process_group()
+
+
+@contextmanager
+def fake_world(ranks: int) -> Iterator[None]:
+    """For a time: this process as rank 0 of a default group whose other ranks do not exist. Sends arrive nowhere, and
+    what is received is any numbers. For plans, see forecast.py.
+
+    Raises:
+        GroupError: torch.distributed is in use.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise GroupError(
+            "group", expected="a process without ranks", found="an initialised torch.distributed", remedy="plan before"
+        )
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

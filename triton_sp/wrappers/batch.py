@@ -15,7 +15,7 @@ from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.masks import chunks_of, documents_of
 from triton_sp.wrappers.values import check_devices, check_ids, check_items, check_labels, check_names, check_pixels
 
-_CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
+CACHES = ("past_key_values", "cache")  # the second from transformers 5.24 on, which takes both
 _REMEDIES = {
     "output_attentions": "attention weights are never formed; call triton_sp.unwrap(model) to look at them",
     "output_hidden_states": "take last_hidden_state of the model without its head",
@@ -72,7 +72,7 @@ def decodes(override: Override, arguments: dict[str, Any]) -> bool:
     """Whether the call reads or writes a key/value cache, which holds whole sequences."""
     if override.module.training and torch.is_grad_enabled():
         return False  # a step of training: read_batch refuses a cache there
-    return bool(arguments.get("use_cache")) or any(arguments.get(name) is not None for name in _CACHES)
+    return bool(arguments.get("use_cache")) or any(arguments.get(name) is not None for name in CACHES)
 
 
 def refuse(arguments: dict[str, Any], *names: str) -> None:
@@ -121,7 +121,7 @@ def check_pixels_alone(anatomy: Anatomy, arguments: dict[str, Any]) -> None:
 
 
 def _refuse_cache(arguments: dict[str, Any]) -> None:
-    for name in ("use_cache", *_CACHES):
+    for name in ("use_cache", *CACHES):
         if arguments.get(name) not in (None, False):
             raise InputError(
                 name,

@@ -20,7 +20,7 @@ from triton_sp.ranks.failures import reporting_failures
 from triton_sp.wrappers.batch import Batch, check_pixels_alone, decodes, read_batch
 from triton_sp.wrappers.described import agree_on_backward, bind_on_all, prepare_on_all
 from triton_sp.wrappers.features import check_rows, needed_rows
-from triton_sp.wrappers.generation import generating
+from triton_sp.wrappers.generation import Prompt, generating, prefill, prefills
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens, lay_out
@@ -33,13 +33,14 @@ from triton_sp.wrappers.scores import ScoreRequest, answer, requested
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     """The forward of a wrapped model. In `generate`, and with a key/value cache, it is the model's own."""
     installation = override.installation
-    if generating():  # perhaps on this rank alone: the others are not asked anything
+    if generating() and not prefills(installation, kwargs):  # perhaps on one rank: the others are not asked anything
         give_sign(installation.group)
         return override.original(*args, **kwargs)
     board = board_of(installation.group)
     board.begin("a forward", installation.config.heartbeat)
     arguments = bind_on_all(override, args, kwargs)
     decoder = installation.anatomy.decoder
+    prompt = Prompt.take(arguments, installation.anatomy) if generating() else None
     if decoder is not None and decodes(override, arguments):
         give_sign(installation.group)
         return override.original(*args, **kwargs)
@@ -47,7 +48,7 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
         if decoder is None:
             out = _run_vision_model(override, arguments, args, kwargs)
         else:
-            out = _run_text_model(override, arguments, decoder)
+            out = _run_text_model(override, arguments, decoder, prompt)
     begin = None
     if installation.config.check != "off":
         step = f"backward of forward {installation.state.calls} of {type(override.module).__name__}"
@@ -115,31 +116,37 @@ class Prepared:
     call: TextCall
     request: ScoreRequest | None
     balance: Balance | None
+    prompt: Prompt | None
 
     def plan(self) -> str:
         """What must be equal on all ranks, because each has decided it by itself."""
-        stream = self.call.stream
+        stream, asked = self.call.stream, (self.request or "", self.prompt and self.prompt.keep)
         needed = {name: shards.sizes for name, shards in self.call.needed.items()}
-        return f"{self.call.choice.plan} {stream.shards.sizes} {needed} {stream.host_segments} {self.request or ''}"
+        return f"{self.call.choice.plan} {stream.shards.sizes} {needed} {stream.host_segments} {asked}"
 
 
-def _prepare(override: Override, arguments: dict[str, Any], decoder: Stack) -> Prepared:
+def _prepare(override: Override, arguments: dict[str, Any], decoder: Stack, prompt: Prompt | None) -> Prepared:
     installation, fusion = override.installation, override.installation.anatomy.fusion
     request = requested(override, arguments)
     batch = read_batch(override, arguments, decoder)
+    if prompt is not None:
+        batch = prompt.of(batch)
     call = lay_out(batch, decoder.spans, installation.group, partial(plan_decoder, installation, batch.device))
     if fusion is not None:
         call = replace(call, needed=needed_rows(fusion, batch.tokens, call.index, call.stream.shards))
         check_rows(installation, arguments, call.needed)
     balance = balance_of(override.module, arguments.get(ARGUMENT), request)
-    return Prepared(batch, replace(call, records_routers=balance is not None), request, balance)
+    return Prepared(batch, replace(call, records_routers=balance is not None), request, balance, prompt)
 
 
-def _run_text_model(override: Override, arguments: dict[str, Any], decoder: Stack) -> Any:
+def _run_text_model(override: Override, arguments: dict[str, Any], decoder: Stack, prompt: Prompt | None) -> Any:
     installation = override.installation
-    prepared = prepare_on_all(installation, arguments, partial(_prepare, override, arguments, decoder), Prepared.plan)
+    prepare = partial(_prepare, override, arguments, decoder, prompt)
+    prepared = prepare_on_all(installation, arguments, prepare, Prepared.plan)
     batch, call, balance = prepared.batch, prepared.call, prepared.balance
     inputs = _inputs(arguments, prepared, decoder)
+    if prompt is not None:
+        return prefill(override, inputs, call, prompt)
     if prepared.request is not None and batch.labels is not None and batch.targets is not None:
         inputs["num_items_in_batch"] = batch.items
         return answer(override, inputs, call, batch.labels, batch.targets, prepared.request)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
 
 aten = torch.ops.aten
+READ = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default)
 LARGE = 1 << 26
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; in Python from 3.13 on
 
@@ -47,24 +48,22 @@ class Hollow(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func.namespace == "_c10d_functional" and "wait_tensor" in func.name():
+            return args[0]  # not another tensor
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if func.is_view or (inputs and not any(x.is_floating_point() for x in inputs)):
+        known = inputs and not any(x.is_floating_point() for x in inputs)
+        if func.is_view or known or func in READ:
             return func(*args, **kwargs)
         if func is aten.allclose.default:
             return True  # there are no numbers to differ
-        if func in (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default):
-            return func(*args, **kwargs)
         if func._schema.is_mutable and func.namespace == "aten":
-            written = [
-                kwargs.get(a.name, args[i] if i < len(args) else None) for i, a in enumerate(func._schema.arguments)
-                if a.alias_info is not None and a.alias_info.is_write
-            ]  # fmt: skip
-            if all(x.is_floating_point() for x in tree_leaves(written) if isinstance(x, Tensor)):
-                return written[0] if len(written) == 1 else tuple(written)
-            return func(*args, **kwargs)
+            return _write(func, args, kwargs)
+        return self._shape(func, args, kwargs)
+
+    def _shape(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operation returns, without its numbers."""
         if func in (aten.index.Tensor, aten.index_put.default):  # a mask's shape depends on its values: as indices
-            args = (args[0], [_as_index(x) for x in args[1]], *args[2:])
-            args = (args[0], [y for x in args[1] for y in x], *args[2:])
+            args = (args[0], [y for x in args[1] for y in _as_index(x)], *args[2:])
         if func is aten.masked_select.default:
             return args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
         shapes = func(*tree_map(_meta, args), **{**tree_map(_meta, kwargs), **_device(func, kwargs)})
@@ -84,6 +83,23 @@ class Hollow(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operation writes."""
+    return [
+        kwargs.get(a.name, args[i] if i < len(args) else None)
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+
+
+def _write(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation that writes its arguments: nothing is done to floats."""
+    written = _written(func, args, kwargs)
+    if all(x.is_floating_point() for x in tree_leaves(written) if isinstance(x, Tensor)):
+        return written[0] if len(written) == 1 else tuple(written)
+    return func(*args, **kwargs)
 
 
 def _as_index(x: Tensor | None) -> list[Tensor | None]:

@@ -90,7 +90,7 @@ def refused(wrong: str) -> None:
     model = triton_sp.wrap(zoo.CASES["llama"].model(), config=triton_sp.SPConfig(shard_prefill=True))
     prompt = prompt_of("llama", "right_pad" if wrong == "attention_mask" else "plain")
     if wrong == "input_ids":
-        prompt["input_ids"] = prompt["input_ids"] + dist.get_rank()
+        prompt["input_ids"] = prompt["input_ids"].roll(dist.get_rank(), 1)
     generated(model, prompt, "greedy")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from triton_sp import environment, forecast, launch
+from triton_sp import environment, forecast, forecast_table, launch
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups
@@ -113,7 +113,7 @@ def _plan(asked: argparse.Namespace) -> None:
     if asked.ranks:
         ranks = [int(size) for size in asked.ranks.split(",")]
     rows = forecast.forecast(forecast.load_model(asked.model), job, ranks)
-    print(forecast.as_json(rows) if asked.json else forecast.as_table(rows, asked.gpu_memory))
+    print(forecast_table.as_json(rows) if asked.json else forecast_table.as_table(rows, asked.gpu_memory))
 
 
 def _from_checkout(module: str, arguments: list[str]) -> int:

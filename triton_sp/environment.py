@@ -69,7 +69,9 @@ def _communication() -> Iterator[tuple[str, str]]:
     found = backends()
     yield "backends", ", ".join(found) or "none"
     if "nccl" in found:
-        yield "nccl", ".".join(map(str, torch.cuda.nccl.version()))
+        from torch.cuda import nccl
+
+        yield "nccl", ".".join(map(str, nccl.version()))
 
 
 def _attention() -> Iterator[tuple[str, str]]:

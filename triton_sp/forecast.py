@@ -7,10 +7,9 @@ the real run. Attention is taken to save its output and the log-sum-exp, as the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -112,7 +111,7 @@ def make_batch(model: nn.Module, job: Job) -> dict[str, Tensor]:
     if not job.images:
         return {"input_ids": ids, "labels": ids}
     config: Any = getattr(model, "config", None)
-    vision = getattr(config, "vision_config", None)
+    vision: Any = getattr(config, "vision_config", None)
     merge = getattr(vision, "spatial_merge_size", None)
     if merge is None or not hasattr(config, "image_token_id"):
         raise InputError(
@@ -241,23 +240,3 @@ def _alone_among(ranks: int) -> Iterator[None]:
 def _attend(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     lse_HT = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(*q.shape[:2], v.shape[2]), lse_HT
-
-
-def as_table(rows: Sequence[Forecast], gpu_memory: float | None = None) -> str:
-    """Lines for people. `gpu_memory`: GB of a GPU, of which the rows then say whether the step fits."""
-    names = [field.name for field in fields(Forecast) if field.name not in ("ranks", "tokens", "own_tokens", "plans")]
-    heads = ["P", "tokens", "of a rank", *(f"{name.replace('_', ' ')} GB" for name in names), "plans"]
-    heads += ["fits"] if gpu_memory else []
-    cells = [heads]
-    for row in rows:
-        line = [f"{row.ranks}", f"{row.tokens:,}", f"{row.own_tokens:,}"]
-        line += [f"{getattr(row, name) / 1e9:.3g}" for name in names]
-        line.append(", ".join(f"{name.split('.')[-2]} {plan}" for name, plan in row.plans.items()))
-        cells.append(line + (["yes" if row.total <= gpu_memory * 1e9 else "no"] if gpu_memory else []))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(x.ljust(n) for x, n in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-def as_json(rows: Sequence[Forecast]) -> str:
-    """For programs: a list of objects with the fields of `Forecast`."""
-    return json.dumps([asdict(row) for row in rows], indent=1)

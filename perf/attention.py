@@ -61,13 +61,17 @@ def _ours(case: AttentionCase, table: Tensor) -> Attend:
     return lambda q, k, v: varlen_attention(q, k, v, Mask(table, causal=case.causal))
 
 
-def _gluon_absent(device: torch.device) -> str:
+def _gluon_absent(device: torch.device, kind: str = "gluon") -> str:
     if device.type != "cuda":
         return "needs an sm_90 GPU"
     from triton_sp.kernels.hopper import gate
 
-    found = gate.known(torch.cuda.current_device())
+    found = gate.known(torch.cuda.current_device(), kind)
     return "" if found.passed else found.reason
+
+
+def _five_absent(device: torch.device) -> str:
+    return _gluon_absent(device, "gluon-backward")
 
 
 def _tier(gluon: str) -> Callable[[], AbstractContextManager[Any]]:
@@ -189,6 +193,10 @@ PEERS = [
     Peer("triton_sp", _ours, _anywhere, around=_tier("0")),
     Peer(
         "triton_sp gluon", _ours, _gluon_absent, lambda case: case.dim in (64, 72, 80, 128), _tier("1"), ("forward",)
+    ),
+    Peer(
+        "triton_sp gluon, 5 products", _ours, _five_absent, lambda case: case.dim in (64, 72, 80, 128), _tier("1"),
+        note="backward of five products; the forward is the best of ours here",
     ),
     Peer("torch varlen (FA2)", _torch_varlen, _varlen_absent),
     Peer("torch varlen (cuDNN)", _torch_varlen, _cudnn_absent, around=_cudnn_varlen),

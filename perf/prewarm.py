@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-JOBS = ("forward", "backward", "ranges", "gluon", "gluon waiting")
+JOBS = ("forward", "backward", "ranges", "gluon", "gluon waiting", "gluon backward")
 
 
 @contextmanager
@@ -63,6 +63,7 @@ def compile_one(job: str, dim: int, dtype: str) -> str:
     """What one process does: the kernels of a job, and how long they took."""
     from triton_sp.kernels import attend, attend_backward
     from triton_sp.kernels.hopper import attend as hopper
+    from triton_sp.kernels.hopper import backward as hopper_backward
     from triton_sp.kernels.hopper import gate
     from triton_sp.kernels.mask import Mask
 
@@ -76,7 +77,10 @@ def compile_one(job: str, dim: int, dtype: str) -> str:
         if other or not hopper.takes(q, k, v, mask, 0.0):
             return f"{job} {dim} {dtype}: not for this machine"
     with compiling() as names:
-        if job.startswith("gluon"):
+        if job == "gluon backward":
+            lse = torch.zeros(4, 128, device=device)
+            hopper_backward.backward(q, None, q, k, v, q, lse, mask, softmax_scale=scale)
+        elif job.startswith("gluon"):
             hopper.forward(q, k, v, mask, softmax_scale=scale, wait=job == "gluon waiting")
         elif job == "forward":
             attend.forward(q, k, v, mask, softmax_scale=scale)

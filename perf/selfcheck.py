@@ -24,7 +24,9 @@ def verdicts() -> dict[str, Verdict]:
     """What the self-checks say, those that are possible here; they are recorded."""
     if torch.cuda.is_available():
         found = {"portable": check.run()}
-        return found | ({} if gate.obstacle(0) or not found["portable"].passed else {"gluon": hopper.run()})
+        if gate.obstacle(0) or not found["portable"].passed:
+            return found
+        return found | {kind: hopper.run(0, kind) for kind in (gate.FORWARD, gate.BACKWARD)}
     few = [case for case in check.cases() if case.dim == 72]
     small = [c._replace(heads=c.heads // c.k_heads, k_heads=1, q=LENGTHS, k=LENGTHS, poisoned=3) for c in few]
     with mock.patch.object(check, "cases", lambda: small):

@@ -7,19 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_sp.kernels import attend as kernels_attend
+from triton_sp.kernels import attend_backward, verdict
 from triton_sp.kernels import check as portable
-from triton_sp.kernels import verdict
-from triton_sp.kernels.hopper import attend, check, gate
-from triton_sp.kernels.mask import Mask
+from triton_sp.kernels.hopper import attend, backward, check, gate
+from triton_sp.kernels.mask import Grads, Mask
 from triton_sp.kernels.verdict import Verdict
-from triton_sp.ops import dispatch
+from triton_sp.ops import attend_cpu, dispatch, varlen
 
 HERE = {"gpu": "H", "driver": "1", "triton": "3.6.0"}
 PASSED = Verdict(True, "as expected")
 
 
 def write(found):
-    return verdict.write(gate.KIND, HERE, found)
+    return verdict.write(gate.FORWARD, HERE, found)
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_opens_only_with_a_passed_check(hopper):
     write(PASSED)
     assert gate.verdict("cuda:0") == PASSED and dispatch.implementation("cuda") == "gluon"
     assert gate.verdict("cpu").reason == "cpu is no GPU that PyTorch sees"
-    verdict.path_of(gate.KIND, HERE).unlink()
+    verdict.path_of(gate.FORWARD, HERE).unlink()
     assert gate.verdict("cuda").passed, "read once in a process"
 
 
@@ -90,11 +91,12 @@ def test_what_is_no_verdict_is_portable(hopper, content):
 
 
 def test_another_machine_or_version_has_another_file(hopper):
-    assert (
-        len({verdict.path_of(gate.KIND, {**HERE, key: "other"}) for key in HERE} | {verdict.path_of(gate.KIND, HERE)})
-        == len(HERE) + 1
-    )
-    assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/tiles.py", "tiles.py"}
+    def file(**changed):
+        return verdict.path_of(gate.FORWARD, HERE | changed)
+
+    files = {file(**{key: "other"}) for key in HERE} | {file(), verdict.path_of(gate.BACKWARD, HERE)}
+    assert len(files) == len(HERE) + 2
+    assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/backward.py", "hopper/tiles.py", "tiles.py"}
 
 
 def fake(q, k, v, mask, **__):
@@ -116,15 +118,19 @@ def test_check_passes_equal_kernels_and_names_what_differs(monkeypatch):
     few = [case._replace(q=[3, 0, 2], k=case.k and [1, 2, 3]) for case in check.cases()]
     monkeypatch.setattr(check, "cases", lambda: few)
     device = torch.device("cpu")
-    assert check.check(device, fake, fake)[:2] == (True, f"{len(few)} cases agree with the portable kernel")
-    assert "out differs" in check.check(device, off(1.0), fake).reason
-    assert "out differs" in check.check(device, off(float("nan")), fake).reason
-    assert "bit for bit" in check.check(device, off(0.004, only=True), fake).reason
+
+    def checked(gluon, portable):
+        return check.check(device, lambda case: check.examine(case, device, gluon, portable))
+
+    assert checked(fake, fake)[:2] == (True, f"{len(few)} cases agree with the portable kernel")
+    assert "out differs" in checked(off(1.0), fake).reason
+    assert "out differs" in checked(off(float("nan")), fake).reason
+    assert "bit for bit" in checked(off(0.004, only=True), fake).reason
 
     def broken(*_, **__):
         raise RuntimeError("no such instruction")
 
-    found = check.check(device, broken, fake)
+    found = checked(broken, fake)
     assert not found.passed and found.reason.startswith("RuntimeError: no such instruction")
 
 
@@ -139,8 +145,8 @@ def test_cases_cover_what_the_tier_takes():
 
 
 def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
-    def agrees(device, gluon, portable):
-        assert verdict.read(gate.KIND, HERE) == Verdict(False, "the self-check began and did not end")
+    def agrees(device, examined):
+        assert verdict.read(gate.FORWARD, HERE) == Verdict(False, "the self-check began and did not end")
         return PASSED
 
     monkeypatch.setattr(check, "check", agrees)
@@ -150,6 +156,82 @@ def test_run_records_its_verdict_and_a_crash_is_a_no(hopper, monkeypatch):
     assert not check.run().passed and gate.verdict("cuda").reason.startswith("ZeroDivisionError")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 0))
     assert "sm_80" in check.run().reason
+
+
+def test_check_of_the_backward_names_what_differs(monkeypatch):
+    few = [case._replace(q=[9, 0, 20], k=case.k and [7, 2, 20]) for case in check.cases() if case.dim == 64][::2]
+    monkeypatch.setattr(check, "cases", lambda: few)
+    device = torch.device("cpu")
+
+    def checked(spoil, name):
+        def spoiled(dout, dlse, *states, softmax_scale):
+            grads = list(reference_gradients(dout, dlse, *states, softmax_scale=softmax_scale))
+            spoil(grads[("dq", "dk", "dv").index(name)])
+            return grads
+
+        def examined(case):
+            return check.examine_backward(case, device, reference, spoiled, reference_gradients)
+
+        return check.check(device, examined)
+
+    for name in ("dq", "dk", "dv"):
+        assert checked(lambda x: x.mul_(1.001), name).passed
+        for spoil in (lambda x: x.mul_(1.05), lambda x: x[2].neg_(), lambda x: x[0, 0, :1].fill_(torch.nan)):
+            found = checked(spoil, name)
+            assert not found.passed and found.reason.startswith(name), found
+
+
+def reference(q, k, v, mask, *, softmax_scale):
+    out, lse = attend_cpu.attend(
+        *(x.float().nan_to_num() for x in (q, k, v)), mask, softmax_scale=softmax_scale, softcap=0.0
+    )
+    return out.to(q.dtype), lse
+
+
+def reference_gradients(dout, dlse, q, k, v, out, lse, mask, *, softmax_scale, softcap=0.0, sinks=None, grads=None):
+    wide = [x.float().nan_to_num() for x in (q, k, v, out)]
+    found = attend_cpu.attend_backward(
+        dout.float(), dlse, (*wide, lse), mask, softmax_scale=softmax_scale, softcap=softcap
+    )
+    return Grads(*(x.to(q.dtype) for x in found[:3]))
+
+
+def test_which_backward_runs(hopper, monkeypatch):
+    """Five products only after a self-check of their own, and only where nobody asks for sums in a fixed order."""
+    ran = []
+
+    def counted(name):
+        def backward(*arguments, **options):
+            ran.append(name)
+            return reference_gradients(*arguments, **options)
+
+        return backward
+
+    monkeypatch.setattr(dispatch, "implementation", lambda device: "triton")
+    monkeypatch.setattr(dispatch, "portable", lambda device: "triton")
+    monkeypatch.setattr(kernels_attend, "forward", lambda *x, softcap, sinks, **more: reference(*x, **more))
+    monkeypatch.setattr(attend_backward, "backward", counted("seven"))
+    monkeypatch.setattr(backward, "backward", counted("five"))
+    monkeypatch.setattr(gate, "verdict", lambda device, kind: Verdict(kind in passed, ""))
+    passed = {gate.FORWARD}
+    q = torch.randn(9, 2, 64).bfloat16().requires_grad_()
+    table = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def which(window=None, **options):
+        mask = Mask(table, causal=True, window=window)
+        varlen.varlen_attention(q, q, q, mask, **options).float().pow(2).sum().backward()
+        return ran.pop()
+
+    assert which() == "seven"
+    passed.add(gate.BACKWARD)
+    assert which() == "five"
+    assert which(window=3) == "seven" and which(softcap=5.0) == "seven"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert which() == "seven"
+    torch.use_deterministic_algorithms(False)
+    states = [x.detach() for x in (q, q, q, q)]
+    varlen.attend_backward(states[0], None, [*states, torch.zeros(2, 9)], [table, table], True, None, 0.125, 0.0)
+    assert ran.pop() == "seven", "what torch.compile has traced"
 
 
 def test_takes():

@@ -14,7 +14,7 @@ import torch
 
 from perf import gpu, preflight, selfcheck, standin, testrun
 from perf.rows import records
-from perf.steps import Step, rehearsal, steps
+from perf.steps import BOUNDS, CASES, FIRST, LARGE, OTHER_DTYPES, UNCHECKED, Step, rehearsal, steps
 from triton_sp.kernels.verdict import Verdict
 
 CPU = torch.device("cpu")
@@ -162,6 +162,25 @@ def test_every_step_is_rehearsed() -> None:
         program = step.command[step.command.index("-m") + 1]
         assert program == of_cpu[name].command[2], name
     assert sum(step.seconds for step in list(of_gpu.values())[:7]) <= 420, "the most telling ones come in 7 minutes"
+
+
+NAMES = """
+import sys, torch
+torch.cuda.is_available = lambda: True  # what the files take themselves to run on
+from pathlib import Path
+from perf import testrun
+print("\\n".join(item.name for path in sys.argv[1:] for item in testrun.collect(Path(path))))
+"""
+
+
+def test_words_of_steps_are_in_names_of_tests() -> None:
+    """The words by which steps choose tests, as the tests are called on a GPU: a test that is renamed is not lost."""
+    environment = {**os.environ, **UNCHECKED, "PYTHONPATH": os.getcwd()}
+    run = subprocess.run([sys.executable, "-c", NAMES, *CASES, BOUNDS], env=environment, capture_output=True, text=True)
+    names = run.stdout.splitlines()
+    assert run.returncode == 0 and names, run.stderr[-2000:]
+    for word in (*FIRST, *OTHER_DTYPES[:2], LARGE, "gluon", "test_empty_and_whole_tiles"):
+        assert any(word in name for name in names), word
 
 
 @pytest.mark.long

@@ -195,7 +195,7 @@ def require(device: torch.device | str) -> None:
 
 
 def main() -> int:
-    """Both self-checks on the first GPU; 1 if one that is possible here has failed."""
+    """All self-checks on the first GPU; 1 if one that is possible here has failed."""
     if not torch.cuda.is_available():
         print("portable: PyTorch sees no GPU")
         return 2
@@ -209,9 +209,12 @@ def main() -> int:
     if reason := gate.obstacle(0):
         print(f"gluon: not for this machine: {reason}")
         return 0
-    found = hopper.run()
-    print(f"gluon: {'on' if found.passed else 'OFF'} after {found.seconds:.1f} s: {found.reason}")
-    return 0 if found.passed else 1
+    passed = True
+    for kind in (gate.FORWARD, gate.BACKWARD):
+        found = hopper.run(0, kind)
+        print(f"{kind}: {'on' if found.passed else 'OFF'} after {found.seconds:.1f} s: {found.reason}", flush=True)
+        passed &= found.passed
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

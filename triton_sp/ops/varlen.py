@@ -73,8 +73,9 @@ def varlen_attention(
     Returns:
         (T, H, V) in the dtype of q. Rows without a key, and rows past cu_seqlens_q[-1], are 0. With `return_lse` also
         (T, H) in fp32, -inf for such rows; both are differentiable. Gradients are
-        equal bit for bit from run to run: no kernel here uses atomics. Under autocast, as for PyTorch's own attention,
-        inputs are converted to its dtype.
+        equal bit for bit from run to run, but for one kernel, on sm_90 after a self-check; with
+        torch.use_deterministic_algorithms and under torch.compile it is not used. Under autocast, as for PyTorch's own
+        attention, inputs are converted to its dtype.
 
     Raises:
         InputError: shapes, dtypes, devices or settings that do not fit; and cu_seqlens that do not start at 0, decrease
@@ -172,6 +173,32 @@ def backward(
             grads = grads or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
             adapter.backward(call, Results(dout, out, lse), grads)
             return Grads(*grads)
+    factors = {"softmax_scale": softmax_scale, "softcap": softcap}
+    if sinks is None and dispatch.portable(q.device) == "triton" and not torch.are_deterministic_algorithms_enabled():
+        from triton_sp.kernels.hopper import gate  # here, so that the package imports without Triton
+
+        if gate.verdict(q.device, gate.BACKWARD).passed:
+            from triton_sp.kernels.hopper import backward as hopper
+
+            if hopper.takes(q, k, v, dout, mask, softcap):
+                states = (q, k, v, out, lse)
+                return Grads(*hopper.backward(dout, dlse, *states, mask, softmax_scale=softmax_scale, grads=grads))
+    return backward_in_order(dout, dlse, states, mask, **factors, grads=grads)
+
+
+def backward_in_order(
+    dout: Tensor,
+    dlse: Tensor | None,
+    states: Sequence[Tensor],
+    mask: Mask,
+    *,
+    softmax_scale: float,
+    softcap: float,
+    grads: States | None = None,
+) -> Grads:
+    """`backward` with sums in a fixed order, so that gradients are equal bit for bit from run to run."""
+    q, k, v, out, lse, *others = states
+    sinks = next(iter(others), None)
     factors = {"softmax_scale": softmax_scale, "softcap": softcap, "sinks": sinks, "grads": grads}
     if dispatch.portable(q.device) == "reference":
         with torch.autocast(q.device.type, enabled=False):
@@ -255,7 +282,7 @@ def attend_backward(
 ) -> list[Tensor]:
     """The gradients of `attend`; `states` are its q, k, v, out, log-sum-exp and perhaps sinks."""
     mask = _mask(tables, causal, window)
-    *grads, dsinks = backward(dout, dlse, states, mask, softmax_scale=softmax_scale, softcap=softcap)
+    *grads, dsinks = backward_in_order(dout, dlse, states, mask, softmax_scale=softmax_scale, softcap=softcap)
     return grads if dsinks is None else [*grads, dsinks.to(states[5].dtype)]
 
 

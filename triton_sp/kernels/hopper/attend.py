@@ -62,9 +62,9 @@ def load_partition(
             tma.async_copy_global_to_shared(v1_desc, [row, k_head, D0], arrived, v1.index(stage))
         if ragged:
             mbarrier.wait(raw, 0)
-            clear_rows(part(v0, stage, BN, D0), keys - block * BN, BN, D0)
+            clear_rows(part(v0, stage, BN, D0), keys - block * BN, BN, D0, 4)
             if D1 > 0:
-                clear_rows(part(v1, stage, BN, D1), keys - block * BN, BN, D1)
+                clear_rows(part(v1, stage, BN, D1), keys - block * BN, BN, D1, 4)
             fence_async_shared()
             gl.thread_barrier()  # every warp's rows are written before one thread says so
             mbarrier.arrive(full, count=1)
@@ -208,7 +208,7 @@ def takes(q: Tensor, k: Tensor, v: Tensor, mask: Mask, softcap: float) -> bool:
     """
     plain = mask.window is None and mask.seqused_k is None and mask.key_ranges is None and not softcap
     dtypes = q.dtype in DTYPES and q.dtype == k.dtype == v.dtype
-    return q.shape[-1] in DIMS and dtypes and plain and all(map(reachable, (q, k, v)))
+    return q.shape[-1] == v.shape[-1] and q.shape[-1] in DIMS and dtypes and plain and all(map(reachable, (q, k, v)))
 
 
 def reachable(x: Tensor) -> bool:

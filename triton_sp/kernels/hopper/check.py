@@ -23,6 +23,7 @@ TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}  # four roundings 
 RAGGED = [300, 0, 1, 129, 128, 64, 777, 1500]
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
+Gradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 class Case(NamedTuple):
@@ -98,12 +99,32 @@ def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -
     return ""
 
 
-def check(device: torch.device, gluon: Attend, portable: Attend) -> Verdict:
+def examine_backward(case: Case, device: torch.device, forward: Attend, gluon: Gradients, portable: Gradients) -> str:
+    """The same of the backward, whose sums are in no fixed order: against the portable kernels only, several times."""
+    (q, k, v), mask = tensors(case, device)
+    scale = case.dim**-0.5
+    out, lse = forward(q, k, v, mask, softmax_scale=scale)
+    dout = torch.randn_like(out)
+    wanted = portable(dout, None, q, k, v, out, lse, mask, softmax_scale=scale)
+    for _ in range(REPEATS):
+        found = gluon(dout, None, q, k, v, out, lse, mask, softmax_scale=scale)
+        for name, ours, theirs in zip(("dq", "dk", "dv"), found[:3], wanted[:3], strict=True):
+            if not torch.equal(ours.isnan(), theirs.isnan()):
+                return f"{name} is NaN in other places than the portable kernel's"
+            error, size = ((x.nan_to_num().float()).abs() for x in (ours.float() - theirs.float(), theirs))
+            if bool(error.max() > TOLERANCE[case.dtype] * size.max()) or bool(
+                error.mean() > TOLERANCE[case.dtype] * size.mean()
+            ):
+                return f"{name} differs from the portable kernel's by up to {float(error.max()):.3g}"
+    return ""
+
+
+def check(device: torch.device, examined: Callable[[Case], str]) -> Verdict:
     """All cases; the first that is wrong, or any exception, is the verdict's reason."""
     begin, count = time.monotonic(), 0
     for case in cases():
         try:
-            wrong = examine(case, device, gluon, portable)
+            wrong = examined(case)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         except Exception as error:  # whatever a compiler, a driver or a kernel may raise
@@ -114,17 +135,26 @@ def check(device: torch.device, gluon: Attend, portable: Attend) -> Verdict:
     return Verdict(True, f"{count} cases agree with the portable kernel", time.monotonic() - begin)
 
 
-def run(index: int = 0) -> Verdict:
-    """Checks GPU number `index` and records the verdict, which holds for processes that start afterwards."""
+def examination(kind: str, device: torch.device) -> Callable[[Case], str]:
+    """What is looked at in each case, for one direction, with the kernels themselves."""
+    names = ("attend", "attend_backward", "hopper.attend", "hopper.backward")
+    attend, attend_backward, hopper, backward = (importlib.import_module(f"triton_sp.kernels.{name}") for name in names)
+    if kind == gate.FORWARD:
+        return lambda case: examine(case, device, hopper.forward, attend.forward)
+    return lambda case: examine_backward(case, device, attend.forward, backward.backward, attend_backward.backward)
+
+
+def run(index: int = 0, kind: str = gate.FORWARD) -> Verdict:
+    """Checks one direction on GPU number `index` and records the verdict, which holds for processes that start
+    afterwards."""
     if reason := gate.obstacle(index):
         return Verdict(False, reason)
-    where = gate.machine(index)
-    verdict.write(gate.KIND, where, Verdict(False, "the self-check began and did not end"))
+    where, device = gate.machine(index), torch.device("cuda", index)
+    verdict.write(kind, where, Verdict(False, "the self-check began and did not end"))
     try:
-        modules = [importlib.import_module(f"triton_sp.kernels.{name}") for name in ("hopper.attend", "attend")]
-        found = check(torch.device("cuda", index), *(module.forward for module in modules))
+        found = check(device, examination(kind, device))
     except Exception as error:  # as above: of the import
         found = Verdict(False, f"{type(error).__name__}: {error}"[:500])
-    verdict.write(gate.KIND, where, found)
+    verdict.write(kind, where, found)
     gate.known.cache_clear()
     return found

@@ -15,10 +15,10 @@ from triton_sp.kernels import check
 from triton_sp.kernels import verdict as verdicts
 from triton_sp.kernels.verdict import Verdict
 
-KIND = "gluon"
+FORWARD, BACKWARD = "gluon", "gluon-backward"  # each by itself: one may be right where the other is not
 MISSING = "no self-check ran on this machine with these versions: python -m triton_sp.kernels.check"
 # The portable kernels too: they are what it is compared with.
-SOURCES = ("hopper/attend.py", "hopper/check.py", "hopper/gate.py", "hopper/tiles.py", *check.SOURCES)
+SOURCES = (*(f"hopper/{name}.py" for name in ("attend", "backward", "check", "gate", "moves", "tiles")), *check.SOURCES)
 # What the kernel is made of.
 API = [
     ("nvidia.hopper.tma", "async_copy_global_to_shared"),
@@ -30,22 +30,23 @@ API = [
 ]
 
 
-def verdict(device: torch.device | str) -> Verdict:
-    """The answer for a device. The file is read once in a process, TRITON_SP_GLUON=0 holds at any time."""
+def verdict(device: torch.device | str, kind: str = FORWARD) -> Verdict:
+    """The answer for a device and a direction. The file is read once in a process; TRITON_SP_GLUON=0 holds at any
+    time, for both."""
     if os.environ.get("TRITON_SP_GLUON") == "0":
         return Verdict(False, "TRITON_SP_GLUON=0")
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return Verdict(False, f"{device} is no GPU that PyTorch sees")
-    return known(torch.cuda.current_device() if device.index is None else device.index)
+    return known(torch.cuda.current_device() if device.index is None else device.index, kind)
 
 
 @functools.cache
-def known(index: int) -> Verdict:
+def known(index: int, kind: str = FORWARD) -> Verdict:
     """What holds for GPU number `index`, all but the environment variable."""
     if reason := obstacle(index):
         return Verdict(False, reason)
-    return verdicts.read(KIND, machine(index)) or Verdict(False, MISSING)
+    return verdicts.read(kind, machine(index)) or Verdict(False, MISSING)
 
 
 def obstacle(index: int) -> str:

@@ -21,10 +21,10 @@ def part(tile, stage, ROWS: gl.constexpr, COLS: gl.constexpr):
 
 
 @gluon.jit
-def clear_rows(tile, valid, ROWS: gl.constexpr, COLS: gl.constexpr):
+def clear_rows(tile, valid, ROWS: gl.constexpr, COLS: gl.constexpr, WARPS: gl.constexpr):
     """Rows of a tile in shared memory at or past `valid` as 0: they belong to a neighbour, and 0 * NaN is NaN."""
     WIDE: gl.constexpr = COLS // 8
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDE, WIDE], [WARPS, 1], [1, 0])
     STEP: gl.constexpr = 32  # few rows at a time: the warps that load have few registers
     row = gl.arange(0, STEP, gl.SliceLayout(1, layout))
     for i in gl.static_range(ROWS // STEP):

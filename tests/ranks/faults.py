@@ -432,12 +432,44 @@ def outcome(pool: RankPool, name: str, ranks: int) -> dict[str, Any]:
             "message": message, "fine": fine}  # fmt: skip
 
 
+def tables(pool: RankPool, ranks: int) -> list[dict[str, Any]]:
+    """Rows of the tables of values (promises/values.py) and of states and steps (wrappers/test_state.py)."""
+    folder = Path(__file__).parents[1]
+    sys.path[:0] = [str(folder / "promises"), str(folder / "wrappers")]
+    import test_state
+    import values
+
+    rows = []
+    for name, table in values.TABLES.items():
+        answers = pool.run(values.run, name, ranks=ranks, timeout=1000)
+        for label, entry in table.items():
+            found = [answer[label][1] for answer in answers]
+            fine = all(isinstance(error, INPUT) and error.field == entry.field for error in found)
+            rows.append(_row(f"{name}: {label}", ranks, found, fine))
+    for label, late in [(label, late) for label in test_state.CHANGES for late in (False, True)]:
+        found = [answer[label, late] for answer in pool.run(test_state.run, [label], ranks=ranks, timeout=1000)]
+        fine = all(isinstance(error, DIFFERENT) for error in found)
+        rows.append(_row(f"a rank has {label}{', after a step' if late else ''}", ranks, found, fine))
+    answers = pool.run(test_state.run_steps, ranks=ranks, timeout=1000)
+    for label in test_state.STEPS:
+        found = [answer[label] for answer in answers]
+        rows.append(_row(f"steps: {label}", ranks, found, all(isinstance(error, DIFFERENT) for error in found)))
+    return rows
+
+
+def _row(case: str, ranks: int, found: list[Any], fine: bool) -> dict[str, Any]:
+    told = type(found[0]).__name__ if fine else f"wrong: {found}"
+    return {"case": case, "ranks": ranks, "outcome": told, "message": str(found[0]), "fine": fine}
+
+
 def main() -> int:
+    """Run all cases and write the table; 0 if every one came out as it should."""
     import pandas as pd
     from tqdm import tqdm
 
     pool, path = RankPool(), Path(__file__).parents[2] / "reports" / "faults.csv"
-    rows = [outcome(pool, name, ranks) for ranks in (2, 4) for name in tqdm(FAULTS, desc=f"{ranks} ranks")]
+    rows = [row for ranks in (2, 4) for row in tables(pool, ranks)]
+    rows += [outcome(pool, name, ranks) for ranks in (2, 4) for name in tqdm(FAULTS, desc=f"{ranks} ranks")]
     pool.close()
     path.parent.mkdir(exist_ok=True)
     table = pd.DataFrame(rows)

@@ -28,6 +28,9 @@ class SPConfig:
         check: "always" compares the inputs of all ranks before each forward, so that a difference raises on all of
             them. "first" does this for the first batch of each kind (shapes, settings, plan) and compares only the kind
             of later batches; other ids, labels or pixels of the same shape are not noticed. "off" compares nothing.
+        trial: "first" compares a model that is accepted by its structure alone (see `explain`) with the unsharded model
+            before the first batch of each kind, by two forwards without gradients. One of them runs all tokens on every
+            rank: let a first batch be short. "off" trusts the structure.
         plan: "auto" uses the plan that the cost model finds fastest for each stream, see cost.py. "heads", "segments"
             and (for vision towers) "replicate" force a plan; if it is not possible for a stream, "auto" decides.
         recurrence: how recurrent layers (gated delta nets, state space models) are divided among ranks. "auto" uses
@@ -57,6 +60,7 @@ class SPConfig:
     chunked_loss: bool = False
     label_smoothing: float = 0.0
     check: Literal["always", "first", "off"] = "always"
+    trial: Literal["first", "off"] = "first"
     plan: Literal["auto", "heads", "segments", "replicate"] = "auto"
     link: Literal["auto", "nvlink", "pcie", "gloo"] = "auto"
     recurrence: Literal["auto", "states", "heads"] = "auto"

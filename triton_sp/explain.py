@@ -84,10 +84,13 @@ class Explanation:
     loss: str = ""
     prefill: str = ""
 
+    @property
+    def _words(self) -> set[str]:
+        """What the table says that the legend may explain."""
+        return {word for row in self.rows for word in (row.decision, *row.why.split("; "))}
+
     def __str__(self) -> str:
-        told = [
-            f"{word}: {text}" for word, text in LEGEND.items() if any(word in (r.decision, r.why) for r in self.rows)
-        ]
+        told = [f"{word}: {text}" for word, text in LEGEND.items() if word in self._words]
         plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
         computed = {
             "attention is computed by": self.attention,
@@ -158,16 +161,22 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
 
 def _fusion_row(fusion: Fusion) -> Row:
     config: Any = fusion.module.config
-    decision = FEATURES_ROUTED if fusion.features else FEATURES_GATHERED
-    return Row(
-        fusion.name or type(fusion.module).__name__, f"fusion ({config.model_type})", None, "", "", decision, fusion.why
-    )
+    name, kind = fusion.name or type(fusion.module).__name__, f"fusion ({config.model_type})"
+    if not fusion.features:
+        return Row(name, kind, None, "", "", FEATURES_GATHERED, fusion.why)
+    whole = [features.method for features in fusion.features if features.granularity == "whole"]
+    why = "; ".join([PROVEN if fusion.proven else BY_STRUCTURE, *(f"{method} runs on every rank" for method in whole)])
+    return Row(name, kind, None, "", "", FEATURES_ROUTED, why)
 
 
 def _last_batch(part: str, installation: Installation) -> str:
     call, fusion = installation.last_calls.get(part), installation.anatomy.fusion
     if fusion is not None and part == (fusion.name or type(fusion.module).__name__):
-        rows = (f"{name} {' + '.join(map(str, shards.sizes))}" for name, shards in installation.last_rows.items())
+        why = {name: f" (all made on every rank: {why})" for name, why in installation.last_whole.items()}
+        rows = (
+            f"{name} {' + '.join(map(str, shards.sizes))}{why.get(name, '')}"
+            for name, shards in installation.last_rows.items()
+        )
         return "rows of " + ", ".join(rows) if installation.last_rows else ""
     if call is None:
         return ""

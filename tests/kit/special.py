@@ -32,7 +32,7 @@ LATENT = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_d
 
 
 # Whose features every rank gets whole: how they are made is not known.
-GATHERED = {"gemma4", "gemma4_causal", "llama4", "kimi_k25", "ernie4_5_vl_moe", "molmo2"}
+GATHERED = {"gemma4", "gemma4_causal", "molmo2"}
 
 
 def special(case: Case) -> Case:

@@ -532,9 +532,8 @@ def packed_cases() -> list[Case]:
     ]
 
 
-# Whose features every rank gets whole: LFM2-VL's, because how it makes them is not known; LLaVA-OneVision's, where the
-# composite and not the method ends videos (5.17).
-FEATURES_GATHERED = {"lfm2_vl"}
+# Whose features every rank gets whole: LLaVA-OneVision's, where the composite and not the method ends videos (5.17).
+FEATURES_GATHERED: set[str] = set()
 if "image_newline" not in inspect.unwrap(hf.LlavaOnevisionModel.get_video_features).__code__.co_names:
     FEATURES_GATHERED.add("llava_onevision")
 # Their tower is not sharded at all: a merger between its blocks leaves fewer tokens, or its masks are of another kind.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton_sp
-from triton_sp.anatomy import families
+from triton_sp.anatomy import find
+from triton_sp.anatomy.fusion import find_fusion
+from triton_sp.anatomy.parts import Fusion
 from triton_sp.testing import saved_activations
 
 REPEATED = 16  # a number that 4 ranks share evenly
@@ -117,7 +119,11 @@ def held(name: str, wrapped: bool) -> Held:
 
 def held_gathered(name: str) -> Held:
     """With a fusion that is not known."""
-    with mock.patch.dict(families.FEATURE_METHODS, clear=True):
+
+    def unknown(*found: Any) -> Fusion:
+        return replace(find_fusion(*found), features=())
+
+    with mock.patch.object(find, "find_fusion", unknown):
         return held(name, True)
 
 

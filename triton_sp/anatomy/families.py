@@ -17,13 +17,11 @@ from triton_sp.anatomy.parts import FeatureMethod, Spans, Stack, is_hf
 class Family:
     """What can't be read off a part's structure, by the `model_type` of its configuration."""
 
-    embeddings: str | None = None  # the module that interpolates positions by the sizes of all images
     whole: str = ""  # why the tower stays whole on every rank
     joins_images: bool = False  # the tower packs images of the sizes that it is given, and masks one from the other
 
 
 FAMILIES: dict[str, Family] = {
-    "glm4v_vision": Family(embeddings="embeddings"),
     "mllama_vision_model": Family(whole="it has two stacks, and its masks are not those of padded images"),
     "pixtral": Family(joins_images=True),
     **dict.fromkeys(
@@ -53,40 +51,18 @@ PROVEN = {
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 
-_IMAGES = FeatureMethod("get_image_features", "image_token_id", "images", per_image_arguments=("image_sizes",))
-_SAMPLES = FeatureMethod(
-    "get_image_features", "image_token_id", "images", per_image_arguments=("pixel_attention_mask",), per_sample=True
-)
-_FRAMES = FeatureMethod("get_video_features", "video_token_id", "frames")
-_GRIDS = (
-    FeatureMethod("get_image_features", "image_token_id", "patches", per_image_arguments=("image_grid_thw",)),
-    FeatureMethod("get_video_features", "video_token_id", "patches", per_image_arguments=("video_grid_thw",)),
-)
-_FRAME_GRIDS = (  # frames of videos stand where images do
-    _GRIDS[0],
-    FeatureMethod("get_video_features", "image_token_id", "patches", per_image_arguments=("video_grid_thw",)),
-)
+# Composite models of which the same holds for their fusion, by the `model_type` of their configuration.
+PROVEN_COMPOSITES = {
+    "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3",
+    "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+}  # fmt: skip
 
-# By the `model_type` of a composite's configuration: how its features are made and where they go.
-FEATURE_METHODS: dict[str, tuple[FeatureMethod, ...]] = {
-    "gemma3": (_IMAGES,),
-    "glm4v": _FRAME_GRIDS,
-    "idefics2": (_SAMPLES,),
-    "idefics3": (_SAMPLES,),
-    "internvl": (_IMAGES,),
-    "llava": (_IMAGES,),
-    "llava_next": (_IMAGES,),
-    "llava_onevision": (_IMAGES, _FRAMES),
-    "mistral3": (_IMAGES,),
-    "paligemma": (_IMAGES,),
-    "qwen2_5_vl": _GRIDS,
-    "qwen2_vl": _GRIDS,
-    "qwen3_5": _GRIDS,
-    "qwen3_5_moe": _GRIDS,
-    "qwen3_vl": _GRIDS,
-    "qwen3_vl_moe": _GRIDS,
-    "smolvlm": (_SAMPLES,),
-}
+# How a composite's features are made and where they go, where it does not keep to transformers' convention (fusion.py):
+# these put features among the text by code of their own, which counts them too.
+FEATURE_METHODS: dict[str, tuple[FeatureMethod, ...]] = dict.fromkeys(
+    ("idefics2", "idefics3", "smolvlm"),
+    (FeatureMethod("get_image_features", "image_token_id", "images", per_sample=True),),
+)
 
 # By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
 SPANS: dict[str, Spans] = {

@@ -14,14 +14,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from triton_sp.anatomy.families import FAMILIES, FEATURE_METHODS, PROVEN, Family, spans_of
+from triton_sp.anatomy.families import FAMILIES, PROVEN, Family, spans_of
+from triton_sp.anatomy.fusion import find_fusion
 from triton_sp.anatomy.parts import (
     Anatomy,
-    FeatureMethod,
-    Fusion,
     Stack,
     attention_like,
     calls_attention_interface,
+    contains,
     is_hf,
 )
 from triton_sp.anatomy.recurrent import recurrent_layers
@@ -32,14 +32,6 @@ from triton_sp.anatomy.refusals import (
     refuse_text_attention,
 )
 from triton_sp.errors import UnsupportedModelError
-
-# What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
-VISION_METADATA = {
-    "get_vision_attention_seqlens",
-    "get_vision_interpolation_indices_and_weights",
-    "get_vision_position_ids",
-    "get_vision_window_index",
-}
 
 
 def find_parts(model: nn.Module) -> Anatomy:
@@ -67,38 +59,8 @@ def find_parts(model: nn.Module) -> Anatomy:
             remedy="wrap the module that holds the blocks, or use triton_sp.modules.encoder in your own script",
         )
     if anatomy.decoder is not None and anatomy.towers:
-        anatomy.fusion = _find_fusion(anatomy.decoder, anatomy.towers, entry, names)
+        anatomy.fusion = find_fusion(anatomy.decoder, anatomy.towers, entry, names)
     return anatomy
-
-
-def _find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion:
-    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs."""
-    parts = [decoder.module, *(tower.module for tower in towers)]
-    around = [m for m in entry.modules() if is_hf(m) and all(_contains(m, part) and m is not part for part in parts)]
-    composite: Any = around[-1]
-    family = composite.config.model_type
-    features = FEATURE_METHODS.get(family, ())
-    why = "known family" if features else f"how {family} makes its features is not known"
-    if len(towers) != 1 or not towers[0].by_interface:
-        features, why = (), "more than one vision tower, or one with attention of its own"
-    if not all(_can_be_cut(feature, composite, towers[0].module) for feature in features):
-        features, why = (), "this version of transformers makes features otherwise"
-    return Fusion(names[id(composite)], composite, features, why)
-
-
-def _can_be_cut(features: FeatureMethod, composite: Any, tower: nn.Module) -> bool:
-    if not hasattr(composite, features.method) or not hasattr(composite.config, features.token):
-        return False
-    if features.granularity == "frames":  # the method has to end videos itself; in 5.17 the composite does
-        return "image_newline" in inspect.unwrap(getattr(type(composite), features.method)).__code__.co_names
-    return features.granularity == "images" or _takes_metadata(composite, tower)
-
-
-def _takes_metadata(composite: nn.Module, tower: nn.Module) -> bool:
-    """Whether a tower takes what it knows about its patches as arguments, and positions of text come from a method."""
-    code = inspect.unwrap(type(tower).forward).__code__
-    uses = {name for name in code.co_names if name.startswith("get_vision_")}
-    return bool(uses) and uses <= VISION_METADATA and hasattr(composite, "compute_3d_position_ids")
 
 
 def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
@@ -176,17 +138,21 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
     """Fill in what a vision tower has outside of its blocks."""
-    ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and _contains(m, owner)]
+    ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and contains(m, owner)]
     # The model around a tower and a decoder may say that it takes pixels, too (BLIP-2).
     stack.module = next((m for m in ancestors if not any(map(_embeds_tokens, m.modules()))), owner)
     stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
     parts = list(_outside(owner, stack.blocks))
     stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]
     stack.outside = [module for part in parts if not isinstance(part, nn.ModuleList) for module in part.modules()]
-    embeddings = FAMILIES.get(stack.family, Family()).embeddings
-    stack.embeddings = getattr(owner, embeddings) if embeddings else None
+    stack.embeddings = next((part for part in parts if _knows_sizes(part)), None)
     if not stack.attention:
         stack.attention = _opaque_attention(stack.blocks)
+
+
+def _knows_sizes(part: nn.Module) -> bool:
+    """Whether a part of a tower interpolates positions by the sizes of all images, as GLM-4V's embeddings do."""
+    return {"lengths", "image_shapes"} <= set(inspect.signature(type(part).forward).parameters)
 
 
 def _outside(owner: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:
@@ -212,10 +178,6 @@ def _learned_positions(owner: nn.Module) -> nn.Module | None:
 def _embeds_tokens(owner: nn.Module) -> bool:
     """Whether a model reads token ids; a resampler of image features does not."""
     return isinstance(getattr(owner, "embed_tokens", None), nn.Embedding)
-
-
-def _contains(module: nn.Module, part: nn.Module) -> bool:
-    return any(candidate is part for candidate in module.modules())
 
 
 # --- models that are not from Hugging Face -------------------------------------------------------------------------

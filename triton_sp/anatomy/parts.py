@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -66,16 +66,16 @@ class FeatureMethod:
         method: its name; its first argument are the pixels.
         token: the attribute of the model's configuration that holds the placeholder's id.
         granularity: where the work may be cut between ranks. "patches": anywhere between merge units; "images":
-            between images; "frames": the pixels are videos, and cuts are between frames.
-        per_image_arguments: arguments cut along with the pixels: the grid of each image (patches), or arguments with
-            an entry for each image (images).
+            between images; "frames": the pixels are videos, and cuts are between frames; "whole": nowhere, every rank
+            makes all rows.
+        grid: the argument that holds (frames, height, width) of each image in patches, where pixels are packed patches.
         per_sample: an entry of the pixels is a sample's images, filled up with images of zeros.
     """
 
     method: str
     token: str
-    granularity: Literal["patches", "images", "frames"]
-    per_image_arguments: tuple[str, ...] = ()
+    granularity: Literal["patches", "images", "frames", "whole"]
+    grid: str | None = None
     per_sample: bool = False
 
 
@@ -85,13 +85,15 @@ class Fusion:
 
     Attributes:
         features: empty where the fusion is not known; features and embeddings are whole on every rank then.
-        why: the reason for either.
+        why: the reason why they are not known.
+        proven: the tests compare such a composite with one process.
     """
 
     name: str
     module: nn.Module
     features: tuple[FeatureMethod, ...]
-    why: str
+    why: str = ""
+    proven: bool = False
 
     @property
     def visual_arguments(self) -> set[str]:
@@ -127,17 +129,27 @@ def is_hf(module: nn.Module) -> bool:
     return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
+def contains(module: nn.Module, part: nn.Module) -> bool:
+    """Whether a module is, or holds, another."""
+    return any(candidate is part for candidate in module.modules())
+
+
 def calls_attention_interface(module: nn.Module) -> bool:
     """Whether a module's own forward calls transformers' attention interface."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return hasattr(module, "config") and code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module).forward)
+
+
+def code_names(function: Any) -> set[str]:
+    """The names of attributes and globals that the code of a function uses; none if it is not written in Python."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return set() if code is None else set(code.co_names)
 
 
 def own_code_names(module: nn.Module) -> set[str]:
     """The names that the code of a module's class uses, that of its base classes too, if they are not torch's own."""
     classes = [cls for cls in type(module).__mro__ if cls is not object and not cls.__module__.startswith("torch.")]
     methods = [inspect.unwrap(value) for cls in classes for value in vars(cls).values() if inspect.isfunction(value)]
-    return {name for m in methods if m.__name__ != "__init__" for name in m.__code__.co_names}
+    return {name for m in methods if m.__name__ != "__init__" for name in code_names(m)}
 
 
 def attention_like(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ from triton_sp.ranks.failures import reporting_failures
 from triton_sp.wrappers.batch import Batch, check_pixels_alone, decodes, read_batch
 from triton_sp.wrappers.described import agree_on_backward, bind_on_all, prepare_on_all
 from triton_sp.wrappers.features import check_rows, needed_rows
+from triton_sp.wrappers.first_call import try_text_model, try_vision_model
 from triton_sp.wrappers.generation import Prompt, generating, prefill, prefills
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
@@ -77,6 +78,7 @@ def _run_vision_model(override: Override, arguments: dict[str, Any], args: Any, 
     """The outputs are the same on every rank, and so is a loss that the caller forms of them."""
     installation = override.installation
     prepare_on_all(installation, arguments, partial(check_pixels_alone, installation.anatomy, arguments))
+    try_vision_model(override, arguments, args, kwargs)
     with active(Call()):
         out = override.original(*args, **kwargs)
     factor = 1.0 if installation.config.gradient == "mean" else 1.0 / installation.group.size
@@ -147,6 +149,7 @@ def _run_text_model(override: Override, arguments: dict[str, Any], decoder: Stac
     inputs = _inputs(arguments, prepared, decoder)
     if prompt is not None:
         return prefill(override, inputs, call, prompt)
+    try_text_model(override, arguments, inputs, batch, call)
     if prepared.request is not None and batch.labels is not None and batch.targets is not None:
         inputs["num_items_in_batch"] = batch.items
         return answer(override, inputs, call, batch.labels, batch.targets, prepared.request)

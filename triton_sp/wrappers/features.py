@@ -10,6 +10,7 @@ delivers its rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from triton_sp.errors import InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.images import rows_of_images, take_from_samples, take_images
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.patches import cut_patches, merged_rows
@@ -61,7 +63,7 @@ def check_rows(installation: Installation, arguments: Mapping[str, Any], needed:
     fusion = installation.anatomy.fusion
     assert fusion is not None
     for features in fusion.features:
-        grid = arguments.get(features.per_image_arguments[0]) if features.granularity == "patches" else None
+        grid = arguments.get(features.grid) if features.grid and features.granularity == "patches" else None
         if grid is not None:
             check_count(features, merged_rows(grid, installation.anatomy.towers[0]), needed[features.method])
 
@@ -89,15 +91,33 @@ def make_features(features: FeatureMethod, override: Override, *args: Any, **kwa
         return override.original(*args, **kwargs)
     arguments, needed = override.bind(args, kwargs), call.needed[features.method]
     override.installation.last_rows[features.method] = needed
-    makers = {"patches": _from_patches, "images": _from_images, "frames": _from_frames}
+    override.installation.last_whole.pop(features.method, None)
+    makers = {"patches": _from_patches, "images": _from_images, "frames": _from_frames, "whole": _from_whole}
     return makers[features.granularity](features, override, arguments, needed)
+
+
+def _from_whole(
+    features: FeatureMethod, override: Override, arguments: dict[str, Any], needed: Shards, why: str = "not cut"
+) -> Any:
+    """Every rank makes all rows, and keeps those that its placeholders need."""
+    override.installation.last_whole[features.method] = why
+    own = needed.range(override.installation.group.rank)
+    with active(Call()):
+        out = override.original(**arguments)
+
+    def keep(rows: Tensor) -> Tensor:
+        check_count(features, len(rows), needed)
+        return rows[own.start : own.stop]
+
+    return change_rows(out, keep)
 
 
 def _from_patches(features: FeatureMethod, override: Override, arguments: dict[str, Any], needed: Shards) -> Any:
     """Each rank makes the rows of its shard of the patches, from the pixels to the merger."""
     installation = override.installation
     (stack,), group = installation.anatomy.towers, installation.group
-    pixels, grids = next(iter(override.__signature__.parameters)), features.per_image_arguments[0]
+    pixels, grids = next(iter(override.__signature__.parameters)), features.grid
+    assert grids is not None
     grid = arguments[grids]
     patches = cut_patches(stack, installation.config, group, grid, arguments[pixels].device)
     arguments[pixels] = patches.pick(arguments[pixels])
@@ -117,46 +137,20 @@ def _from_images(features: FeatureMethod, override: Override, arguments: dict[st
     group = override.installation.group
     pixels = next(iter(override.__signature__.parameters))
     shape = tuple(arguments[pixels].shape)
-    if features.per_sample:
-        taken, has_own = _take_from_samples(features, pixels, arguments, group)
+    if features.per_sample and len(shape) == 5:
+        taken, has_own = take_from_samples(pixels, arguments, group)
     else:
-        taken, has_own = _take_images(features, pixels, arguments, group)
+        rows = rows_of_images(arguments, pixels, features.grid)
+        if isinstance(rows, str):
+            return _from_whole(features, override, arguments, needed, rows)
+        if features.grid is not None:  # packed patches
+            shape = (shape[0], math.prod(shape[1:]))
+        taken, has_own = take_images(rows, arguments, group)
     # A rank without an image runs the first one to no effect: the model's own code needs one, and collectives that are
     # made on the way (the tower's, an engine's) need every rank. Of what it makes, no row counts.
     with active(Call(placement=Images(group, shape, stand_in=not has_own))):
         out = override.original(**arguments | taken)
     return change_rows(out, lambda rows: _deliver(rows if has_own else rows[:0], features, needed, group))
-
-
-def _take_from_samples(
-    features: FeatureMethod, pixels: str, arguments: Mapping[str, Any], group: Group
-) -> tuple[dict[str, Any], bool]:
-    """The arguments with this rank's images, or with the first image if it has none, and whether it has any. Each entry
-    is a sample's images, filled up with images of zeros."""
-    real = arguments[pixels].flatten(0, 1).flatten(1).any(1).nonzero().flatten()
-    own = shard_tokens(len(real), group.size).range(group.rank)
-    index = real[own.start : own.stop] if own else torch.zeros(1, dtype=torch.long, device=real.device)
-    names = _per_image(features, pixels, arguments)
-    return {name: arguments[name].flatten(0, 1)[index][:, None] for name in names}, bool(own)
-
-
-def _take_images(
-    features: FeatureMethod, pixels: str, arguments: Mapping[str, Any], group: Group
-) -> tuple[dict[str, Any], bool]:
-    """The same where each entry is an image."""
-    by_sample, changed = arguments.get("batch_num_images"), {}
-    own = shard_tokens(len(arguments[pixels] if by_sample is None else by_sample), group.size).range(group.rank)
-    taken = own or range(1)
-    if by_sample is not None:  # how an image is tiled depends on how many its sample has: samples stay together
-        starts = [0, *torch.as_tensor(by_sample).cumsum(0).tolist()]
-        changed["batch_num_images"] = by_sample[taken.start : taken.stop]
-        taken = range(starts[taken.start], starts[taken.stop])
-    names = _per_image(features, pixels, arguments)
-    return changed | {name: arguments[name][taken.start : taken.stop] for name in names}, bool(own)
-
-
-def _per_image(features: FeatureMethod, pixels: str, arguments: Mapping[str, Any]) -> list[str]:
-    return [name for name in (pixels, *features.per_image_arguments) if arguments.get(name) is not None]
 
 
 def _from_frames(features: FeatureMethod, override: Override, arguments: dict[str, Any], needed: Shards) -> Any:
@@ -197,13 +191,15 @@ def change_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """What a method returned, with other rows: (rows, C) to (other rows, C).
 
     Args:
-        out: an output object, which is changed: its `pooler_output`, and each level of its `deepstack_features`. Or the
-            rows themselves, as transformers < 5 has it. Rows are a tensor for each image in a list, or stacked.
+        out: an output object, which is changed: its `pooler_output`, or without one its `last_hidden_state`, and each
+            level of its `deepstack_features`. Or the rows themselves, as transformers < 5 has it. Rows are a tensor for
+            each image in a list, or stacked.
     """
     levels = getattr(out, "deepstack_features", None)
     if levels is not None:
         out.deepstack_features = [change_rows(level, change) for level in levels]
-    held = getattr(out, "pooler_output", out)
+    name = "last_hidden_state" if getattr(out, "pooler_output", out) is None else "pooler_output"
+    held = getattr(out, name, out)
     if isinstance(held, Tensor):
         rows = change(held.flatten(0, -2))
         changed: Any = rows if held.ndim == 2 else rows[:, None]
@@ -212,5 +208,5 @@ def change_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
         changed = type(held)([change(parts[0] if len(parts) == 1 else torch.cat(parts))])
     if held is out:
         return changed
-    out.pooler_output = changed
+    setattr(out, name, changed)
     return out

@@ -145,8 +145,8 @@ class Images(Placement):
     """Each rank has images of its own outside of the blocks, and the blocks' shards are cut anywhere.
 
     Attributes:
-        pixels: the shape of the pixels of the whole batch, (..., channels, height, width). It bounds the numbers
-            that another rank can truthfully report of its images.
+        pixels: the shape of the pixels of the whole batch, (..., channels, height, width), or (patches, channels) where
+            they are packed. It bounds the numbers that another rank can truthfully report of its images.
         stand_in: this rank has no image of its own. It runs another rank's first image outside of the blocks and drops
             the result, because it must take part in every collective, also in those that an engine adds.
         tokens: of each rank's own images; known once planned.
@@ -180,12 +180,14 @@ class Images(Placement):
     def _images_of_all(self, own: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """(tokens, real tokens) of each image of each rank, from those of this rank's images."""
         counts = [count for (count,) in collectives.integers_of_all([len(own)], self.group)]
-        self._expect(max(counts) <= math.prod(self.pixels[:-3]), "images", max(counts))
+        packed = len(self.pixels) < 4
+        self._expect(max(counts) <= math.prod(self.pixels[: -1 if packed else -3]), "images", max(counts))
         filled = own + [(0, 0)] * (max(counts) - len(own))
         rows = collectives.integers_of_all([number for image in filled for number in image], self.group)
         images = [list(zip(row[::2], row[1::2], strict=True))[:count] for row, count in zip(rows, counts, strict=True)]
         longest = max(max(image) for rank in images for image in rank)
-        self._expect(longest <= math.prod(self.pixels[-2:]) + _EXTRA, "tokens of an image", longest)
+        area = math.prod(self.pixels if packed else self.pixels[-2:])
+        self._expect(longest <= area + _EXTRA, "tokens of an image", longest)
         return images
 
     def _expect(self, plausible: bool, what: str, found: int) -> None:

@@ -1,0 +1,143 @@
+"""How a composite model makes features and puts them among its text, told by the conventions of transformers >= 5.
+
+    get_image_features, get_video_features, get_audio_features   make the rows that stand for placeholders, in order
+    config.image_token_id, ...                                   the ids of the placeholders
+    get_placeholder_mask                                         finds them, and checks that there are as many as rows
+    masked_scatter                                               puts the rows in their places, in order
+
+A composite that keeps to all four is routed: its forward runs on this rank's tokens, and each rank is sent the rows
+that its placeholders need. The check of `get_placeholder_mask` is tried out here, because it is what notices a wrong
+guess. Of a composite that does not keep to them, features and embeddings are whole on every rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from triton_sp.anatomy.families import FEATURE_METHODS, PROVEN_COMPOSITES
+from triton_sp.anatomy.parts import FeatureMethod, Fusion, Stack, code_names, contains, is_hf
+
+MODALITIES = ("image", "video", "audio")
+
+# What transformers >= 5.17 computes about patches outside of its towers and lets callers give.
+VISION_METADATA = {
+    "get_vision_attention_seqlens",
+    "get_vision_interpolation_indices_and_weights",
+    "get_vision_position_ids",
+    "get_vision_window_index",
+}
+
+
+def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion:
+    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs."""
+    parts = [decoder.module, *(tower.module for tower in towers)]
+    around = [m for m in entry.modules() if is_hf(m) and all(contains(m, part) and m is not part for part in parts)]
+    composite: Any = around[-1]
+    kind = composite.config.model_type
+    try:
+        if not all(tower.by_interface for tower in towers):
+            raise _Unconventional("a tower has attention of its own")
+        features = _features(composite, towers)
+    except _Unconventional as reason:
+        return Fusion(names[id(composite)], composite, (), why=str(reason))
+    return Fusion(names[id(composite)], composite, features, proven=kind in PROVEN_COMPOSITES)
+
+
+class _Unconventional(Exception):
+    """A composite does not keep to the conventions; says in which way."""
+
+
+def _features(composite: Any, towers: list[Stack]) -> tuple[FeatureMethod, ...]:
+    """How each kind of features is made."""
+    known = FEATURE_METHODS.get(composite.config.model_type, ())
+    if known and all(hasattr(composite, features.method) for features in known):
+        return known
+    uses = code_names(type(composite).forward)
+    modalities = [kind for kind in MODALITIES if f"get_{kind}_features" in uses]
+    if not modalities or not {"get_placeholder_mask", "masked_scatter"} <= uses:
+        raise _Unconventional("its forward does not put features in by get_placeholder_mask and masked_scatter")
+    if "image_newline" in uses:
+        raise _Unconventional("this version of transformers adds rows to features after they are made")
+    if hasattr(composite, "get_rope_index") and not hasattr(composite, "compute_3d_position_ids"):
+        raise _Unconventional("its positions are not made by compute_3d_position_ids")
+    tokens = _checked_placeholders(composite, modalities)
+    return tuple(_method(composite, kind, tokens[kind], towers) for kind in modalities)
+
+
+def _method(composite: Any, kind: str, token: str, towers: list[Stack]) -> FeatureMethod:
+    """How features of one kind are made, by the signature of the method that makes them."""
+    name, grid = f"get_{kind}_features", f"{kind}_grid_thw"
+    function = inspect.unwrap(getattr(type(composite), name))
+    parameters = list(inspect.signature(function).parameters)[1:]
+    if kind == "audio":
+        return FeatureMethod(name, token, "whole")
+    if grid in parameters:
+        cut_anywhere = len(towers) == 1 and _takes_metadata(towers[0].module)
+        return FeatureMethod(name, token, "patches" if cut_anywhere else "images", grid)
+    if parameters[0] == "pixel_values_videos" and "image_newline" in code_names(function):
+        return FeatureMethod(name, token, "frames")
+    return FeatureMethod(name, token, "images", per_sample="pixel_attention_mask" in parameters)
+
+
+def _takes_metadata(tower: nn.Module) -> bool:
+    """Whether a tower takes what it knows about its patches as arguments."""
+    uses = {name for name in code_names(type(tower).forward) if name.startswith("get_vision_")}
+    needed = {"spatial_merge_size"}
+    if "get_vision_interpolation_indices_and_weights" in uses:
+        needed |= {"num_grid_per_side", "interpolation_mode", "interpolation_align_corners"}
+    if "get_vision_window_index" in uses:
+        needed |= {"window_size", "patch_size", "fullatt_block_indexes"}
+    knows = all(hasattr(tower, name) for name in needed)
+    return knows and "get_vision_position_ids" in uses and uses <= VISION_METADATA
+
+
+# --- placeholders --------------------------------------------------------------------------------------------------
+
+
+def _checked_placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
+    """The attribute of the configuration that holds the placeholder's id of each kind of features, as
+    `get_placeholder_mask` finds it (GLM-4V's videos stand where images do), once it has been seen to count."""
+    ids = {f"{kind}_token_id": getattr(composite.config, f"{kind}_token_id", None) for kind in MODALITIES}
+    ids = {name: value for name, value in ids.items() if isinstance(value, int)}
+    if not ids or len(set(ids.values())) != len(ids):
+        raise _Unconventional("its configuration has no placeholder ids, or the same for different features")
+    placeholders = {}
+    for kind in kinds:
+        found = _find_placeholder(composite, kind, ids)
+        if found is None:
+            raise _Unconventional(f"its get_placeholder_mask does not count {kind} features")
+        placeholders[kind] = found
+    return placeholders
+
+
+def _find_placeholder(composite: Any, kind: str, ids: dict[str, int]) -> str | None:
+    """Ask `get_placeholder_mask` which of these ids, one token each, stands for features of a kind. None if it does not
+    raise an error when it is given one feature too many."""
+    tokens = torch.tensor([list(ids.values())])
+    try:
+        marked = _mask_of(composite, kind, tokens, torch.zeros(1, 2), ids)[0, :, 0].nonzero().flatten().tolist()
+    except Exception:  # a method of anybody's: whatever it raises, it is not the convention
+        return None
+    try:
+        _mask_of(composite, kind, tokens, torch.zeros(2, 2), ids)
+    except (ValueError, RuntimeError):
+        return list(ids)[marked[0]] if len(marked) == 1 else None
+    return None
+
+
+def _mask_of(composite: Any, kind: str, tokens: Tensor, features: Tensor, ids: dict[str, int]) -> Tensor:
+    """(1, tokens, 2), which of these tokens `get_placeholder_mask` takes for placeholders of a kind."""
+    method = composite.get_placeholder_mask
+    names = [name for name in inspect.signature(method).parameters if name.endswith("features")]
+    given: dict[str, Any] = {"input_ids": tokens, "inputs_embeds": torch.zeros(*tokens.shape, 2)}
+    if names == ["features"]:
+        given |= {"features": features, "token_id": ids[f"{kind}_token_id"]}
+    else:
+        given[f"{kind}_features"] = features
+    masks = method(**given)
+    return masks[names.index(f"{kind}_features")] if isinstance(masks, tuple) else masks

@@ -1,0 +1,81 @@
+"""Which part of a feature method's arguments belongs to which image, so that each rank is given its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sp.plan.shards import shard_tokens
+from triton_sp.ranks.groups import Group
+
+
+def take_from_samples(pixels: str, arguments: Mapping[str, Any], group: Group) -> tuple[dict[str, Any], bool]:
+    """The arguments with this rank's images, or with the first image if it has none, and whether it has any. Each entry
+    is a sample's images, filled up with images of zeros."""
+    shape = arguments[pixels].shape[:2]
+    real = arguments[pixels].flatten(0, 1).flatten(1).any(1).nonzero().flatten()
+    own = shard_tokens(len(real), group.size).range(group.rank)
+    index = real[own.start : own.stop] if own else torch.zeros(1, dtype=torch.long, device=real.device)
+    given = {name: value for name, value in arguments.items() if isinstance(value, Tensor) and value.shape[:2] == shape}
+    return {name: value.flatten(0, 1)[index][:, None] for name, value in given.items()}, bool(own)
+
+
+def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) -> dict[str, list[int]] | str:
+    """How many entries of each argument are each image's, told by the first dimensions; of each sample's images, where
+    images are tiled by their number in the sample. A sentence if an argument does not fit.
+
+    >>> five = torch.zeros(5, 3, 8, 8)
+    >>> rows_of_images({"pixel_values": five, "image_sizes": torch.ones(5, 2)}, "pixel_values", None)
+    {'pixel_values': [1, 1, 1, 1, 1], 'image_sizes': [1, 1, 1, 1, 1]}
+    >>> rows_of_images({"pixel_values": five, "tiles": torch.ones(7)}, "pixel_values", None)
+    'tiles has 7 entries, pixel_values 5'
+    >>> grids = torch.tensor([[1, 2, 2], [1, 4, 2]])
+    >>> rows_of_images({"pixel_values": torch.zeros(12, 48), "image_grid_thw": grids}, "pixel_values", "image_grid_thw")
+    {'pixel_values': [4, 8], 'image_grid_thw': [1, 1]}
+    """
+    sizes, samples = arguments.get(grid) if grid else None, arguments.get("batch_num_images")
+    images = len(arguments[pixels]) if sizes is None else len(sizes)
+    patches = [] if sizes is None else torch.as_tensor(sizes).prod(-1).tolist()
+    rows: dict[str, list[int]] = {}
+    for name, value in arguments.items():
+        if name == "batch_num_images" or not _has_entries(value):
+            continue
+        own = next((counts for counts in ([1] * images, patches) if len(value) == sum(counts)), None)
+        if own is None:
+            return f"{name} has {len(value)} entries, {grid or pixels} {images}"
+        rows[name] = own
+    if samples is None:
+        return rows
+    counts = torch.as_tensor(samples).tolist()
+    if sum(counts) != images:
+        return f"batch_num_images has {sum(counts)} images, {pixels} {images}"
+    by_sample = {name: [sum(part) for part in _split(own, counts)] for name, own in rows.items()}
+    return by_sample | {"batch_num_images": [1] * len(counts)}
+
+
+def _has_entries(value: Any) -> bool:
+    """Whether an argument may run along images: a tensor, or a list of what is no number."""
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and isinstance(value[0], list | tuple | Tensor)
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _split(values: list[int], counts: list[int]) -> list[list[int]]:
+    """Neighbouring values, so many in each part."""
+    ends = [0, *accumulate(counts)]
+    return [values[start:stop] for start, stop in pairwise(ends)]
+
+
+def take_images(
+    rows: Mapping[str, list[int]], arguments: Mapping[str, Any], group: Group
+) -> tuple[dict[str, Any], bool]:
+    """The arguments with this rank's images, or with the first image if it has none, and whether it has any."""
+    own = shard_tokens(len(next(iter(rows.values()))), group.size).range(group.rank)
+    taken = own or range(1)
+    return {
+        name: arguments[name][sum(counts[: taken.start]) : sum(counts[: taken.stop])] for name, counts in rows.items()
+    }, bool(own)

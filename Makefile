@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where Python is told to write no bytecode, each of a test's processes would compile all of transformers: 14 s, not 5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check docs gpu perf all-plans interpreter engines adapters faults soak versions compile-table clean
+.PHONY: demo test check docs gpu perf all-plans zoo interpreter engines adapters faults soak versions compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -40,6 +40,11 @@ interpreter: .venv/.ready
 # Long: every model with every plan.
 all-plans: .venv/.ready
 	PYTHONPATH=tests $(BIN)/python tests/promises/all_plans.py
+
+# Long: a tiny model of every class that transformers has, on 2 and 3 ranks; makes docs/models.md. It goes on where it
+# stopped; ARGS="--again refused" tries those again.
+zoo: .venv/.ready
+	PYTHONPATH=.:tests $(BIN)/python -W ignore -m zoo.run $(ARGS)
 
 # Long: DeepSpeed, with every ZeRO stage, and more of the suite's engines and PEFT. DeepSpeed is built against the torch
 # that is there; what it compiles for CPUs, it compiles at the first use, which takes minutes.

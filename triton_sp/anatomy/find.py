@@ -140,7 +140,8 @@ def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
     """Fill in what a vision tower has outside of its blocks."""
     ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and contains(m, owner)]
     # The model around a tower and a decoder may say that it takes pixels, too (BLIP-2).
-    stack.module = next((m for m in ancestors if not any(map(_embeds_tokens, m.modules()))), owner)
+    around = [m for m in ancestors if not any(map(_embeds_tokens, m.modules()))]
+    stack.module = (around or [owner])[0]
     stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
     parts = list(_outside(owner, stack.blocks))
     stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]

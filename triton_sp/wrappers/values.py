@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy.parts import Anatomy, FeatureMethod, Fusion, Stack, is_hf
+from triton_sp.anatomy.parts import Anatomy, Fusion, Stack, is_hf
 from triton_sp.errors import InputError, require
 from triton_sp.loss import IGNORE
 
@@ -129,10 +129,10 @@ def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], tower: Stack) -> 
     for features in fusion.features:
         name = next(iter(_parameters(getattr(type(fusion.module), features.method))))
         pixels = arguments.get(name)
-        if features.granularity == "patches":
-            _check_grid(features.per_image_arguments[0], arguments, name, merge)
-        elif isinstance(pixels, Tensor):
-            _check_images(features, arguments, name)
+        if features.granularity == "patches" and features.grid is not None:
+            _check_grid(features.grid, arguments, name, merge)
+        elif isinstance(pixels, Tensor) and features.grid is None:
+            _check_images(arguments, name)
         if isinstance(pixels, Tensor) and (not pixels.is_floating_point() or pixels.numel() == 0):
             raise InputError(
                 name,
@@ -147,10 +147,10 @@ def _parameters(method: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(method).parameters)[1:]
 
 
-def _check_images(features: FeatureMethod, arguments: Mapping[str, Any], pixels: str) -> None:
+def _check_images(arguments: Mapping[str, Any], pixels: str) -> None:
     """As many entries of each per-image argument as there are images."""
     images = len(arguments[pixels])
-    for name in features.per_image_arguments:
+    for name in ("image_sizes", "pixel_attention_mask"):
         value = arguments.get(name)
         if value is not None and arguments.get("batch_num_images") is None and len(value) != images:
             raise InputError(

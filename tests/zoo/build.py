@@ -1,0 +1,72 @@
+"""The classes of transformers' mappings, and a tiny model of each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+from transformers.models.auto import configuration_auto, modeling_auto
+from zoo.entries import ENTRIES, TEXT_CONFIGS
+from zoo.shrink import shrink
+
+KINDS = {
+    "vlm": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "vision": modeling_auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
+}
+
+
+def classes(kind: str) -> Iterator[tuple[str, str]]:
+    """(model_type, name of the class) of each class of a mapping, once."""
+    seen = set()
+    for model_type, names in sorted(KINDS[kind].items()):
+        name = names if isinstance(names, str) else names[0]
+        if name not in seen:
+            seen.add(name)
+            yield model_type, name
+
+
+def tiny_config(model_type: str) -> Any:
+    """A small configuration of a model_type."""
+    kind = configuration_auto.CONFIG_MAPPING[model_type]
+    values = shrink(kind().to_dict())
+    for name in ("architectures", "model_type", "transformers_version"):
+        values.pop(name, None)
+    for name, value in ENTRIES.get(model_type, {}).items():
+        *parts, last = name.split(".")
+        place = values
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    return kind(**values)
+
+
+def build(model_type: str, name: str, kind: str) -> nn.Module:
+    """The model in float64, the same in every process; noise on every weight, so that zeros and ones have informative
+    gradients too."""
+    config = tiny_config(model_type)
+    if kind == "causal" and model_type in TEXT_CONFIGS:
+        config = config.get_text_config(decoder=True)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part._experts_implementation = "eager"  # the grouped one does not run in float64
+            part.use_cache = False  # with a cache at hand transformers does not look for packed documents
+    torch.manual_seed(0)
+    kind_of_model = getattr(hf, name)
+    try:
+        model = kind_of_model._from_config(copy.deepcopy(config), attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        model = kind_of_model._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for part in model.modules():  # what is drawn at random has no one answer
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    return model.double().train()

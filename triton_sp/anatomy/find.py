@@ -138,10 +138,7 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
     """Fill in what a vision tower has outside of its blocks."""
-    ancestors = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and contains(m, owner)]
-    # The model around a tower and a decoder may say that it takes pixels, too (BLIP-2).
-    around = [m for m in ancestors if not any(map(_embeds_tokens, m.modules()))]
-    stack.module = (around or [owner])[0]
+    stack.module = _tower_around(owner, entry)
     stack.unit = int(getattr(owner, "spatial_merge_size", 1)) ** 2
     parts = list(_outside(owner, stack.blocks))
     stack.side_modules = [module for part in parts if isinstance(part, nn.ModuleList) for module in part]
@@ -149,6 +146,13 @@ def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
     stack.embeddings = next((part for part in parts if _knows_sizes(part)), None)
     if not stack.attention:
         stack.attention = _opaque_attention(stack.blocks)
+
+
+def _tower_around(owner: nn.Module, entry: nn.Module) -> nn.Module:
+    """The outermost model around blocks that takes pixels only; one around a tower and a decoder may say that it takes
+    them, too (BLIP-2)."""
+    around = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and contains(m, owner)]
+    return next((m for m in around if not any(map(_embeds_tokens, m.modules()))), owner)
 
 
 def _knows_sizes(part: nn.Module) -> bool:

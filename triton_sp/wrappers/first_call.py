@@ -77,7 +77,7 @@ def try_text_model(
     if (packed and decoder.recurrent) or not _is_due(installation, arguments, packed):
         return  # without kernels for it recurrent layers let the documents of a plain run meet
     plain = {name: value for name, value in arguments.items() if name not in ("labels", "num_items_in_batch")}
-    more = {"return_dict": True, "use_cache": False}
+    more: dict[str, Any] = {"return_dict": True, "use_cache": False}
     if "logits_to_keep" in override.__signature__.parameters:
         more["logits_to_keep"] = 1
     with _inference(installation.anatomy.entry):

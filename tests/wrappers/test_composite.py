@@ -112,8 +112,8 @@ def tell(number: int) -> None:
 
     def lie(values: list[int], group: groups.Group) -> list[list[int]]:
         nonlocal asked
-        asked += 1
-        return ask([number] if asked == 1 and group.rank == group.size - 1 else values, group)
+        asked += len(values) == 1  # the ranks' agreement before it sends three
+        return ask([number] if len(values) == asked == 1 and group.rank == group.size - 1 else values, group)
 
     model, batch = zoo.CASES["llava"].model(), zoo.CASES["llava"].batch("plain")
     triton_sp.wrap(model)

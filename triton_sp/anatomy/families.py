@@ -101,7 +101,8 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
     whom = getattr(config, "use_bidirectional_attention", None)  # "vision", or True or "all": then it isn't causal
     if hasattr(config, "use_bidirectional_attention") and spans.types == "mm_token_type_ids" and whom is None:
         return replace(spans, token_types=())
-    return spans if whom in (None, False, "vision") else None
+    # PaliGemma sets it for its prefix, which the span is; it makes causal masks all the same.
+    return spans if spans.required or whom in (None, False, "vision") else None
 
 
 def expected_window(attention: nn.Module) -> int | None:

@@ -28,12 +28,14 @@ ALIKE = {
     "qwen3_vl_moe": 1.02,
     "qwen3_5_moe_vl": 1.02,
     "internvl_gpt_oss": 3.01,
+    "llama4": 1.01,
     "llava_next": 1.7,
     "paligemma2": 3.01,
     "idefics2": 1.8,
     "smolvlm": 3.01,
 }
 WHOLE_FEATURES = {"lfm2_vl", "minicpmv4_6", "mllama", *zoo.special.GATHERED}  # on every rank, as `explain` says
+NOT_MEASURED = {"ernie4_5_vl_moe", "kimi_k25"}  # routed too; the long batch of these tests does not fit them
 CASES = [
     *(name for name in LARGEST if name not in zoo.FEATURES_GATHERED),
     *(pytest.param(name, marks=pytest.mark.long) for name in ALIKE),
@@ -50,7 +52,9 @@ def test_each_rank_holds_its_share(ranks, name: str) -> None:
 
 
 def test_no_family_is_left_out() -> None:
-    assert {*LARGEST, *ALIKE, *WHOLE_FEATURES} == {name for name, case in zoo.CASES.items() if case.kind == "vlm"}
+    assert {*LARGEST, *ALIKE, *WHOLE_FEATURES, *NOT_MEASURED} == {
+        name for name, case in zoo.CASES.items() if case.kind == "vlm"
+    }
 
 
 def test_the_measure_sees_what_is_too_long(ranks) -> None:

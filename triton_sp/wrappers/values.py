@@ -131,7 +131,7 @@ def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], tower: Stack) -> 
         pixels = arguments.get(name)
         if features.granularity == "patches" and features.grid is not None:
             _check_grid(features.grid, arguments, name, merge)
-        elif isinstance(pixels, Tensor) and features.grid is None:
+        elif isinstance(pixels, Tensor) and features.grid is None and "video" not in name:
             _check_images(arguments, name)
         if isinstance(pixels, Tensor) and (not pixels.is_floating_point() or pixels.numel() == 0):
             raise InputError(

@@ -86,16 +86,8 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
     around: list[Any] = [
         m for m in entry.modules() if is_hf(m) and m is not decoder and any(part is decoder for part in m.modules())
     ]
-    model = around[-1].config.model_type if around else ""
-    spans = SPANS.get(model)
-    if spans is None:
-        return None
-    from transformers import masking_utils
-
-    if not hasattr(masking_utils, "blockwise_overlay"):
-        return None
-    makes_masks = sys.modules[type(around[-1]).__module__]
-    if model.startswith(("gemma3", "gemma4")) and not hasattr(makes_masks, MAKES_SPANS):
+    spans = SPANS.get(around[-1].config.model_type) if around else None
+    if spans is None or not _makes_spans(around[-1]):
         return None
     config: Any = decoder.config
     whom = getattr(config, "use_bidirectional_attention", None)  # "vision", or True or "all": then it isn't causal
@@ -103,6 +95,15 @@ def spans_of(entry: nn.Module, decoder: nn.Module) -> Spans | None:
         return replace(spans, token_types=())
     # PaliGemma sets it for its prefix, which the span is; it makes causal masks all the same.
     return spans if spans.required or whom in (None, False, "vision") else None
+
+
+def _makes_spans(composite: Any) -> bool:
+    """Whether the installed transformers makes this composite's masks as `SPANS` says."""
+    from transformers import masking_utils
+
+    if composite.config.model_type.startswith(("gemma3", "gemma4")):
+        return hasattr(sys.modules[type(composite).__module__], MAKES_SPANS)
+    return hasattr(masking_utils, "blockwise_overlay")
 
 
 def expected_window(attention: nn.Module) -> int | None:

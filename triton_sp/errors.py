@@ -6,6 +6,8 @@ reading this library. All errors are `ValueError`s, so a caller can catch them w
 
 from __future__ import annotations
 
+from torch import Tensor
+
 
 class SPError(ValueError):
     """The base of every error that triton_sp raises for its users.
@@ -51,6 +53,18 @@ def require(ok: object, kind: type[SPError], field: str, expected: str, found: o
     """
     if not ok:
         raise kind(field, expected=expected, found=str(found), remedy=remedy)
+
+
+def shown(value: object) -> str:
+    """What a tensor, or something in the place of one, is, for `found` of an error.
+
+    >>> import torch
+    >>> shown(torch.zeros(2, 3)), shown([])
+    ('float32 of shape (2, 3)', 'a list')
+    """
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _rebuild(cls: type[SPError], field: str, expected: str, found: str, remedy: str, rank: int | None) -> SPError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp import stages
-from triton_sp.errors import InputError
+from triton_sp.errors import InputError, shown
 from triton_sp.modules.fused import Fused, lay_out, lengths_of_images, text_rows
 from triton_sp.ops.splice import splice
 from triton_sp.ranks import collectives, groups
@@ -148,24 +148,24 @@ class FusionAdapter(nn.Module):
 
     def _check(self, visual: Tensor, text: Tensor | nn.Module, ids: Tensor, mask: Tensor | None) -> None:
         if ids.ndim != 2 or ids.is_floating_point():
-            raise InputError("input_ids", expected="integers (B, L)", found=_shown(ids), remedy="pass a batch of ids")
+            raise InputError("input_ids", expected="integers (B, L)", found=shown(ids), remedy="pass a batch of ids")
         if isinstance(text, Tensor) and (text.ndim != 3 or text.shape[:2] != ids.shape):
             raise InputError(
                 "text_embeds",
                 expected=f"{(*ids.shape, 'C')}, an embedding for each of input_ids",
-                found=_shown(text),
+                found=shown(text),
                 remedy="embed all of input_ids, placeholders by any valid id, or pass the embedding module",
             )
         if visual.ndim not in (2, 3) or (visual.ndim == 3 and len(visual) != len(ids)):
             raise InputError(
                 "visual_features",
                 expected=f"({len(ids)}, v, C) or (v, C)",
-                found=_shown(visual),
+                found=shown(visual),
                 remedy="pass this rank's features of each sample, or of all images of the batch in one stream",
             )
         if mask is not None and mask.shape != ids.shape:
             raise InputError(
-                "attention_mask", expected=f"{tuple(ids.shape)}", found=_shown(mask), remedy="pass one entry a token"
+                "attention_mask", expected=f"{tuple(ids.shape)}", found=shown(mask), remedy="pass one entry a token"
             )
         self.placeholders(ids.detach().cpu())
 
@@ -175,7 +175,3 @@ class FusionAdapter(nn.Module):
         if self.expands:
             widths[places] = lengths_of_images(places, held, by_sample, lengths, self.group.rank)
         return widths
-
-
-def _shown(x: Tensor) -> str:
-    return f"{str(x.dtype)[6:]} of shape {tuple(x.shape)}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp.anatomy.parts import Anatomy, Spans, Stack
-from triton_sp.errors import InputError
+from triton_sp.errors import InputError, shown
 from triton_sp.loss import IGNORE, shift
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.masks import chunks_of, documents_of
@@ -142,7 +142,7 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
     fits = isinstance(tokens, Tensor) and tokens.ndim == axes
     if not fits or not (tokens.dtype in (torch.int64, torch.int32) if axes == 2 else tokens.is_floating_point()):
         expected = "int64 or int32 (B, S)" if axes == 2 else "floating embeddings (B, S, C)"
-        raise InputError(name, expected=expected, found=_shown(tokens), remedy="pass a batch of token ids")
+        raise InputError(name, expected=expected, found=shown(tokens), remedy="pass a batch of token ids")
     return tokens
 
 
@@ -151,7 +151,7 @@ def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
         value = arguments.get(name)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
             expected = f"a tensor of shape {(rows, length)}"
-            raise InputError(name, expected=expected, found=_shown(value), remedy="give one entry a token")
+            raise InputError(name, expected=expected, found=shown(value), remedy="give one entry a token")
     positions = arguments.get("position_ids")
     if positions is None and arguments.get("cu_seq_lens_q") is not None:
         raise InputError(
@@ -161,7 +161,7 @@ def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
         raise InputError(
             "position_ids",
             expected=f"integers ({rows}, {length}), (1, {length}) or (axes, {rows}, {length})",
-            found=_shown(positions),
+            found=shown(positions),
             remedy="give the positions of the whole sequence",
         )
 
@@ -232,9 +232,3 @@ def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:
     if types is None or not spans.token_types:
         return None
     return torch.isin(types, types.new_tensor(spans.token_types))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from triton_sp.anatomy.parts import Anatomy, Fusion, Stack, is_hf
-from triton_sp.errors import InputError, require
+from triton_sp.errors import InputError, require, shown
 from triton_sp.loss import IGNORE
 
 # What transformers' models hand on to their layers without naming it, and what is handled before the model runs.
@@ -137,7 +137,7 @@ def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], tower: Stack) -> 
             raise InputError(
                 name,
                 expected="floating pixels of an image or more",
-                found=f"{str(pixels.dtype)[6:]} of shape {tuple(pixels.shape)}",
+                found=shown(pixels),
                 remedy="leave it out of a batch without images",
             )
 
@@ -168,8 +168,8 @@ def _check_grid(name: str, arguments: Mapping[str, Any], pixels: str, merge: int
     if grid is None:
         return
     fits = isinstance(grid, Tensor) and grid.ndim == 2 and grid.shape[1] == 3 and not grid.is_floating_point()
-    shown = f"{str(grid.dtype)[6:]} of shape {tuple(grid.shape)}" if isinstance(grid, Tensor) else type(grid).__name__
-    require(fits, InputError, name, "integers (images, 3): frames, height and width", shown, remedy)
+    found = shown(grid) if isinstance(grid, Tensor) else type(grid).__name__
+    require(fits, InputError, name, "integers (images, 3): frames, height and width", found, remedy)
     sizes = grid.tolist()
     for index, (frames, height, width) in enumerate(sizes):
         require(

@@ -7,10 +7,12 @@ or the new one. Only this user can read it; one that another user owns is passed
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ def cache_file(name: str) -> Path:
     """
     home = os.environ.get("XDG_CACHE_HOME") or _home()
     return Path(home) / "triton_sp" / f"{name}.json"
+
+
+def file_for(kind: str, where: Mapping[str, str]) -> Path:
+    """The file of what was found out under these circumstances, there or not: others have another file.
+
+    >>> file_for("portable", {"gpu": "H200"}) == file_for("portable", {"gpu": "H100"})
+    False
+    """
+    digest = hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()
+    return cache_file(f"{kind}-{digest[:16]}")
 
 
 def _home() -> Path:

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_sp import cache
 from triton_sp.kernels import attend as kernels_attend
 from triton_sp.kernels import attend_backward, verdict
 from triton_sp.kernels import check as portable
@@ -47,7 +48,7 @@ def test_opens_only_with_a_passed_check(hopper):
     write(PASSED)
     assert gate.verdict("cuda:0") == PASSED and dispatch.implementation("cuda") == "gluon"
     assert gate.verdict("cpu").reason == "cpu is no GPU that PyTorch sees"
-    verdict.path_of(gate.FORWARD, HERE).unlink()
+    cache.file_for(gate.FORWARD, HERE).unlink()
     assert gate.verdict("cuda").passed, "read once in a process"
 
 
@@ -92,9 +93,9 @@ def test_what_is_no_verdict_is_portable(hopper, content):
 
 def test_another_machine_or_version_has_another_file(hopper):
     def file(**changed):
-        return verdict.path_of(gate.FORWARD, HERE | changed)
+        return cache.file_for(gate.FORWARD, HERE | changed)
 
-    files = {file(**{key: "other"}) for key in HERE} | {file(), verdict.path_of(gate.BACKWARD, HERE)}
+    files = {file(**{key: "other"}) for key in HERE} | {file(), cache.file_for(gate.BACKWARD, HERE)}
     assert len(files) == len(HERE) + 2
     assert set(gate.SOURCES) >= {"hopper/attend.py", "hopper/backward.py", "hopper/tiles.py", "tiles.py"}
 

@@ -65,15 +65,10 @@ def assembler(capability: tuple[int, int]) -> str:
     return f"ptxas {tool.version}, {tool.path}"
 
 
-def path_of(kind: str, where: dict[str, str]) -> pathlib.Path:
-    """The file in which a verdict of a kind ("portable", "gluon") is kept."""
-    return cache.cache_file(f"{kind}-{hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]}")
-
-
 def read(kind: str, where: dict[str, str]) -> Verdict | None:
-    """The recorded verdict, or None."""
+    """The recorded verdict of a kind ("portable", "gluon"), or None."""
     try:
-        record = cache.load(path_of(kind, where))
+        record = cache.load(cache.file_for(kind, where))
         fits = record["machine"] == where and type(record["passed"]) is bool and isinstance(record["reason"], str)
         return Verdict(record["passed"], record["reason"], float(record["seconds"])) if fits else None
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,4 +77,4 @@ def read(kind: str, where: dict[str, str]) -> Verdict | None:
 
 def write(kind: str, where: dict[str, str], found: Verdict) -> pathlib.Path:
     """Record a verdict, and say where."""
-    return cache.store(path_of(kind, where), {"machine": where, **found._asdict()})
+    return cache.store(cache.file_for(kind, where), {"machine": where, **found._asdict()})

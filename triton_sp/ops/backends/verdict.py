@@ -7,9 +7,7 @@ record, or one of another environment, means ours.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +19,7 @@ from triton_sp.errors import InputError
 from triton_sp.ops.backends.adapter import Call, Direction
 
 GAIN = 1.1  # how many times as fast as ours another must be
+KIND = "attention"  # of the files
 PACKAGES = ("triton", "flash-attn", "flash-attn-3", "kernels")
 
 
@@ -65,15 +64,10 @@ def machine(kind: str) -> dict[str, str]:
     return found | {"torch": torch.__version__, "triton_sp": __version__}
 
 
-def path_of(where: dict[str, str]) -> Path:
-    """The file of a record."""
-    return cache.cache_file(f"attention-{hashlib.sha256(json.dumps(where, sort_keys=True).encode()).hexdigest()[:16]}")
-
-
 def store(kind: str, findings: list[Finding]) -> Path:
     """Keep what was found on a kind of device ("cuda" or "cpu"), and say where."""
     where = machine(kind)
-    file = cache.store(path_of(where), {"machine": where, "findings": findings})
+    file = cache.store(cache.file_for(KIND, where), {"machine": where, "findings": findings})
     gains.cache_clear()
     return file
 
@@ -86,7 +80,7 @@ def gains(kind: str) -> dict[tuple[Direction, int, bool], tuple[str, ...]]:
         InputError: the file is damaged.
     """
     where = machine(kind)
-    path = path_of(where)
+    path = cache.file_for(KIND, where)
     try:
         findings = [Finding(*entry) for entry in cache.load(path)["findings"]]
     except FileNotFoundError:

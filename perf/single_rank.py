@@ -22,7 +22,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers as hf
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as funcol
@@ -33,6 +32,7 @@ from perf.contest import Settings, failure
 from perf.rows import Report, Row
 from triton_sp.hollow import Hollow
 from triton_sp.ops import dispatch
+from triton_sp.ranks import groups
 
 RANKS = 8
 MILLION = 1 << 20
@@ -129,7 +129,6 @@ def video(shape: Shape, frames: int, device: torch.device) -> dict[str, Tensor]:
 @contextmanager
 def alone_among(ranks: int, rank: int) -> Iterator[None]:
     """A process group in which only this rank runs: what it would receive is a copy of what it has."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     def exchange(x: Tensor, receive: Any, send: Any, group: Any, tag: str = "") -> Tensor:
         size = len(x) if receive is None else sum(receive)
@@ -137,16 +136,13 @@ def alone_among(ranks: int, rank: int) -> Iterator[None]:
         out[: len(x)].copy_(x[:size])
         return out
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        with (
-            mock.patch.object(funcol, "all_to_all_single", exchange),
-            mock.patch.object(funcol, "all_reduce", lambda x, *_: x.clone()),
-            mock.patch.object(funcol, "wait_tensor", lambda x: x),
-        ):
-            yield
-    finally:
-        dist.destroy_process_group()
+    with (
+        groups.fake_world(ranks, rank),
+        mock.patch.object(funcol, "all_to_all_single", exchange),
+        mock.patch.object(funcol, "all_reduce", lambda x, *_: x.clone()),
+        mock.patch.object(funcol, "wait_tensor", lambda x: x),
+    ):
+        yield
 
 
 @dataclass(frozen=True)

@@ -217,9 +217,9 @@ def leave_world() -> None:
 
 
 @contextmanager
-def fake_world(ranks: int) -> Iterator[None]:
-    """For a time: this process as rank 0 of a default group whose other ranks do not exist. Sends arrive nowhere, and
-    what is received is any numbers. For plans, see forecast.py.
+def fake_world(ranks: int, rank: int = 0) -> Iterator[None]:
+    """For a time: this process as one rank of a default group whose other ranks do not exist. Sends arrive nowhere, and
+    what is received is any numbers. For plans (forecast.py), and to measure one rank of many.
 
     Raises:
         GroupError: torch.distributed is in use.
@@ -230,7 +230,7 @@ def fake_world(ranks: int) -> Iterator[None]:
         raise GroupError(
             "group", expected="a process without ranks", found="an initialised torch.distributed", remedy="plan before"
         )
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
         yield
     finally:

@@ -262,11 +262,15 @@ def _mask(tables: list[Tensor], causal: bool, window: int | None) -> Mask:
     return Mask(cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges, causal, window)
 
 
-@attend.register_fake
-def _(states: list[Tensor], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    q, _k, v = states[:3]
+def empty_results(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Tensors like out (T, H, V) and the log-sum-exp (H, T) of a forward, without their numbers."""
     lse_HT = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.promote_types(q.dtype, torch.float32))
     return q.new_empty(*q.shape[:2], v.shape[2]), lse_HT
+
+
+@attend.register_fake
+def _(states: list[Tensor], *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return empty_results(*states[:3])
 
 
 @torch.library.custom_op("triton_sp::attend_backward", mutates_args=())

@@ -126,13 +126,15 @@ def check_items(items: Any, labelled: bool) -> None:
 def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], tower: Stack) -> None:
     """Raise an InputError for pixels that don't fit their grids, or don't have the per-image arguments beside them."""
     merge = round(tower.unit**0.5)
-    for features in fusion.features:
-        name = next(iter(_parameters(getattr(type(fusion.module), features.method))))
+    takes = [_parameters(getattr(type(fusion.module), features.method)) for features in fusion.features]
+    for features, own in zip(fusion.features, takes, strict=True):
+        name = own[0]
         pixels = arguments.get(name)
         if features.granularity == "patches" and features.grid is not None:
             _check_grid(features.grid, arguments, name, merge)
-        elif isinstance(pixels, Tensor) and features.grid is None and "video" not in name:
-            _check_images(arguments, name)
+        elif isinstance(pixels, Tensor) and features.grid is None:
+            others = set().union(*takes).difference(own)  # an image has no part in the arguments of videos
+            _check_images({key: value for key, value in arguments.items() if key not in others}, name)
         if isinstance(pixels, Tensor) and (not pixels.is_floating_point() or pixels.numel() == 0):
             raise InputError(
                 name,

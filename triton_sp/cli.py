@@ -75,7 +75,7 @@ def _launch(command: list[str]) -> None:
     if "RANK" in os.environ:
         launch.run(command)
     else:
-        ranks = torch.cuda.device_count() or int(os.environ.get(launch.SIZE, 2))
+        ranks = torch.cuda.device_count() or launch.settings()[0] or 2
         groups.start_ranks(ranks, "triton_sp.cli", "launch", *command)
 
 

@@ -36,7 +36,7 @@ def run(command: Sequence[str]) -> None:
     Raises:
         InputError: there is no such script, or a variable that cannot be used.
     """
-    size, config = _settings()
+    size, config = settings()
     require(command, InputError, "command", "a script", "none", "triton-sp launch train.py")
     with wrapped_trainers(size, config):
         if command[0] == "-m":
@@ -50,11 +50,16 @@ def run(command: Sequence[str]) -> None:
         runpy.run_path(str(path), run_name="__main__")
 
 
-def _settings() -> tuple[int | None, SPConfig]:
-    size, settings = os.environ.get(SIZE), os.environ.get(SETTINGS, "{}")
+def settings() -> tuple[int | None, SPConfig]:
+    """What the environment variables say: the size of a group, None for all ranks, and how models are wrapped.
+
+    Raises:
+        InputError: one of them cannot be used.
+    """
+    size, options = os.environ.get(SIZE), os.environ.get(SETTINGS, "{}")
     require(size is None or size.isdigit(), InputError, SIZE, "a number of ranks", repr(size), "TRITON_SP_SIZE=4")
     try:
-        return int(size) if size else None, SPConfig(**json.loads(settings))
+        return int(size) if size else None, SPConfig(**json.loads(options))
     except (json.JSONDecodeError, TypeError) as error:
         remedy = """TRITON_SP_CONFIG='{"chunked_loss": true}'"""
         raise InputError(SETTINGS, expected="an SPConfig as JSON", found=str(error), remedy=remedy) from error

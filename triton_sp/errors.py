@@ -6,7 +6,7 @@ reading this library. All errors are `ValueError`s, so a caller can catch them w
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
 
 
 class SPError(ValueError):
@@ -62,7 +62,7 @@ def shown(value: object) -> str:
     >>> shown(torch.zeros(2, 3)), shown([])
     ('float32 of shape (2, 3)', 'a list')
     """
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return f"{str(value.dtype)[6:]} of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 

@@ -23,13 +23,14 @@ REPORT, TABLE, EXACT = ROOT / "reports/zoo.csv", ROOT / "docs/models.md", ROOT /
 TIMEOUT = 150.0  # seconds for a class on a number of ranks
 TITLES = {"vlm": "Image and text to text", "causal": "Causal language models", "vision": "Vision encoders"}
 INTRODUCTION = (
-    "Classes of three mappings of transformers {version}, tiny and with random weights, on {sizes} ranks with",
+    "Classes of three mappings of transformers {version}, tiny and with random weights, on several ranks with",
     '`plan="heads"` and more rows than ranks, against one process: the loss, and the gradient of every parameter, in',
     "float64. `make zoo` makes this page. Configurations are the default ones made small: what a released checkpoint",
     "switches on beside them is not in these figures. *routed*: no rank holds all features; *gathered*, *made whole*:",
     "every rank does. *refused*: by an error that names the part. *not built*: the tiny model does not run in one",
     "process with the configuration or the batch made for it, so nothing is known of it.",
 )
+COLUMNS = ["model_type", "class", "verdict", "tower", "features", "decoder", "ranks", "worst error or reason"]
 NAMES = [field.name for field in fields(Verdict)]
 
 
@@ -45,14 +46,14 @@ def judge_on_ranks(pool: RankPool, model_type: str, name: str, kind: str, size: 
     return min(verdicts, key=lambda found: order.index(found.verdict))
 
 
-def read_report() -> dict[tuple[str, int], Verdict]:
-    """By the name of the class and the number of ranks; the last line of a class counts."""
+def read_report() -> dict[tuple[str, str, int], Verdict]:
+    """By kind, name of the class and number of ranks; the last line of a class counts."""
     if not REPORT.exists():
         return {}
     with REPORT.open() as file:
         found = list(csv.DictReader(file))
     rows = [Verdict(**row | {"ranks": int(row["ranks"]), "error": float(row["error"])}) for row in found]  # type: ignore
-    return {(row.name, row.ranks): row for row in rows}
+    return {(row.kind, row.name, row.ranks): row for row in rows}
 
 
 def run(kinds: list[str], sizes: list[int], only: list[str], again: set[str]) -> None:
@@ -67,7 +68,7 @@ def run(kinds: list[str], sizes: list[int], only: list[str], again: set[str]) ->
         for kind in kinds:
             for model_type, name in classes(kind):
                 for size in sizes:
-                    before = known.get((name, size))
+                    before = known.get((kind, name, size))
                     if (only and model_type not in only) or (before is not None and before.verdict not in again):
                         continue
                     verdict = judge_on_ranks(pool, model_type, name, kind, size)
@@ -85,33 +86,43 @@ def worst_of(rows: list[Verdict]) -> Verdict:
     return min(rows, key=lambda row: (order.index(row.verdict), -row.error))
 
 
+def read_table() -> dict[tuple[str, str], list[str]]:
+    """The cells of each line of docs/models.md, by kind and name of the class: what the report does not have stays."""
+    lines, kind, kinds = {}, "", {f"## {title}": kind for kind, title in TITLES.items()}
+    for line in TABLE.read_text().splitlines() if TABLE.exists() else ():
+        kind = kinds.get(line, kind)
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if len(cells) == len(COLUMNS) and cells[0] not in (COLUMNS[0], "---"):
+            lines[kind, cells[1]] = cells
+    return lines
+
+
+def cells_of(rows: list[Verdict]) -> list[str]:
+    """The line of a class in docs/models.md."""
+    row = worst_of(rows)
+    told = f"{row.error:.1e}" if row.verdict == "exact" else row.reason.replace("|", "/")[:160].strip()
+    ranks = ", ".join(str(size) for size in sorted(row.ranks for row in rows))
+    return [row.model_type, row.name, row.verdict, row.tower, row.features, row.decoder, ranks, told]
+
+
 def write_table() -> None:
-    """docs/models.md and tests/data/zoo_exact.txt, from the report."""
-    by_name: dict[str, list[Verdict]] = {}
+    """docs/models.md and tests/data/zoo_exact.txt, from the report and, where it has nothing, as they were."""
+    judged: dict[tuple[str, str], list[Verdict]] = {}
     for row in read_report().values():
-        by_name.setdefault(row.name, []).append(row)
-    worst = [worst_of(rows) for rows in by_name.values()]
-    judged = {row.name: row.verdict for row in worst}
+        judged.setdefault((row.kind, row.name), []).append(row)
+    lines = read_table() | {key: cells_of(rows) for key, rows in judged.items()}
     before = set(EXACT.read_text().split()) if EXACT.exists() else set()
-    lost = sorted(name for name in before if judged.get(name, "exact") != "exact")
-    exact = before | {name for name, verdict in judged.items() if verdict == "exact"}
-    EXACT.write_text("".join(f"{name}\n" for name in sorted(exact)))
-    sizes = " and ".join(sorted({str(row.ranks) for row in read_report().values()}))
-    lines = ["# Models", "", *(line.format(version=hf.__version__, sizes=sizes) for line in INTRODUCTION)]
+    exact = {name for (_, name), cells in lines.items() if cells[2] == "exact"}
+    lost = sorted(before & {name for (_, name), cells in lines.items() if cells[2] != "exact"})
+    EXACT.write_text("".join(f"{name}\n" for name in sorted(before | exact)))
+    page = ["# Models", "", *(line.format(version=hf.__version__) for line in INTRODUCTION)]
     for kind, title in TITLES.items():
-        rows = [row for row in worst if row.kind == kind]
-        rows.sort(key=lambda row: (row.verdict != "exact", row.model_type))
-        counted = ", ".join(f"{n} {verdict}" for verdict, n in Counter(row.verdict for row in rows).most_common())
-        lines += ["", f"## {title}", "", f"{len(rows)} classes: {counted}."]
-        lines += ["", "| model_type | class | verdict | tower | features | decoder | worst error or reason |"]
-        lines += ["|---|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.model_type} | {row.name} | {row.verdict} | {row.tower} | {row.features} | {row.decoder} | "
-            + (f"{row.error:.1e}" if row.verdict == "exact" else row.reason.replace("|", "/")[:160])
-            + " |"
-            for row in rows
-        ]
-    TABLE.write_text("\n".join(lines) + "\n")
+        rows = [cells for key, cells in lines.items() if key[0] == kind]
+        rows.sort(key=lambda cells: (cells[2] != "exact", cells[0]))
+        counted = ", ".join(f"{n} {verdict}" for verdict, n in Counter(cells[2] for cells in rows).most_common())
+        page += ["", f"## {title}", "", f"{len(rows)} classes: {counted}."]
+        page += ["", *(f"| {' | '.join(cells)} |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows))]
+    TABLE.write_text("\n".join(page) + "\n")
     if lost:
         raise SystemExit(f"no longer exact: {', '.join(lost)}")
 

@@ -47,7 +47,8 @@ def tiny_config(model_type: str) -> Any:
 
 def build(model_type: str, name: str, kind: str) -> nn.Module:
     """The model in float64, the same in every process; noise on every weight, so that zeros and ones have informative
-    gradients too."""
+    gradients too. In float32 where text is attended to by eager attention: in float64 its masks overflow in a softmax
+    of float32, and rows that see nothing, of padding, are NaN in the model itself."""
     config = tiny_config(model_type)
     if kind == "causal" and model_type in TEXT_CONFIGS:
         config = config.get_text_config(decoder=True)
@@ -56,17 +57,18 @@ def build(model_type: str, name: str, kind: str) -> nn.Module:
             part._experts_implementation = "eager"  # the grouped one does not run in float64
             part.use_cache = False  # with a cache at hand transformers does not look for packed documents
     torch.manual_seed(0)
-    kind_of_model = getattr(hf, name)
+    kind_of_model, dtype = getattr(hf, name), torch.float64
     try:
         model = kind_of_model._from_config(copy.deepcopy(config), attn_implementation="sdpa")
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
         model = kind_of_model._from_config(config, attn_implementation="eager")
+        dtype = torch.float32 if kind == "causal" else dtype
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     for part in model.modules():  # what is drawn at random has no one answer
         if isinstance(part, nn.Dropout):
             part.p = 0.0
-    return model.double().train()
+    return model.to(dtype).train()

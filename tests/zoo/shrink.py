@@ -31,7 +31,9 @@ _SIZES: list[tuple[str, int]] = [
     (r"sliding_window|attention_window|local_window_size", 7),
     (r"attention_chunk_size", 16),
     (r"num_position_embeddings", 64),
-    (r"rotary_dim", 8),
+    (r"rotary_dim|linear_(key_|value_)?head_dim", 8),
+    (r"linear_num_key_heads", 2),
+    (r"linear_num_(value_)?heads", 4),
     (r"temporal_patch_size|spatial_merge_size", 2),
 ]
 _PATTERNS = [(re.compile(pattern), size) for pattern, size in _SIZES]
@@ -64,6 +66,8 @@ def _shrunk(name: str, value: Any, names: list[str]) -> Any:
         return _rope(value) if name.startswith("rope_") else shrink(value) if name.endswith("config") else value
     if name in _IDS:
         return _IDS[name]
+    if isinstance(value, float) and re.search("drop|jitter", name):  # what is drawn at random has no one answer
+        return 0.0
     if isinstance(value, int) and name.endswith(("_token_id", "_token_index")):
         return 6 + names.index(name) % 30
     if name in ("image_size", "patch_size") and isinstance(value, list):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 from zoo.build import classes
-from zoo.verdict import judge
+from zoo.verdict import judge, reference
 
 EXACT = set((Path(__file__).parents[1] / "data/zoo_exact.txt").read_text().split())
-SPREAD = [("vlm", "aya_vision"), ("vlm", "glm4v_moe"), ("vlm", "exaone4_5")]
+# Gemma 2's attention is eager, Phi-3.5 MoE's router has jitter.
+SPREAD = [("vlm", "aya_vision"), ("vlm", "glm4v_moe"), ("vlm", "exaone4_5"), ("causal", "gemma2"), ("causal", "phimoe")]
 
 
 @pytest.mark.parametrize(("kind", "model_type"), SPREAD)
@@ -26,3 +29,15 @@ def test_what_cannot_be_judged_is_told(ranks) -> None:
         assert found.verdict == "not built" and found.reason
     for found in ranks.run(judge, "bloom", "BloomForCausalLM", "causal", 2, ranks=2):
         assert found.verdict == "refused" and "expected" in found.reason
+
+
+@pytest.mark.parametrize("draw", [lambda x: torch.nn.functional.dropout(x, 0.5), lambda x: x / 0])
+def test_what_does_not_repeat_itself_is_no_reference(draw) -> None:
+    """Three classes were called wrong because of it."""
+
+    class Model(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return type("Out", (), {"loss": draw(super().forward(x)).square().mean()})  # type: ignore[return-value]
+
+    with pytest.raises(ValueError, match="the same twice"):
+        reference(Model(16, 16), {"x": torch.ones(4, 16)})

@@ -53,8 +53,15 @@ class Layer(NamedTuple):
         """What the operators of the stage attend are told beside the mask."""
         return {"softcap": self.softcap, "softmax_scale": self.softmax_scale, "attention": self.attention}
 
+    def widen(self, states: States) -> States:
+        """q, k and v as wide as the widest of them, because they travel in one buffer."""
+        if self.dims[0] == self.dims[1]:
+            return states
+        q, k, v = (F.pad(x, (0, max(self.dims) - x.shape[-1])) for x in states)
+        return q, k, v
+
     def narrow(self, states: States) -> States:
-        """q, k and v without the columns that they got for the way: they travel as wide as the widest of them."""
+        """q, k and v without the columns that `widen` has added."""
         (q, k, v), (dim, v_dim) = states, self.dims
         return states if dim == v_dim else (q[..., :dim], k[..., :dim], v[..., :v_dim])
 
@@ -89,14 +96,11 @@ def attention(
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, causal, window)
         return varlen.attend_eagerly(states if sinks is None else (*states, sinks), mask, **layer.factors)
-    if dims[0] != dims[1]:  # they travel in one buffer
-        q_THD, k_TKD, v_TKD = (F.pad(x, (0, max(dims) - x.shape[-1])) for x in states)
-        states = q_THD, k_TKD, v_TKD
     with torch.autocast(q_THD.device.type, enabled=False):
-        return note_backward(_ExchangeHeads.apply(*states, sinks, stream, layer))
+        return note_backward(ExchangeHeads.apply(*states, sinks, stream, layer))
 
 
-class _ExchangeHeads(torch.autograd.Function):
+class ExchangeHeads(torch.autograd.Function):
     """The stages of one layer as one operator, and their adjoints in the opposite order.
 
     With `stream.chunks` heads are done in parts: one part travels while another is attended to. Kept for the backward
@@ -107,7 +111,7 @@ class _ExchangeHeads(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, stream: Stream, layer: Layer
     ) -> Tensor:
-        group, parts = stream.group, _parts((q, k, v), stream, layer)
+        group, parts = stream.group, _parts(layer.widen((q, k, v)), stream, layer)
         result, kept, returning = q.new_empty(*q.shape[:2], layer.dims[1]), [], []
 
         def send(part: _Part) -> Pending:  # pack, exchange
@@ -139,7 +143,7 @@ class _ExchangeHeads(torch.autograd.Function):
         kept, dsinks = iter(saved), None
         if sinks is not None:
             dsinks = torch.zeros_like(sinks, dtype=torch.promote_types(sinks.dtype, torch.float32))
-        dq, dk, dv = grads = tuple(dout.new_empty(shape) for shape in ctx.shapes)
+        dq, dk, dv = grads = tuple(dout.new_empty(*shape[:2], max(layer.dims)) for shape in ctx.shapes)
         group, parts, returning = stream.group, _parts((dq, dk, dv), stream, layer), []
 
         def send(part: _Part) -> Pending:  # the adjoints of unpack and of the exchange before it
@@ -165,7 +169,7 @@ class _ExchangeHeads(torch.autograd.Function):
             returning.append(begin_all_to_all(flat, route.received, route.sent, group))  # of the exchange
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack_gradients(finish(coming), part.states)  # of pack
-        return *grads, dsinks, None, None
+        return *layer.narrow(grads), dsinks, None, None
 
 
 class _Part(NamedTuple):

@@ -26,6 +26,21 @@ from torch.utils.data import DataLoader
 import triton_sp
 
 RATE, EPOCHS, ACCUMULATION = 0.1, 2, 2
+# A Trainer that does what `by_hand` does.
+LIKE_BY_HAND: dict[str, Any] = {
+    "use_cpu": True,
+    "ddp_backend": "gloo",
+    "ddp_find_unused_parameters": True,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": ACCUMULATION,
+    "learning_rate": RATE,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0,
+    "report_to": [],
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "train_sampling_strategy": "sequential",
+}
 
 
 @contextmanager
@@ -74,13 +89,19 @@ def items_in(batches: list[dict[str, torch.Tensor]]) -> int:
     return sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
 
 
-def by_hand(model: nn.Module, data: list[Any], size: int, groups: int) -> float:
-    """Gradient descent in this process, a step for ACCUMULATION batches of `size` of each group; the first loss."""
-    optimizer, first = torch.optim.SGD(model.parameters(), lr=RATE), math.nan
+def by_hand(
+    model: nn.Module, data: list[Any], size: int, groups: int, momentum: float = 0.0, stop: float = math.inf
+) -> float:
+    """Gradient descent in this process, a step for ACCUMULATION batches of `size` of each group, up to step `stop`; the
+    first loss."""
+    optimizer, first, steps = torch.optim.SGD(model.parameters(), lr=RATE, momentum=momentum), math.nan, 0
     batches = [collate(data[i : i + size]) for i in range(0, len(data), size)]
     batches += batches[: -len(batches) % groups]  # as accelerate fills up the last step
     for _ in range(EPOCHS):
         for start in range(0, len(batches), ACCUMULATION * groups):
+            if steps == stop:
+                return first
+            steps += 1
             step = batches[start : start + ACCUMULATION * groups]
             losses = [total_loss(model, batch) / items_in(step) for batch in step]
             first = float(torch.stack(losses).detach().sum()) if math.isnan(first) else first
@@ -119,7 +140,7 @@ def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
     first = by_hand(reference, data, 1, groups)
 
     mesh = init_device_mesh("cpu", (groups, dist.get_world_size() // groups), mesh_dim_names=("dp", "sp"))
-    engine: dict[str, Any] = {"ddp_find_unused_parameters": True}
+    engine: dict[str, Any] = {}
     with as_torchrun(), tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if zero is not None:
             import deepspeed_jobs
@@ -128,24 +149,13 @@ def train(groups: int, count: int, zero: int | None = None) -> dict[str, float]:
             engine = {"deepspeed": deepspeed_jobs.AUTO | {"zero_optimization": {"stage": zero}}}
         arguments = TrainingArguments(
             folder,
-            use_cpu=True,
-            ddp_backend="gloo",
-            per_device_train_batch_size=1,
+            **(LIKE_BY_HAND | engine),
             per_device_eval_batch_size=1,
-            gradient_accumulation_steps=ACCUMULATION,
             num_train_epochs=EPOCHS,
-            learning_rate=RATE,
-            lr_scheduler_type="constant",
             optim="sgd",
-            max_grad_norm=0,
             logging_steps=1,
             logging_nan_inf_filter=False,
             save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            train_sampling_strategy="sequential",
-            **engine,
         )
         triton_sp.wrap(model, mesh)
         trainer = Trainer(model, arguments, collate, train_dataset=data, eval_dataset=held_out)

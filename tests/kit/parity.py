@@ -133,7 +133,8 @@ def in_dtype_of(case: zoo.Case) -> Iterator[None]:
     if not case.widened:
         yield
         return
-    with mock.patch.object(torch, "float32", torch.float64), mock.patch.object(Tensor, "float", Tensor.double):
+    wide = {"float32": torch.float64, "float": torch.float64}  # both names of it
+    with mock.patch.multiple(torch, **wide), mock.patch.object(Tensor, "float", Tensor.double):
         yield
 
 

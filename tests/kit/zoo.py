@@ -47,7 +47,7 @@ def _configure(kind: Any, **options: Any) -> Any:
         return Missing()
     try:
         return kind(**options)
-    except StrictDataclassError:
+    except (StrictDataclassError, ValueError):  # of 5.x, of 4.57
         return Missing()
 
 

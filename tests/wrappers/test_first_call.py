@@ -11,7 +11,8 @@ from unittest import mock
 import pytest
 import torch
 from kit import parity, zoo
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import triton_sp
 from triton_sp.anatomy import find, fusion
@@ -106,6 +107,33 @@ def test_only_the_first_call_of_a_kind(ranks) -> None:
     for (first, second, other), error in ranks.run(count_collectives, "qwen3_vl", "left_pad", ranks=2):
         assert first > second and other > second / 3
         assert error < 1e-5
+
+
+def step_under_fsdp(broken: bool) -> float:
+    """A step of a model whose weights are shared out by FSDP 2; the error of its gradients."""
+    case = zoo.CASES["qwen3_vl"]
+    expected = parity.step(case.model(), case.batch("left_pad"))
+    with ExitStack() as stack:
+        stack.enter_context(unknown())
+        if broken:
+            stack.enter_context(mock.patch.object(vision, "_run_side_module", levels_of_other_tokens))
+        model = case.model()
+        for layers in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                fully_shard(layer)
+        model = triton_sp.wrap(fully_shard(model), config=CONFIG)
+    loss = zoo.loss_of(model(**case.batch("left_pad")))
+    loss.backward()
+    grads = {name: x.full_tensor() for name, x in parity.gradients(model).items()}
+    assert abs(float(loss / expected[0]) - 1) < 1e-6
+    return parity.gradient_error(grads, expected[1])[0]
+
+
+def test_under_fsdp(ranks) -> None:
+    assert max(ranks.run(step_under_fsdp, False, ranks=2)) < 1e-5
+    with pytest.raises(RankError) as caught:
+        ranks.run(step_under_fsdp, True, ranks=2)
+    assert all("hidden states" in error.expected for error in caught.value.errors.values())
 
 
 def run_alone(broken: bool) -> None:

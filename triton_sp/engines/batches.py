@@ -51,24 +51,33 @@ class SharedBatches(DataLoader[Any]):
     def __init__(self, loader: DataLoader[Any], group: Group, limit: int) -> None:
         options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
         streamed = isinstance(loader.dataset, IterableDataset)
-        if streamed or loader.batch_sampler is None:  # the sampler makes the batches then, if there is one
-            sampled = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-            sampled |= {} if streamed else {"sampler": loader.sampler}
-            turns = sampled if streamed else sampled | {"sampler": _Turns(loader.sampler, group)}
-        else:
-            sampled = {"batch_sampler": loader.batch_sampler}
-            turns = {"batch_sampler": _Turns(loader.batch_sampler, group)}
-        super().__init__(loader.dataset, **sampled, **options)
+        self.group, self.limit = group, limit
+        super().__init__(**self.outer(loader, options))
+        turns: dict[str, Any] = self._sampled(loader)
+        turns |= {name: _Turns(sampler, group) for name, sampler in turns.items() if name.endswith("sampler")}
         # To take turns in a stream, each rank would have to read all of it: the first rank reads it for the others.
         self._parts = None if streamed and group.rank else DataLoader(loader.dataset, **turns, **options)
-        self._streamed, self._sharing, self._limit = streamed, group, limit
+        self._streamed = streamed
+
+    @staticmethod
+    def _sampled(loader: DataLoader[Any]) -> dict[str, Any]:
+        """Which samples a loader takes together."""
+        streamed = isinstance(loader.dataset, IterableDataset)
+        if not streamed and loader.batch_sampler is not None:
+            return {"batch_sampler": loader.batch_sampler}
+        sampled = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        return sampled if streamed else sampled | {"sampler": loader.sampler}  # which makes the batches
+
+    def outer(self, loader: DataLoader[Any], options: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the loader that others see."""
+        return options | {"dataset": loader.dataset} | self._sampled(loader)
 
     def __iter__(self) -> Any:
-        agree(self._sharing, lambda: f"streamed={self._streamed}\nlimit={self._limit}", step="reading shared batches")
+        agree(self.group, lambda: f"streamed={self._streamed}\nlimit={self.limit}", step="reading shared batches")
         own = iter(()) if self._parts is None else iter(self._parts)
         for step in count():
-            source = 0 if self._streamed else step % self._sharing.size
-            batch = from_source(lambda: next(own), source, self._sharing, self._limit)
+            source = 0 if self._streamed else step % self.group.size
+            batch = from_source(lambda: next(own), source, self.group, self.limit)
             if batch is _NONE:
                 return
             yield batch

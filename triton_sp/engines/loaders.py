@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from triton_sp.engines.batches import SharedBatches
+from triton_sp.engines.resuming import ResumableBatches
 from triton_sp.engines.rollouts import share_rollouts
 from triton_sp.errors import InputError
 from triton_sp.ranks import collectives, groups
@@ -153,7 +154,8 @@ def _prepare_data_loader(
         non_blocking=accelerator.non_blocking,
     )
     if group.size > 1:
-        prepared.base_dataloader = SharedBatches(prepared.base_dataloader, group, limit)
+        shared = SharedBatches if prepared.device is None else ResumableBatches
+        prepared.base_dataloader = shared(prepared.base_dataloader, group, limit)
     accelerator._dataloaders.append(prepared)
     return prepared
 

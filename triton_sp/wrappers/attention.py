@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 from triton_sp import stages
 from triton_sp.anatomy.families import expected_window, layer_type, numbers_its_tokens
 from triton_sp.errors import UnsupportedModelError
+from triton_sp.wrappers import graphs
 from triton_sp.wrappers.install import Installation, Override, replaced
-from triton_sp.wrappers.scope import KEYWORD, AttentionScope, current
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope
 
 NAME = "triton_sp"
 # Arguments that change what attention computes and that we do not compute.
@@ -40,23 +40,21 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
         if id(config) not in copies:
             copies[id(config)] = copy.copy(config)
             copies[id(config)]._attn_implementation_internal = NAME
-        installation.override(module, partial(_run_attention, copies[id(config)]))
+        run = partial(_run_attention, copies[id(config)], numbers_its_tokens(module))
+        installation.override(module, run, traced=True)
 
 
-def _run_attention(config: Any, override: Override, *args: Any, **kwargs: Any) -> Any:
+def _run_attention(config: Any, numbers_tokens: bool, override: Override, *args: Any, **kwargs: Any) -> Any:
     """An attention module's forward; in a scope it calls our function, whose name is in `config`."""
-    scope: AttentionScope | None = kwargs.get(KEYWORD)
-    if scope is None and current(AttentionScope) is None:
+    scope: AttentionScope | None = kwargs.get(KEYWORD, getattr(override.module, KEYWORD, None))
+    if scope is None:
         return override.original(*args, **kwargs)
     hidden = args[0] if args else kwargs.get("hidden_states")
-    with replaced(override.module, "config", config), _true_index(scope, override.module):
+    with replaced(override.module, "config", config):
+        if numbers_tokens and scope.index is not None:
+            with _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1)):
+                return _run_with_a_row(override, hidden, args, kwargs)
         return _run_with_a_row(override, hidden, args, kwargs)
-
-
-def _true_index(scope: AttentionScope | None, module: nn.Module) -> AbstractContextManager[Any]:
-    if scope is None or scope.index is None or not numbers_its_tokens(module):
-        return nullcontext()
-    return _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1))
 
 
 class _TrueIndex(TorchFunctionMode):
@@ -110,15 +108,22 @@ def attention_forward(
     (B, L, H, D) and None."""
     scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
     decoder = scope is not None
-    scope = scope or current(AttentionScope)
+    scope = scope or getattr(module, KEYWORD)
     assert scope is not None  # `_run_attention` names this function nowhere else
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if scope.causal is not None:
         causal = scope.causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
+    states, kind = _packed(query, key, value), layer_type(module)
+    if torch.compiler.is_compiling():
+        local = scope.local.get(kind, scope.local[None])
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        sinks = [] if s_aux is None else [s_aux]
+        how = (kind, local, causal, sliding_window, softcap or 0.0, scale)
+        return graphs.sharded_attention(states + sinks, scope.handle, *how)[0][None], None
     scope.tally["attention"] += 1
-    tokens, stream = len(scope.stream.own), scope.by_layer_type.get(layer_type(module), scope.stream)
-    q, k, v = (x[:tokens] for x in _packed(query, key, value))
+    tokens, stream = len(scope.stream.own), scope.stream_of(kind)
+    q, k, v = (x[:tokens] for x in states)
     masked: dict[str, Any] = {"causal": causal, "window": sliding_window}
     out = stages.attention((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling, sinks=s_aux)
     if query.shape[2] > tokens:  # the row of `_with_a_row`

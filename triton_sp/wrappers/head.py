@@ -68,6 +68,7 @@ class HeadLoss:
         with replaced(self.head, "forward", lambda hidden: self._run(original, hidden)):
             yield
 
+    @torch.compiler.disable(reason="it talks to the engine, and forms the loss chunk by chunk")
     def _run(self, original: Callable[..., Any], hidden: Tensor) -> Tensor:
         states = hidden.flatten(0, -2)
         if self.share is not None or len(states) != len(self.targets_T):

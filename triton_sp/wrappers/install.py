@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from triton_sp.anatomy.parts import Anatomy
@@ -22,6 +23,7 @@ from triton_sp.ops.backends import choice
 from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.graphs import between_graphs, compiled_again
 from triton_sp.wrappers.state import ModelState
 
 _MISSING = "<not set on the instance>"
@@ -70,9 +72,15 @@ class Installation:
         self.edits.append((module, name, module.__dict__.get(name, _MISSING)))
         setattr(module, name, value)
 
-    def override(self, module: nn.Module, run: Callable[..., Any], method: str = "forward") -> None:
-        """Let `run(override, *args, **kwargs)` stand for `module.forward`, or for another method."""
-        override = Override(module, run, self, method)
+    def override(
+        self, module: nn.Module, run: Callable[..., Any], method: str = "forward", *, traced: bool = False
+    ) -> None:
+        """Let `run(override, *args, **kwargs)` stand for `module.forward`, or for another method.
+
+        Args:
+            traced: under torch.compile it is part of the graph, and else runs between graphs.
+        """
+        override = (TracedOverride if traced else Override)(module, run, self, method)
         self.set(module, method, override)
         if module is self.anatomy.entry and method == "forward":
             self.front = override
@@ -122,11 +130,16 @@ class Override:
         self.module, self.run, self.installation, self.method = module, run, installation, method
         self.shadowed = module.__dict__.get(method)
 
+    @torch.compiler.disable(recursive=False, reason="it talks to other ranks, or reads values of tensors")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self, *args, **kwargs)
+        return between_graphs(self.run, self, *args, **kwargs)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The method that was there before."""
+        return compiled_again(self.own_method, *args, **kwargs)
+
+    def own_method(self, *args: Any, **kwargs: Any) -> Any:
+        """The same, in whatever graph this is."""
         if self.shadowed is not None:
             return self.shadowed(*args, **kwargs)
         return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
@@ -143,6 +156,15 @@ class Override:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(arguments.pop(parameter.name, {}))
         return dict(arguments)
+
+
+class TracedOverride(Override):
+    """One that becomes part of a graph: it does not look at values of tensors."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self, *args, **kwargs)
+
+    original = Override.own_method
 
 
 @contextmanager

@@ -32,7 +32,6 @@ def redirect(layers: list[nn.Module], installation: Installation) -> None:
         installation.override(layer, _run_layer)
 
 
-@torch.compiler.disable(reason="its functions are put together for each call")
 def _run_layer(override: Override, *args: Any, **kwargs: Any) -> Any:
     scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
     if scope is None:

@@ -10,10 +10,10 @@ The decoder's attention gets its scope as a keyword, which any kind of checkpoin
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
+from triton_sp.wrappers.graphs import hold
 from triton_sp.wrappers.install import Override, replaced
 
 if TYPE_CHECKING:
     from triton_sp.wrappers.placement import Placement
 
-KEYWORD = "triton_sp_scope"  # the keyword under which the decoder's attention finds its scope
+KEYWORD = "triton_sp_scope"  # the keyword, or in towers the attribute, by which attention finds its scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,9 @@ class AttentionScope:
 
     Attributes:
         by_layer_type: the streams of layers of a type that attend in other segments (chunks).
+        attention: the modules that find this scope by their attribute, while it is the active one: a tower's.
         index: (T,) where this rank's tokens stand in their rows, for attention that numbers them itself.
+        handle, local: of `traceable`: the number of this scope, and by the type of layer whether there is no exchange.
         methods: how the recurrent layers have run, see plan/recurrence.py.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
@@ -59,7 +62,19 @@ class AttentionScope:
     methods: set[str] = field(default_factory=set)
     causal: bool | None = None
     by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
+    attention: Sequence[nn.Module] = ()
     index: Tensor | None = None
+    handle: Tensor | None = None
+    local: Mapping[str | None, bool] = field(default_factory=dict)
+
+    def stream_of(self, layer_type: str | None) -> Stream:
+        """The stream of layers of a type."""
+        return self.by_layer_type.get(layer_type, self.stream)
+
+    def traceable(self) -> AttentionScope:
+        """This scope as graphs of torch.compile take it."""
+        streams = {None: self.stream, **self.by_layer_type}
+        return replace(self, handle=hold(self), local={kind: stream.is_local for kind, stream in streams.items()})
 
 
 _active: ContextVar[object] = ContextVar("triton_sp_scope", default=None)
@@ -78,7 +93,10 @@ def active(scope: object) -> Iterator[None]:
     """Make a scope the active one. With None there is none, on purpose: parts run on all tokens, as if not wrapped."""
     token = _active.set(_PLAIN if scope is None else scope)
     try:
-        yield
+        with ExitStack() as stack:
+            for module in scope.attention if isinstance(scope, AttentionScope) else ():
+                stack.enter_context(replaced(module, KEYWORD, scope))
+            yield
     finally:
         _active.reset(token)
 

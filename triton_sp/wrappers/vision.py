@@ -9,6 +9,7 @@ hidden state) is brought there when it is read.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,9 @@ def install(stack: Stack, installation: Installation) -> None:
             if attention not in stack.blocks:
                 installation.override(attention, opaque.run_attention_module)
     for block in stack.blocks:
-        installation.override(block, _run_block)
+        inside = set(block.modules())
+        attention = [module for module in stack.attention if stack.by_interface and module in inside]
+        installation.override(block, partial(_run_block, attention))
     for part in stack.outside:
         if part is not stack.embeddings:
             installation.override(part, _run_outside)
@@ -100,7 +103,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
-def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
+def _run_block(attention: list[nn.Module], override: Override, *args: Any, **kwargs: Any) -> Any:
     tower = current(TowerPass)
     if tower is None:
         refuse_lost_scope(override)
@@ -124,7 +127,7 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
         hidden = tower.enter(hidden)
     if tower.stack.by_interface:
         _localise_block_arguments(arguments, stream, tower, override.module)
-        with active(AttentionScope(stream, tower.tally)):
+        with active(AttentionScope(stream, tower.tally, attention=attention).traceable()):
             out = override.original(hidden, **arguments)
     else:
         out = opaque.run_block(override, tower, hidden, arguments)

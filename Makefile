@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Where Python is told to write no bytecode, each of a test's processes would compile all of transformers: 14 s, not 5.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test check docs gpu perf all-plans zoo interpreter engines adapters faults soak versions compile-table clean
+.PHONY: demo test check docs gpu perf all-plans zoo interpreter engines adapters faults chaos long-run mutants soak versions compile-table clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -66,6 +66,25 @@ adapters: .venv-adapters/.ready
 faults: .venv/.ready
 	PYTHONPATH=tests $(BIN)/python tests/ranks/faults.py
 
+# Long: training in which a random fault strikes a rank at a random moment: reports/chaos.csv. ARGS="--runs 20" for less.
+chaos: .venv/.ready
+	PYTHONPATH=.:tests $(BIN)/python tests/ranks/chaos.py $(ARGS)
+
+# Long: 2,000 steps on 2 ranks beside one process: tests/data/long_run.csv and docs/figures/long_run.png.
+long-run: .venv/.ready
+	PYTHONPATH=.:tests $(BIN)/python tests/promises/long_run.py
+
+# Long: which small changes of the source the tests notice, by a sample of cosmic-ray's mutants: reports/mutants.csv, and
+# the counts in tests/data/mutants.csv. ARGS="--sample 20 triton_sp/plan/cost.py" for less.
+mutants: .venv-mutants/.ready
+	PYTHONPATH=.:tests .venv-mutants/bin/python -m mutants.examine $(ARGS)
+
+.venv-mutants/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-mutants
+	.venv-mutants/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-mutants/bin/python -m pip install --quiet --no-compile -e '.[dev,mutants]'
+	touch $@
+
 # 10,000 small steps of all kinds, all parity with every fresh buffer filled with NaN, memory of every family, and
 # recurrent layers of every kind on 2, 3 and 4 ranks.
 soak: .venv/.ready
@@ -94,4 +113,4 @@ compile-table: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-adapters build reports
+	rm -rf .venv .venv-adapters .venv-mutants build reports

@@ -1,0 +1,75 @@
+"""What `make mutants` examines, with which tests, and the tables that it leaves: one for docs/proof.md."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import NamedTuple
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+# Module: the tests that are run against each of its mutants. Tests with ranks come first, as these are forked then.
+MODULES: dict[str, list[str]] = {
+    "triton_sp/plan/shards.py": ["tests/plan/test_segments.py", "tests/plan/test_cost.py", "tests/plan/test_heads.py"],
+    "triton_sp/plan/segments.py": [
+        "tests/plan/test_segments.py",
+        "tests/plan/test_cost.py",
+        "tests/plan/test_heads.py",
+    ],
+    "triton_sp/plan/heads.py": ["tests/plan/test_heads.py"],
+    "triton_sp/plan/cost.py": ["tests/plan/test_cost.py"],
+    "triton_sp/plan/boxes.py": ["tests/plan/test_heads.py"],
+}
+
+
+class Count(NamedTuple):
+    """Of one module: how many mutants there are, were tried, were noticed, and cannot be noticed."""
+
+    module: str
+    mutants: int
+    sampled: int
+    killed: int
+    equivalent: int
+
+    @property
+    def share(self) -> float:
+        """The part of the mutants that was noticed, of those that can be."""
+        return self.killed / max(self.sampled - self.equivalent, 1)
+
+
+class Table:
+    """Rows of text in a file of tests/data."""
+
+    def __init__(self, name: str, header: tuple[str, ...]) -> None:
+        self.file, self.header = DATA / name, header
+
+    def rows(self) -> list[list[str]]:
+        """All rows but the header."""
+        if not self.file.exists():
+            return []
+        with self.file.open(newline="") as file:
+            return list(csv.reader(file))[1:]
+
+    def put(self, count: Count) -> None:
+        """Write the row of a module, in the order of MODULES."""
+        kept = {row[0]: row for row in self.rows()} | {count.module: [str(value) for value in count]}
+        with self.file.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(self.header)
+            writer.writerows(kept[module] for module in MODULES if module in kept)
+
+
+COUNTS = Table("mutants.csv", Count._fields)
+EQUIVALENT = Table("mutants_equivalent.csv", ("module", "before", "after", "why"))
+
+
+def counts() -> list[Count]:
+    """What the last examinations found."""
+    return [Count(module, *map(int, numbers)) for module, *numbers in COUNTS.rows()]
+
+
+def markdown() -> str:
+    """The table of docs/proof.md."""
+    lines = ["| module | mutants | tried | equivalent | noticed |", "|---|---|---|---|---|"]
+    lines += [f"| `{c.module}` | {c.mutants} | {c.sampled} | {c.equivalent} | {c.share:.0%} |" for c in counts()]
+    return "\n".join(lines)

@@ -1,0 +1,300 @@
+"""Notes by which ranks tell one another who has failed, and the heartbeat: boards on one store, in one process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from triton_sp.errors import InputError, PeerError
+from triton_sp.ranks import failures, waiting
+from triton_sp.ranks.failures import FailureBoard, reporting_failures, text_of
+from triton_sp.ranks.waiting import PATIENCE, Pulse, Sign, Waiter
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes seconds takes tenths."""
+    monkeypatch.setattr(failures, "GRACE", 0.3)
+    monkeypatch.setattr(failures, "_WAIT_POLL_SECONDS", 0.02)
+
+
+def boards(count: int) -> list[FailureBoard]:
+    store = dist.HashStore()
+    return [FailureBoard(store, rank, count) for rank in range(count)]
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """The results of calls that are made at the same time, or their errors."""
+    found: list[Any] = [None] * len(calls)
+
+    def make(index: int) -> None:
+        try:
+            found[index] = calls[index]()
+        except Exception as error:
+            found[index] = error
+
+    threads = [threading.Thread(target=make, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+LOST = RuntimeError("connection lost\nat a place")
+
+
+def test_a_rank_that_fails_alone_is_named() -> None:
+    first, second, third = everyone = boards(3)
+    _, here, there = together(
+        lambda: first.failed("no memory"), lambda: second.explain(LOST), lambda: third.explain(LOST)
+    )
+    for rank, error in ((1, here), (2, there)):
+        assert isinstance(error, PeerError) and error.rank == rank
+        assert (error.field, error.found) == ("rank 0", "it failed: no memory")
+    assert first.closed is not None and (first.closed.field, first.closed.rank) == ("rank 0", 0)
+    assert all(board.explain(ValueError()) is board.closed for board in everyone)
+    with pytest.raises(PeerError) as raised:
+        second.wait(lambda: 1)
+    assert raised.value is second.closed
+
+
+@pytest.mark.parametrize(("present", "who"), [([0, 1], "rank 2"), ([0], "ranks 1, 2")])
+def test_a_rank_that_leaves_no_note_is_named(present: list[int], who: str) -> None:
+    everyone = boards(3)
+    for error in together(*(lambda rank=rank: everyone[rank].explain(LOST) for rank in present)):
+        assert error.field == who
+        assert error.found == "no sign of life: it ended, stopped or is slow (connection lost)"
+
+
+def test_where_all_notice_it_is_the_collective() -> None:
+    first, second = boards(2)
+    for error in together(lambda: first.explain(LOST), lambda: second.explain(RuntimeError())):
+        assert error.field == "collective" and error.found in (
+            "an error in it: connection lost",
+            "an error in it: RuntimeError",
+        )
+
+
+def test_a_rank_that_comes_later_is_told_what_closed_the_group() -> None:
+    first, second, third = boards(3)
+    first.failed("x")
+    assert third.explain(LOST).field == "rank 0"
+    second.round = 5  # it reads other notes
+    assert (second.explain(LOST).field, second.explain(LOST).found) == ("rank 0", "it failed: x")
+
+
+def test_all_that_fail_alike_go_on() -> None:
+    """And the notes of a round are removed when the next but one is over."""
+    first, second = boards(2)
+    for number in range(1, 5):
+        together(lambda: first.failed("x"), lambda: second.failed("y"))
+        assert (first.round, second.round) == (number, number) and first.closed is second.closed is None
+        kept = [round for round in range(number) if first.store.check([f"triton_sp/failed/{round}/0"])]
+        assert kept == list(range(max(0, number - 1), number))
+    assert first.wait(lambda: 3) == 3  # notes of rounds that are over alarm nobody
+
+
+def test_one_of_several_that_fail_while_another_waits_closes_the_group() -> None:
+    first, second, third = boards(3)
+    together(lambda: first.failed("x"), lambda: second.failed("y"), lambda: third.explain(LOST))
+    assert [board.closed.field for board in (first, second)] == ["rank 0", "rank 1"] and first.round == 0
+    assert third.closed is not None and third.closed.field in ("ranks 0, 1", "rank 0", "rank 1")
+
+
+def test_waiting_returns_and_raises_what_the_call_does() -> None:
+    (board,) = boards(1)
+    assert board.wait(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        board.wait(lambda: 1 // 0)
+    assert not board._waits
+
+
+def test_who_waits_is_alarmed_by_a_note_and_gives_the_call_some_time() -> None:
+    first, second = boards(2)
+    second._post("it broke")
+    assert first.wait(lambda: time.sleep(0.1) or 5) == 5  # it arrives although a rank has failed
+    begun, release = time.monotonic(), threading.Event()
+    with pytest.raises(PeerError) as raised:
+        first.wait(release.wait)
+    assert 0.1 < time.monotonic() - begun < 5 and raised.value.found == "it failed: it broke"
+    release.set()
+
+
+def test_who_waits_is_alarmed_by_a_closed_group() -> None:
+    first, second = boards(2)
+    second.round = 3
+    second.failed("x")
+    release = threading.Event()
+    with pytest.raises(PeerError) as raised:
+        first.wait(release.wait)
+    assert raised.value.field == "rank 1"
+    release.set()
+
+
+# --- the heartbeat -------------------------------------------------------------------------------------------------
+
+
+def test_a_beat_tells_what_a_rank_does() -> None:
+    first, _ = boards(2)
+    first.begin("forward 1")
+    first.begin("x" * 3000)
+    first.beat()
+    first.beat()
+    sign = Sign.decode(first.store.get("triton_sp/alive/0"))
+    assert sign == Sign(2, 2, False, "x" * 2000)
+    first.heartbeat, first.owner = 1.0, lambda: None  # the group is gone
+    first.beat()
+    assert first.heartbeat == 0 and Sign.decode(first.store.get("triton_sp/alive/0")).beats == 2
+
+
+def test_hearts_beat_four_times_a_heartbeat_until_they_are_told_otherwise() -> None:
+    first, _ = boards(2)
+    first.begin("a", 0.4)
+    time.sleep(0.65)
+    assert 2 <= first._beats <= 8
+    first.begin("b", 0.0)
+    time.sleep(0.15)
+    beats = first._beats
+    time.sleep(0.25)
+    assert first._beats == beats
+
+
+def test_who_waits_names_a_rank_that_has_stopped() -> None:
+    """Of three ranks the second one beats no more; the third waits for it too and is not to blame."""
+    first, second, third = boards(3)
+    second.begin("forward 7")
+    second.beat()
+    release, ends = threading.Event(), threading.Event()
+    third._waits = True
+
+    def third_lives() -> None:
+        while not ends.wait(0.05):
+            third.beat()
+
+    first.heartbeat = 0.4
+    thread = threading.Thread(target=third_lives)
+    thread.start()
+    with pytest.raises(PeerError) as raised:
+        first.wait(release.wait)
+    ends.set()
+    release.set()
+    thread.join()
+    found = "no heartbeat for 0.4 s: it is stopped, or hangs; the last that it began: forward 7"
+    assert (raised.value.field, raised.value.found) == ("rank 1", found)
+    assert second.store.get("triton_sp/failed/0/0") == b"noticed"
+
+
+class Clock:
+    """A time that a test sets."""
+
+    now = 100.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: Clock.now)
+    monkeypatch.setattr(Clock, "now", 100.0)
+    return Clock
+
+
+def signs(beats: int, steps: int = 1, waits: bool = False, step: str = "forward 3") -> Sign:
+    return Sign(beats, steps, waits, step)
+
+
+def test_a_pulse_complains_about_a_stopped_rank(clock: type[Clock]) -> None:
+    pulse = Pulse(None, 100.0, 100.0)
+    assert pulse.complaint(signs(1), 2.0) is None
+    clock.now = 102.0
+    assert pulse.complaint(signs(1), 2.0) is None  # for so long exactly
+    clock.now = 102.1
+    assert pulse.complaint(signs(2), 2.0) is None  # a beat
+    clock.now = 104.2
+    complaint = pulse.complaint(signs(2), 2.0)
+    assert complaint == "no heartbeat for 2 s: it is stopped, or hangs; the last that it began: forward 3"
+
+
+@pytest.mark.parametrize(
+    ("sign", "text"),
+    [
+        (signs(1), "it is alive and has begun nothing with this group for 20 s; the last was: forward 3"),
+        (signs(1, step=""), "it is alive and has begun nothing with this group for 20 s; the last was: nothing"),
+        (signs(1, waits=True), "all ranks wait for one another; the last that it began: forward 3"),
+        (None, "no wrapped model there for 20 s"),
+    ],
+)
+def test_a_pulse_complains_about_a_rank_that_does_not_come(clock: type[Clock], sign: Sign | None, text: str) -> None:
+    pulse = Pulse(None, 100.0, 100.0)
+    for second in range(PATIENCE * 2 + 1):
+        clock.now = 100.0 + second
+        beaten = sign and Sign(second, sign.steps, sign.waits, sign.step)
+        assert pulse.complaint(beaten, 2.0) is None
+    clock.now += 0.1
+    assert pulse.complaint(sign and Sign(99, sign.steps, sign.waits, sign.step), 2.0) == text
+    if sign:  # a new step, and it is trusted again
+        assert pulse.complaint(Sign(100, sign.steps + 1, sign.waits, sign.step), 2.0) is None
+
+
+def test_a_waiter_makes_one_call_after_another_and_can_leave_one_behind() -> None:
+    waiter, order, release = Waiter(), [], threading.Event()
+    tasks = [waiter.start(lambda index=index: order.append(index)) for index in range(3)]
+    assert all(task.ready.wait(5) for task in tasks) and order == [0, 1, 2]
+    held = waiter.start(release.wait)
+    waiter.abandon()
+    assert waiter.start(threading.current_thread).result is not None
+    assert waiter.start(lambda: 7).ready.wait(5) and not held.ready.is_set()
+    release.set()
+    assert held.ready.wait(5) and held.result() is True
+
+
+# --- what is reported ----------------------------------------------------------------------------------------------
+
+
+class Board:
+    """What is told to it."""
+
+    rank = 3
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def failed(self, text: str) -> None:
+        self.told.append(text)
+
+
+def refused(**more: Any) -> InputError:
+    return InputError("x", expected="a", found="b", remedy="c", **more)
+
+
+def test_what_others_are_told_of_an_error() -> None:
+    board: Any = Board()
+    with pytest.raises(KeyboardInterrupt), reporting_failures(board):
+        raise KeyboardInterrupt
+    with pytest.raises(InputError) as raised, reporting_failures(board):
+        raise refused()
+    assert raised.value.rank == 3 and isinstance(raised.value.__cause__, InputError)
+    with pytest.raises(InputError) as raised, reporting_failures(board):
+        raise refused(rank=1)
+    assert raised.value.rank == 1
+    assert [text.split(":")[0] for text in board.told] == ["KeyboardInterrupt", "InputError", "InputError"]
+    for known in (PeerError("x", expected="a", found="b", remedy="c"), refused()):
+        known.everywhere = True  # type: ignore[attr-defined]
+        with pytest.raises(type(known)) as kept, reporting_failures(board):
+            raise known
+        assert kept.value is known and len(board.told) == 3
+    with reporting_failures(board):
+        pass
+    assert len(board.told) == 3
+
+
+def test_a_text_can_be_sent() -> None:
+    class Silent(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    assert text_of(OSError("no file \udcff")) == "no file \\udcff" and text_of(Silent()) == "Silent"

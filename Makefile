@@ -34,7 +34,7 @@ gpu:
 
 # Long: the kernels in Triton's interpreter, in every dtype.
 interpreter: .venv/.ready
-	cd tests/kernels && TRITON_INTERPRET=1 ../../$(BIN)/python -m pytest -m "long or not long" --noconftest \
+	cd tests/kernels && OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ../../$(BIN)/python -m pytest -m "long or not long" --noconftest \
 		attend_cases.py attend_properties.py bounds_cases.py check_cases.py pack_cases.py splice_cases.py
 
 # Long: every model with every plan.

@@ -134,7 +134,7 @@ def forward(
     q, k, v = (launch.dense_rows(x) for x in (q_THD, k_TKD, v_TKD))
     out = torch.empty(rows, heads, v_dim, dtype=q.dtype, device=q.device) if out_THD is None else out_THD
     lse_HT = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-    choice = launch.find_launch("forward", dim, v_dim, q.dtype)
+    choice = launch.find_launch("forward", dim, v_dim, q.dtype, mask.longest)
     unit, strides = launch.strides(q, k, v, out)
     cu_seqlens_q, cu_seqlens_k, seqused_k, key_ranges = mask.tables
     segments = mask.cu_seqlens_q.numel() - 1

@@ -266,7 +266,7 @@ def backward(
     keys, k_heads, group = k.shape[0], k.shape[1], heads // k.shape[1]
     reaches = (mask.ordered, mask.left, mask.right, inner, outer, softmax_scale)
     key_ranges = None if key_ranges is None else key_ranges.contiguous()
-    choice, dkv = (launch.find_launch(kernel, dim, v_dim, q.dtype) for kernel in ("dq", "dkv"))
+    choice, dkv = (launch.find_launch(kernel, dim, v_dim, q.dtype, mask.longest) for kernel in ("dq", "dkv"))
     slots = rows // dkv.rows + segments + 1
     delta_HT = None if sinks is None else torch.empty_like(lse_HT)
     stats = torch.empty(heads, slots, dkv.rows, 2, dtype=torch.float32, device=q.device)

@@ -27,6 +27,7 @@ RUNTIME = [
 ]  # fmt: skip
 
 DIMS = range(16, 257, 8)  # head dims that kernels exist for
+WINDOW = 64  # tokens; where no segment is longer, half of a tile of 128 rows would be empty
 
 
 class Launch(NamedTuple):
@@ -59,10 +60,17 @@ SM90 = {
     ("dq", 192): _options(128, 32, 8, 2),
     ("dq", 256): _options(128, 32, 8, 1),
     # Of 64 rows each product reads as much shared memory as the matrix units can use; 32 rows keep them at two thirds.
-    # Above 80 the sums leave no registers for 64: 128 bytes spilled at 96, 224 at 128.
+    # Above 80 the sums leave no registers for 64: 128 bytes spilled at 96, 224 at 128. With products that begin with
+    # the rows' statistics 96 fits, but ptxas then waits for the product before (C7517), and at 128 48 to 124 bytes
+    # spill; keys and values as operands in registers are read from shared memory anew for every block.
     ("dkv", 80): _options(64, 128, 8, 2),
     ("dkv", 192): _options(32, 128, 8, 2),
     ("dkv", 256): _options(16, 128, 8, 1),
+    # One block of keys for each tile, and nothing to load ahead: two to four blocks of 4 warps share an SM.
+    ("forward of windows", 128): _options(64, 64, 4, 1),
+    ("dq of windows", 128): _options(64, 64, 4, 1),
+    ("dkv of windows", 80): _options(64, 64, 4, 1),
+    ("dkv of windows", 128): _options(32, 64, 4, 1),
 }
 SM80 = {
     ("forward", 48): _options(128, 64, 8, 2),
@@ -95,6 +103,7 @@ CDNA = {
 FP32 = {(kernel, dim): _options(32, 32, 4, 1) for kernel in ("forward", "dq", "dkv") for dim in (128, 256)}
 # Small enough that a segment of 40 tokens has several tiles; the interpreter pays by the program.
 INTERPRETER = {(kernel, 256): _options(32, 16, 4, 1) for kernel in ("forward", "dq", "dkv")}
+INTERPRETER |= {(f"{kernel} of windows", 256): _options(16, 16, 4, 1) for kernel in ("forward", "dq", "dkv")}
 
 TABLES = {"cuda:90": SM90, "cuda:80": SM80, "cuda:100": SM100, "cuda": SMALL, "hip": CDNA, "interpreter": INTERPRETER}
 
@@ -147,8 +156,13 @@ def _is_launch(entry: Any) -> bool:
     return tiles and all(small(value, 512) for value in entry[2].values())
 
 
-def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype) -> Launch:
-    """The tile, parts and options for a kernel ("forward", "dq" or "dkv"), the head dims of q and v, and a dtype."""
+def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype, longest: int | None = None) -> Launch:
+    """The tile, parts and options for a kernel ("forward", "dq" or "dkv"), the head dims of q and v, a dtype, and the
+    longest segment where the host knows it. Any launch is right for any segments.
+
+    Raises:
+        UnsupportedKernelError: there is no kernel for a head dim or the dtype.
+    """
     where = target()
     for name, found in (("head dim of q and k", dim), ("head dim of v", v_dim)):
         if found not in DIMS:
@@ -168,7 +182,9 @@ def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype) -> Launch
             remedy="convert them, or unset TRITON_INTERPRET" if where == "interpreter" else "convert them",
         )
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
-    widest = max(dim, v_dim)
+    widest, windows = max(dim, v_dim), f"{kernel} of windows"
+    if longest is not None and longest <= WINDOW and any(key[0] == windows and key[1] >= widest for key in table):
+        kernel = windows
     rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= widest)
     rows, keys, options = tuned().get(f"{where} {kernel} {widest}", (rows, keys, options))
     if NO_32_WIDE and where == "cuda:90":

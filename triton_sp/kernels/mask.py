@@ -24,8 +24,9 @@ class Mask(NamedTuple):
             PaliGemma (arXiv:2407.07726), the images of Gemma 3 (arXiv:2503.19786).
         causal: a row sees the keys up to its own position; the last row is aligned with the last key that counts.
         window: a row sees this many keys, its own included, behind it (and ahead of it, if not causal).
-        max_seqlens: rows and keys of the longest segment, if the host knows them. Our kernels do without; those of
-            others must be told. They also rely on segments that cover all rows, and on rows that each see a key.
+        max_seqlens: rows and keys of the longest segment, if the host knows them. Our kernels do without, and take
+            smaller tiles where they are told of short ones; those of others must be told. They also rely on segments
+            that cover all rows, and on rows that each see a key.
         kept: where kernels keep what they have worked out of a mask, from call to call; only for a mask whose tensors
             never change. None: nothing is kept.
 
@@ -53,6 +54,11 @@ class Mask(NamedTuple):
     def right(self) -> int:
         """How many keys ahead of its own position a row sees."""
         return 0 if self.causal else self.left
+
+    @property
+    def longest(self) -> int | None:
+        """The longest segment, if the host knows it."""
+        return None if self.max_seqlens is None else max(self.max_seqlens)
 
     @property
     def ordered(self) -> int:

@@ -14,81 +14,85 @@ from torch import Tensor
 from triton_sp.kernels import launch
 
 RUNTIME = ["rows", "slot", *(f"{name}{i}" for name in ("row", "head", "n", "copies") for i in range(3))]
-ROWS, UNITS = 16, 16  # a tile: 16 rows of 16 units of 8 elements, two 16-byte accesses a thread of 4 warps
+UNITS = 256  # of 8 elements in a tile: two 16-byte accesses a thread of 4 warps
 
 
 @triton.jit
-def places(start, rows, rank, at, offset, n, slot, row_stride, head_stride, first,
-           D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr):  # fmt: skip
-    """Offsets of a tile in a tensor and in the buffer, and which of it exist: (BM, BU, STRIDE) each.
+def places(at, rows, rank, offset, n, slot, row_stride, head_stride, first,
+           D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr):  # fmt: skip
+    """Offsets of a tile in a tensor and in the buffer, and which of it exist: (BU, STRIDE) each.
 
-    A row of `n` heads is n * D / STRIDE units, of which the tile has those from `at` on. Counted in units of 8
-    elements, every address is seen to be a multiple of 16 bytes, at any head dim and stride.
+    A row of `n` heads is n * D / STRIDE units, and the tile has BU of all rows' units, from number `at` on: whole at
+    any number of heads. Counted in units of 8 elements, every address is seen to be a multiple of 16 bytes, at any head
+    dim and stride.
     """
-    t = (start + tl.arange(0, BM))[:, None, None].to(tl.int64)
-    unit = (at + tl.arange(0, BU))[None, :, None]
-    inside = tl.arange(0, STRIDE)[None, None, :]
     units: tl.constexpr = D // STRIDE
-    here = (t < rows) & (unit < n * units) & (inside >= 0)
+    number = at + tl.arange(0, BU)[:, None]
+    inside = tl.arange(0, STRIDE)[None, :]
+    unit = number % (n * units)
+    t = (number // (n * units)).to(tl.int64)
     x = t * row_stride + (first + unit // units) * head_stride.to(tl.int64) + unit % units
     flat = ((rank.to(tl.int64) * rows + t) * slot + offset) * units + unit
-    return x * STRIDE + inside, flat * STRIDE + inside, here
+    return x * STRIDE + inside, flat * STRIDE + inside, (t < rows) & (inside >= 0)
+
+
+@triton.jit
+def start(BU: tl.constexpr, STRIDE: tl.constexpr):
+    """This program's first unit. There are never too many of 8 elements for 32 bits, which divide faster."""
+    if STRIDE == 1:
+        return tl.program_id(0).to(tl.int64) * BU
+    return tl.program_id(0) * BU
 
 
 @triton.jit
 def send(x_ptr, flat_ptr, rows, rank, offset, n, copies, slot, row_stride, head_stride,
-         D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr):  # fmt: skip
-    """A tile of rows of one tensor to one rank's part of the buffer."""
-    for at in range(0, n * (D // STRIDE), BU):
-        x, flat, here = places(
-            tl.program_id(0) * BM, rows, rank, at, offset, n, slot, row_stride, head_stride, rank * n // copies,
-            D, STRIDE, BM, BU,
-        )  # fmt: skip
-        tl.store(flat_ptr + flat, tl.load(x_ptr + x, mask=here, other=0.0), mask=here)
+         D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr):  # fmt: skip
+    """A tile of one tensor to one rank's part of the buffer."""
+    x, flat, here = places(
+        start(BU, STRIDE), rows, rank, offset, n, slot, row_stride, head_stride, rank * n // copies, D, STRIDE, BU
+    )
+    tl.store(flat_ptr + flat, tl.load(x_ptr + x, mask=here, other=0.0), mask=here)
 
 
 @triton.jit
 def collect(x_ptr, flat_ptr, rows, group, offset, n, copies, slot, row_stride, head_stride,
-            D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """The adjoint: a tile of rows of the heads that `copies` ranks have had, summed over them."""
-    for at in range(0, n * (D // STRIDE), BU):
-        total = tl.zeros([BM, BU, STRIDE], WIDE)
-        for copy in range(copies):
-            rank = group * copies + copy
-            x, flat, here = places(
-                tl.program_id(0) * BM, rows, rank, at, offset, n, slot, row_stride, head_stride, group * n,
-                D, STRIDE, BM, BU,
-            )  # fmt: skip
-            total += tl.load(flat_ptr + flat, mask=here, other=0.0).to(WIDE)
-        x, flat, here = places(
-            tl.program_id(0) * BM, rows, group, at, offset, n, slot, row_stride, head_stride, group * n,
-            D, STRIDE, BM, BU,
+            D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """The adjoint: a tile of the heads that `copies` ranks have had, summed over them."""
+    total = tl.zeros([BU, STRIDE], WIDE)
+    for copy in range(copies):
+        _, flat, here = places(
+            start(BU, STRIDE), rows, group * copies + copy, offset, n, slot, row_stride, head_stride, group * n,
+            D, STRIDE, BU,
         )  # fmt: skip
-        tl.store(x_ptr + x, total.to(x_ptr.dtype.element_ty), mask=here)
+        total += tl.load(flat_ptr + flat, mask=here, other=0.0).to(WIDE)
+    x, _, here = places(
+        start(BU, STRIDE), rows, group, offset, n, slot, row_stride, head_stride, group * n, D, STRIDE, BU
+    )
+    tl.store(x_ptr + x, total.to(x_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def pack_heads(
     x0, x1, x2, flat, rows, slot, row0, head0, row1, head1, row2, head2, n0, n1, n2, copies0, copies1, copies2,
-    D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of rows, rank and tensor.
+    """One program a tile, rank and tensor.
 
     Example: q = ((0, 1), (2, 3)), D = 1, no k and v, 2 ranks -> flat = (0, 2, 1, 3).
     """
     rank = tl.program_id(1)
     if tl.program_id(2) == 0:
-        send(x0, flat, rows, rank, 0, n0, copies0, slot, row0, head0, D, STRIDE, BM, BU)
+        send(x0, flat, rows, rank, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU)
     elif tl.program_id(2) == 1:
-        send(x1, flat, rows, rank, n0, n1, copies1, slot, row1, head1, D, STRIDE, BM, BU)
+        send(x1, flat, rows, rank, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU)
     else:
-        send(x2, flat, rows, rank, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BM, BU)
+        send(x2, flat, rows, rank, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def unpack_heads(
     x0, x1, x2, flat, rows, slot, row0, head0, row1, head1, row2, head2, n0, n1, n2, copies0, copies1, copies2,
-    D: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The adjoint of pack_heads: what ranks have had twice is added up. A permutation where none has.
 
@@ -97,13 +101,13 @@ def unpack_heads(
     group, ranks = tl.program_id(1), tl.num_programs(1)
     if tl.program_id(2) == 0:
         if group * copies0 < ranks:
-            collect(x0, flat, rows, group, 0, n0, copies0, slot, row0, head0, D, STRIDE, BM, BU, WIDE)
+            collect(x0, flat, rows, group, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU, WIDE)
     elif tl.program_id(2) == 1:
         if group * copies1 < ranks:
-            collect(x1, flat, rows, group, n0, n1, copies1, slot, row1, head1, D, STRIDE, BM, BU, WIDE)
+            collect(x1, flat, rows, group, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU, WIDE)
     else:
         if group * copies2 < ranks:
-            collect(x2, flat, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BM, BU, WIDE)
+            collect(x2, flat, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU, WIDE)
 
 
 def _per_rank(xs: list[Tensor], ranks: int) -> list[int]:
@@ -125,8 +129,8 @@ def _arguments(
         *xs, *[x] * missing, flat, x.shape[0], sum(heads), *strides, *[0] * (2 * missing),
         *heads, *[0] * missing, *copies, *[1] * missing,
     ]  # fmt: skip
-    grid = (triton.cdiv(x.shape[0], ROWS), ranks, len(xs))
-    return grid, arguments, {"D": dim, "STRIDE": stride, "BM": ROWS, "BU": UNITS, "num_warps": 4}
+    grid = (triton.cdiv(x.shape[0] * max(heads) * (dim // stride), UNITS), ranks, len(xs))
+    return grid, arguments, {"D": dim, "STRIDE": stride, "BU": UNITS, "num_warps": 4}
 
 
 def pack(xs: list[Tensor], ranks: int) -> Tensor:

@@ -25,6 +25,7 @@ from triton_sp.wrappers.install import Installation, Override, replaced
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope
 
 NAME = "triton_sp"
+LAYER = "_triton_sp_layer"  # the attribute of an attention module with its type and its sliding window
 # Arguments that change what attention computes and that we do not compute.
 _MEANINGFUL = ("position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
 
@@ -40,6 +41,8 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
         if id(config) not in copies:
             copies[id(config)] = copy.copy(config)
             copies[id(config)]._attn_implementation_internal = NAME
+        # Looked up once: a graph that reads the number of a layer is one layer's, and torch makes 8 of a kind at most.
+        installation.set(module, LAYER, (layer_type(module), expected_window(module)))
         run = partial(_run_attention, copies[id(config)], numbers_its_tokens(module))
         installation.override(module, run, traced=True)
 
@@ -114,7 +117,7 @@ def attention_forward(
     if scope.causal is not None:
         causal = scope.causal
     _refuse(module, attention_mask, dropout, causal != decoder, sliding_window if decoder else None, decoder, kwargs)
-    states, kind = _packed(query, key, value), layer_type(module)
+    states, (kind, _) = _packed(query, key, value), getattr(module, LAYER)
     if torch.compiler.is_compiling():
         local = scope.local.get(kind, scope.local[None])
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -159,8 +162,8 @@ def _refuse(
         refuse("causal attention in decoders, full attention in towers", "the opposite", "report this model")
     if mask is not None and not (decoder and mask.shape == (1, 1, 1, 1)):
         refuse("no mask but segments, causality and window", f"a mask {tuple(mask.shape)}", "report this model")
-    if decoder and window != expected_window(module):
-        refuse(f"sliding_window={expected_window(module)} as the configuration says", f"{window}", "report this model")
+    if decoder and window != (expected := getattr(module, LAYER)[1]):
+        refuse(f"sliding_window={expected} as the configuration says", f"{window}", "report this model")
     for name in _MEANINGFUL:
         if others.get(name) is not None:
             refuse(f"attention without {name}", f"a value of type {type(others[name]).__name__}", "report this model")

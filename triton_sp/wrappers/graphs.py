@@ -44,6 +44,7 @@ def between_graphs(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         set_eval_frame(compiler)
 
 
+@torch.compiler.disable(recursive=False, reason="it only hands on")
 def compiled_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call the model's own code from within `between_graphs`, compiled as whatever is around it."""
     compiler = _compiler.get()

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ class Installation:
             traced: under torch.compile it is part of the graph, and else runs between graphs.
         """
         override = (TracedOverride if traced else Override)(module, run, self, method)
-        self.set(module, method, override)
+        # A method, because a graph that has come by another object is this module's alone, and torch makes 8 at most.
+        self.set(module, method, override.__call__ if traced else override)
         if module is self.anatomy.entry and method == "forward":
             self.front = override
 
@@ -104,7 +106,7 @@ class Installation:
         """Take every edit back, the last one first."""
         for module, name, old in reversed(self.edits):
             now = module.__dict__.get(name)
-            if name == "forward" and not isinstance(now, Override):
+            if name == "forward" and not isinstance(getattr(now, "__self__", now), Override):
                 raise SPError(
                     f"{type(module).__name__}.forward",
                     expected="the forward that wrap installed",
@@ -136,13 +138,10 @@ class Override:
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The method that was there before."""
-        return compiled_again(self.own_method, *args, **kwargs)
-
-    def own_method(self, *args: Any, **kwargs: Any) -> Any:
-        """The same, in whatever graph this is."""
-        if self.shadowed is not None:
-            return self.shadowed(*args, **kwargs)
-        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
+        # No frame of ours is compiled on the way: it would be compiled anew for each module, up to torch's limit.
+        return compiled_again(
+            self.shadowed or MethodType(getattr(type(self.module), self.method), self.module), *args, **kwargs
+        )
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -164,7 +163,11 @@ class TracedOverride(Override):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(self, *args, **kwargs)
 
-    original = Override.own_method
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The method that was there before."""
+        if self.shadowed is not None:
+            return self.shadowed(*args, **kwargs)
+        return getattr(type(self.module), self.method)(self.module, *args, **kwargs)
 
 
 @contextmanager

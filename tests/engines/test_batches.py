@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from trainer_jobs import as_torchrun
 
 import triton_sp
 from triton_sp import errors
@@ -114,6 +116,30 @@ def test_a_batch_that_cannot_be_read(ranks, what: str, found: str) -> None:
         ranks.run(read_broken, what, ranks=3, timeout=60)
     for rank, error in raised.value.errors.items():  # it was rank 1's turn
         assert found in str(error)
+        assert isinstance(error, errors.DisagreementError) == (rank != 1)
+
+
+def read_after_skipping(what: str) -> list[int]:
+    """Skip two batches of an accelerate loader, as a Trainer does that resumes in the middle of an epoch."""
+    data = Broken(what) if what else Pictures()
+    with as_torchrun():
+        accelerator = triton_sp.share_batches(Accelerator(cpu=True))
+        loader = accelerator.prepare(DataLoader(data, collate_fn=only))
+        assert len(loader.dataset) == 7 and loader.dataset.decoded == []
+        batches = list(accelerator.skip_first_batches(loader, 2))
+        assert len(batches) == 5 and all(same(batch, Pictures()[i + 2]) for i, batch in enumerate(batches))
+        decoded = list(data.decoded)
+        assert same(list(loader)[1], Pictures()[1]), "the next epoch is whole again"
+    return decoded
+
+
+def test_turns_after_skipping(ranks) -> None:
+    for rank, decoded in enumerate(ranks.run(read_after_skipping, "", ranks=3)):
+        assert decoded == [index for index in range(2, 7) if index % 3 == rank]
+    with pytest.raises(RankError) as raised:
+        ranks.run(read_after_skipping, "unreadable", ranks=3, timeout=60)
+    for rank, error in raised.value.errors.items():  # it was rank 1's turn
+        assert "no such picture" in str(error)
         assert isinstance(error, errors.DisagreementError) == (rank != 1)
 
 

@@ -66,7 +66,7 @@ _held: WeakValueDictionary[int, Any] = WeakValueDictionary()
 def hold(thing: Any) -> Tensor:
     """A tensor that stands for an object, which lives as long as the tensor."""
     number = next(_numbers)
-    handle: Any = torch.tensor(number)
+    handle: Any = torch.tensor(number, device="cpu")
     handle.holds = _held[number] = thing
     return handle
 

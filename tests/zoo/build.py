@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.llama4 import modeling_llama4 as llama4
 from zoo.entries import ENTRIES, TEXT_CONFIGS
 from zoo.shrink import shrink
 
@@ -40,6 +41,8 @@ def tiny_config(model_type: str) -> Any:
         *parts, last = name.split(".")
         place = values
         for part in parts:
+            if place.get(part) is None:
+                place[part] = {}
             place = place[part]
         place[last] = value
     return kind(**values)
@@ -56,6 +59,9 @@ def build(model_type: str, name: str, kind: str) -> nn.Module:
         if part is not None:
             part._experts_implementation = "eager"  # the grouped one does not run in float64
             part.use_cache = False  # with a cache at hand transformers does not look for packed documents
+    if hasattr(llama4, "MoeCausalLMOutputWithPast"):
+        # Transformers 5.24 reads a field that the output of its own decoder does not have.
+        setattr(llama4.MoeCausalLMOutputWithPast, "image_outputs", None)  # noqa: B010
     torch.manual_seed(0)
     kind_of_model, dtype = getattr(hf, name), torch.float64
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.vlm_entries import VLM_ENTRIES
+
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 5, "mamba_chunk_size": 16}
 
 ENTRIES: dict[str, dict[str, Any]] = {
@@ -34,5 +36,6 @@ ENTRIES |= {
     "hunyuan_vl": {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "internvl": {"image_seq_length": 9},
 }
+ENTRIES |= VLM_ENTRIES
 # The classes whose configuration is that of a part.
 TEXT_CONFIGS = {"emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "musicgen", "musicgen_melody"}

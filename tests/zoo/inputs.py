@@ -12,45 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from zoo.shrink import FIRST_TEXT, PATCH, SIDE
-
-Batch = dict[str, Any]
-LENGTHS = (17, 9, 14, 11)  # tokens of text in each row: more rows than ranks
-LAST_TEXT = 100
-
-
-def text_batch(generator: torch.Generator, runs: list[list[int]] | None = None) -> Batch:
-    """(B, S) rows, padded on the left, and labels for their text. `runs`: placeholders of each row, after two tokens of
-    text each."""
-    rows: list[list[int]] = []
-    for row, length in enumerate(LENGTHS):
-        text = torch.randint(FIRST_TEXT, LAST_TEXT, (length,), generator=generator).tolist()
-        for number, run in enumerate(runs[row : row + 1] if runs else ()):
-            text[2 + number : 2 + number] = run
-        rows.append(text)
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, text in enumerate(rows):
-        ids[i, width - len(text) :] = torch.tensor(text)
-        mask[i, width - len(text) :] = 1
-    labels = ids.masked_fill((mask == 0) | (ids < FIRST_TEXT), -100)
-    labels[:, 1:][mask[:, :-1] == 0] = -100  # what padding predicts differs between implementations of attention
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def packed_batch(generator: torch.Generator) -> Batch:
-    """One row of documents that are told apart by their positions."""
-    ids = torch.randint(FIRST_TEXT, LAST_TEXT, (1, sum(LENGTHS)), generator=generator)
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
-    return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
-
+from zoo.batches import Batch, noise, text_batch
+from zoo.hand_made import BATCHES
+from zoo.shrink import PATCH, SIDE
 
 # --- images --------------------------------------------------------------------------------------------------------
-
-
-def _noise(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).double()
 
 
 def _layouts(model: Any, names: list[str], images: int) -> Iterator[Batch]:
@@ -67,34 +33,34 @@ def _layouts(model: Any, names: list[str], images: int) -> Iterator[Batch]:
         if "image_merge_sizes" in names:
             given["image_merge_sizes"] = torch.full((images,), 2)
         for patch in (PATCH, getattr(vision, "patch_size", PATCH)):
-            for frames in (1, getattr(vision, "temporal_patch_size", 1) or 1):
-                yield {"pixel_values": _noise(patches, 3 * frames * patch**2), **given}
-                yield {"pixel_values": _noise(patches, 3, patch, patch), **given}
-                yield {"pixel_values": _noise(patches, 3, frames, patch, patch), **given}
+            for frames in (1, getattr(vision, "temporal_patch_size", 1) or 1, getattr(vision, "patch_temporal", 1)):
+                yield {"pixel_values": noise(patches, 3 * frames * patch**2), **given}
+                yield {"pixel_values": noise(patches, 3, patch, patch), **given}
+                yield {"pixel_values": noise(patches, 3, frames, patch, patch), **given}
     sizes = torch.full((images, 2), side)
     if "spatial_shapes" in names:
         mask = torch.ones(images, 36, dtype=torch.long)
         shapes = torch.full((images, 2), 6)
-        yield {"pixel_values": _noise(images, 36, 3 * PATCH**2), "spatial_shapes": shapes, "pixel_attention_mask": mask}
+        yield {"pixel_values": noise(images, 36, 3 * PATCH**2), "spatial_shapes": shapes, "pixel_attention_mask": mask}
     if "pixel_attention_mask" in names:
         mask = torch.ones(images, 1, side, side, dtype=torch.long)
-        yield {"pixel_values": _noise(images, 1, 3, side, side), "pixel_attention_mask": mask}
+        yield {"pixel_values": noise(images, 1, 3, side, side), "pixel_attention_mask": mask}
     if "target_sizes" in names:
         shapes = torch.tensor([[8, 8]] * images)
-        yield {"pixel_values": _noise(1, 3, PATCH, 64 * PATCH * images), "target_sizes": shapes}
+        yield {"pixel_values": noise(1, 3, PATCH, 64 * PATCH * images), "target_sizes": shapes}
     if "image_position_ids" in names:
         places = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), -1).flatten(0, 1)
-        yield {"pixel_values": _noise(images, 36, 3 * PATCH**2), "image_position_ids": places.expand(images, -1, -1)}
+        yield {"pixel_values": noise(images, 36, 3 * PATCH**2), "image_position_ids": places.expand(images, -1, -1)}
     if "high_res_pixel_values" in names:
-        yield {"pixel_values": _noise(images, 3, side, side), "high_res_pixel_values": _noise(images, 3, 64, 64)}
+        yield {"pixel_values": noise(images, 3, side, side), "high_res_pixel_values": noise(images, 3, 64, 64)}
     if "image_sizes" in names:
-        yield {"pixel_values": _noise(images, 2, 3, side, side), "image_sizes": sizes}
-        yield {"pixel_values": _noise(images, 3, side, side), "image_sizes": sizes}
+        yield {"pixel_values": noise(images, 2, 3, side, side), "image_sizes": sizes}
+        yield {"pixel_values": noise(images, 3, side, side), "image_sizes": sizes}
     if "num_local_patches" in names:
-        local = {"pixel_values_local": _noise(2 * images, 3, side, side)}
-        yield {"pixel_values": _noise(images, 3, side, side), "num_local_patches": torch.full((images,), 2), **local}
-    yield {"pixel_values": _noise(images, 3, side, side)}
-    yield {"pixel_values": _noise(images, 2, 3, side, side)}
+        local = {"pixel_values_local": noise(2 * images, 3, side, side)}
+        yield {"pixel_values": noise(images, 3, side, side), "num_local_patches": torch.full((images,), 2), **local}
+    yield {"pixel_values": noise(images, 3, side, side)}
+    yield {"pixel_values": noise(images, 2, 3, side, side)}
 
 
 def _owner(model: nn.Module) -> Any:
@@ -115,9 +81,12 @@ def _rows(out: Any) -> list[int]:
 
 def image_batches(model: nn.Module) -> Iterator[Batch]:
     """Batches with an image in each row but the last, whose shapes the model's own methods take."""
+    config: Any = model.config
+    if config.model_type in BATCHES:
+        yield BATCHES[config.model_type](model)
+        return
     owner = _owner(model)
     names = [] if owner is None else list(inspect.signature(owner.get_image_features).parameters)
-    config: Any = model.config
     ids = [getattr(config, name, None) for name in ("image_token_id", "image_token_index")]
     token = next((value for value in ids if isinstance(value, int)), 3)
     images = 3

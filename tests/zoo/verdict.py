@@ -11,6 +11,7 @@ import torch
 from kit import parity
 from torch import Tensor, nn
 from zoo import inputs
+from zoo.batches import Batch, packed_batch, text_batch
 from zoo.build import build
 
 import triton_sp
@@ -71,22 +72,35 @@ def judge(model_type: str, name: str, kind: str, ranks: int) -> Verdict:
     return told("exact" if worst <= TOLERANCE else "wrong", "" if worst <= TOLERANCE else where, error=worst, **parts)
 
 
-def _batches(model: nn.Module, kind: str) -> list[inputs.Batch]:
+def _batches(model: nn.Module, kind: str) -> list[Batch]:
     """The first batch with images that the model itself takes, or padded and packed text."""
     if kind == "vision":
         return [inputs.pixel_batch(model)]
     generator = torch.Generator().manual_seed(0)
     if kind == "causal":
         packs = "position_ids" in inspect.signature(type(model).forward).parameters and not _recurrent(model)
-        return [inputs.text_batch(generator), *([inputs.packed_batch(generator)] if packs else [])]
+        return [text_batch(generator), *([packed_batch(generator)] if packs else [])]
     failure: Exception = ValueError("no layout of pixels that is known here fits")
     for batch in inputs.image_batches(model):
         try:
             _step(model, batch)
-            return [batch, inputs.text_batch(generator)]
         except Exception as error:
             failure = error
+        else:
+            text = text_batch(generator)
+            types = [name for name in batch if name.endswith("token_type_ids")]
+            text |= {name: torch.zeros_like(text["input_ids"]) for name in types}
+            return [batch, text] if _takes(model, text) else [batch]
     raise failure
+
+
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model runs on a batch by itself; some do not take text alone."""
+    try:
+        _step(model, batch)
+    except Exception:
+        return False
+    return True
 
 
 def _recurrent(model: nn.Module) -> bool:
@@ -95,7 +109,7 @@ def _recurrent(model: nn.Module) -> bool:
     return bool(set(kinds) - {"full_attention", "sliding_attention", "chunked_attention"})
 
 
-def reference(model: nn.Module, batch: inputs.Batch) -> parity.Step:
+def reference(model: nn.Module, batch: Batch) -> parity.Step:
     """A step of the model itself.
 
     Raises:
@@ -108,7 +122,7 @@ def reference(model: nn.Module, batch: inputs.Batch) -> parity.Step:
     return expected
 
 
-def _step(model: nn.Module, batch: inputs.Batch) -> parity.Step:
+def _step(model: nn.Module, batch: Batch) -> parity.Step:
     """The loss of a model, or a projection of its outputs, and its gradients."""
     model.zero_grad()
     out = model(**batch)

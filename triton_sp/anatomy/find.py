@@ -150,9 +150,16 @@ def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
 
 def _tower_around(owner: nn.Module, entry: nn.Module) -> nn.Module:
     """The outermost model around blocks that takes pixels only; one around a tower and a decoder may say that it takes
-    them, too (BLIP-2)."""
+    them, too (BLIP and BLIP-2)."""
     around = [m for m in entry.modules() if is_hf(m) and _takes_pixels(m) and contains(m, owner)]
-    return next((m for m in around if not any(map(_embeds_tokens, m.modules()))), owner)
+    return next((m for m in around if not any(map(_takes_tokens, m.modules()))), owner)
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    """Whether a module reads token ids, or is a model that hands them on."""
+    return _embeds_tokens(module) or (
+        is_hf(module) and "input_ids" in inspect.signature(type(module).forward).parameters
+    )
 
 
 def _knows_sizes(part: nn.Module) -> bool:

@@ -9,16 +9,35 @@ from typing import NamedTuple
 DATA = Path(__file__).resolve().parents[1] / "data"
 
 # Module: the tests that are run against each of its mutants. Tests with ranks come first, as these are forked then.
+PLAN = [f"tests/plan/test_{name}.py" for name in ("segments", "cost", "heads")]
+QUICK = ["-k", "not interpreter and not compiled and not kernels"]  # without Triton
+ALONE = ("cross_entropy", "no_token_and_masked_words", "fp32_exists_by_the_chunk", "head")  # in one process
+TOWERS = ("llava", "qwen2_5_vl", "llava_onevision")  # features of images, of patches, of frames
+PARITY = [f"tests/promises/test_parity.py::test_parity[{name}-3]" for name in TOWERS]
 MODULES: dict[str, list[str]] = {
-    "triton_sp/plan/shards.py": ["tests/plan/test_segments.py", "tests/plan/test_cost.py", "tests/plan/test_heads.py"],
-    "triton_sp/plan/segments.py": [
-        "tests/plan/test_segments.py",
-        "tests/plan/test_cost.py",
-        "tests/plan/test_heads.py",
-    ],
+    "triton_sp/plan/shards.py": PLAN,
+    "triton_sp/plan/segments.py": PLAN,
     "triton_sp/plan/heads.py": ["tests/plan/test_heads.py"],
     "triton_sp/plan/cost.py": ["tests/plan/test_cost.py"],
     "triton_sp/plan/boxes.py": ["tests/plan/test_heads.py"],
+    "triton_sp/plan/recurrence.py": ["tests/plan/test_recurrence.py"],
+    "triton_sp/plan/stream.py": ["tests/plan/test_attention.py", "tests/plan/test_heads.py"],
+    "triton_sp/loss.py": ["tests/test_shares.py", *(f"tests/test_loss.py::test_{name}" for name in ALONE)],
+    "triton_sp/ops/pack.py": ["tests/ops/test_twins.py", "tests/kernels/test_pack.py", *QUICK],
+    "triton_sp/ops/splice.py": ["tests/ops/test_twins.py", "tests/kernels/test_splice.py", *QUICK],
+    "triton_sp/ops/reference.py": [
+        "tests/ops/test_twins.py",
+        "tests/kernels/test_pack.py",
+        "tests/plan/test_heads.py",
+        *QUICK,
+    ],
+    "triton_sp/ranks/collectives.py": ["tests/ranks/test_buckets.py", "tests/ranks/test_agreement.py"],
+    "triton_sp/ranks/agreement.py": ["tests/ranks/test_agreement.py"],
+    "triton_sp/ranks/failures.py": ["tests/ranks/test_board.py"],
+    "triton_sp/ranks/waiting.py": ["tests/ranks/test_board.py"],
+    "triton_sp/wrappers/layout.py": ["tests/wrappers/test_spans.py", "tests/wrappers/test_layout.py"],
+    "triton_sp/wrappers/tower.py": ["tests/wrappers/test_rows.py", *PARITY],
+    "triton_sp/wrappers/features.py": ["tests/wrappers/test_rows.py", *PARITY],
 }
 
 

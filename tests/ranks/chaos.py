@@ -64,12 +64,12 @@ def scenario(seed: int) -> Scenario:
 
 @dataclass
 class End:
-    """How a rank ended: its digest, or its error; neither if it was ended from outside."""
+    """How a rank ended: its digest, or its error and what one of ours names; neither if it was ended from outside."""
 
     digest: str = ""
     kind: str = ""
     text: str = ""
-    ours: bool = False
+    field: str = ""
     seconds: float = 0.0
 
 
@@ -86,7 +86,8 @@ def _rank(rank: int, ranks: int, folder: Path, port: Any, arguments: tuple[Any, 
         end.digest = chaos_train.train(folder / "checkpoints", *arguments)
     except BaseException as error:
         traceback.print_exc()
-        end.kind, end.text, end.ours = type(error).__name__, str(error), isinstance(error, SPError)
+        end.kind, end.text = type(error).__name__, str(error)
+        end.field = error.field if isinstance(error, SPError) else ""
     struck = folder / "checkpoints" / "struck"
     end.seconds = time.time() - (struck.stat().st_mtime if struck.exists() else start)
     (folder / f"end{rank}").write_text(json.dumps(vars(end)))
@@ -195,7 +196,12 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     else:
         if any(end.digest for end in others) and not all(end.digest for end in others):
             wrong.append("some ended as if nothing had happened")
-        named = sum(f"rank {fault.rank % (case.ranks // case.replicas)}" in end.text for end in others)
+        names = {f"rank {rank}" for rank in (fault.rank, fault.rank % (case.ranks // case.replicas))}
+        named = sum(end.field in names for end in others)
+        if any("rank" in end.field and end.field not in names for end in others):
+            wrong.append("another rank is blamed")
+        if case.engine == "loop" and named < len(others):  # elsewhere the error may be the engine's
+            wrong.append("the rank is not named")
         again = run(place, case.ranks, case.engine, case.replicas, None)
         if [end.digest for end in again] != wanted:
             wrong.append(f"restart: {next((e.text or e.kind for e in again if not e.digest), 'other weights')}")

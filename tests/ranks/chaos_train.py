@@ -141,6 +141,14 @@ def _local(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
+def _as(parameter: Tensor, local: Tensor) -> Tensor:
+    """A tensor that is sharded as the parameter is, from this rank's part."""
+    if not isinstance(parameter, DTensor):
+        return local
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+
+
 @dataclass
 class Checkpoints:
     """A file of each rank for each checkpoint. One that lacks a file was not finished, and is not read."""
@@ -181,13 +189,10 @@ class Checkpoints:
             for tensor, value in zip(model.state_dict().values(), saved["weights"], strict=True):
                 _local(tensor).copy_(value)
         for parameter, values in zip(_parameters(optimizer), saved["moments"], strict=True):
-            names = ("step", "exp_avg", "exp_avg_sq")[: len(values)]
-            optimizer.state[parameter] = {
-                name: DTensor.from_local(value, parameter.device_mesh, parameter.placements)
-                if isinstance(parameter, DTensor) and name != "step"
-                else value
-                for name, value in zip(names, values, strict=True)
-            }
+            if values:
+                steps_made, *moments = values
+                named = zip(("exp_avg", "exp_avg_sq"), (_as(parameter, moment) for moment in moments), strict=True)
+                optimizer.state[parameter] = {"step": steps_made, **dict(named)}
         return max(steps)
 
 

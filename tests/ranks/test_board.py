@@ -292,6 +292,26 @@ def test_what_others_are_told_of_an_error() -> None:
     assert len(board.told) == 3
 
 
+def test_a_connection_that_an_engine_lost_is_blamed_on_the_rank_that_failed() -> None:
+    """FSDP gathers weights in the forward, and its error names no rank."""
+    first, second = boards(2)
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    def survives() -> None:
+        with reporting_failures(second):
+            raise lost
+
+    _, found = together(lambda: first.failed("MemoryError"), survives)
+    assert isinstance(found, PeerError) and found.__cause__ is lost
+    assert (found.field, found.found) == ("rank 0", "it failed: MemoryError")
+    board: Any = Board()
+    for other in (RuntimeError("a shape that does not fit"), ValueError("gloo/x")):
+        with pytest.raises(type(other)) as raised, reporting_failures(board):
+            raise other
+        assert raised.value is other
+    assert len(board.told) == 2
+
+
 def test_a_text_can_be_sent() -> None:
     class Silent(Exception):
         def __str__(self) -> str:

@@ -227,14 +227,22 @@ def _first_line(error: BaseException) -> str:
     return (text_of(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether it comes of a collective that is not ours, such as an engine's that gathers weights in the forward."""
+    return isinstance(error, RuntimeError) and any(name in text_of(error) for name in ("gloo/", "NCCL"))
+
+
 @contextmanager
 def reporting_failures(board: FailureBoard) -> Iterator[None]:
-    """A part of a step. If an error is raised in it, the other ranks are told."""
+    """A part of a step. If an error is raised in it, the other ranks are told. An error of a connection that another
+    rank has lost becomes a PeerError about that rank."""
     try:
         yield
     except BaseException as error:  # also a KeyboardInterrupt, after which the process may live on
         if isinstance(error, PeerError) or getattr(error, "everywhere", False):
             raise  # the other ranks know already
+        if _is_lost_connection(error):
+            raise board.explain(error) from error
         board.failed(f"{type(error).__name__}: {text_of(error)}")
         if isinstance(error, SPError) and error.rank is None:
             raise error.on_rank(board.rank) from error

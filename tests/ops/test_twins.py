@@ -1,0 +1,114 @@
+"""The operators that move rows, on the CPU, held to loops over single vectors."""
+
+from __future__ import annotations
+
+import os
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from triton_sp.errors import InputError
+from triton_sp.ops import pack, splice
+
+
+def heads_of(rank: int, heads: int, ranks: int) -> list[int]:
+    """The heads that a rank attends with; where there are fewer heads than ranks, neighbouring ranks have the same."""
+    return [rank * heads // ranks] if heads < ranks else list(range(rank * heads // ranks, (rank + 1) * heads // ranks))
+
+
+COUNTS = st.sampled_from([(1, [4, 2]), (2, [4, 2, 2]), (4, [4, 2, 1]), (4, [8, 1, 1]), (3, [3]), (6, [12, 3, 2])])
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(0, 4), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+def test_heads_go_to_the_ranks_that_attend_with_them(counts: tuple[int, list[int]], rows: int, dtype) -> None:
+    ranks, heads = counts
+    xs = [torch.randn(rows, count, 3).to(dtype) for count in heads]
+    wanted = [
+        x[row, head]
+        for rank in range(ranks)
+        for row in range(rows)
+        for x in xs
+        for head in heads_of(rank, x.shape[1], ranks)
+    ]
+    packed = pack.pack_heads(xs, ranks)
+    assert packed.dtype == dtype and packed.shape == (len(wanted), 3)
+    assert torch.equal(packed, torch.stack(wanted) if wanted else packed)
+    wide = torch.promote_types(dtype, torch.float32)
+    sums = [torch.zeros(x.shape, dtype=wide) for x in xs]
+    vectors = iter(packed)
+    for rank in range(ranks):
+        for row in range(rows):
+            for x, total in zip(xs, sums, strict=True):
+                for head in heads_of(rank, x.shape[1], ranks):
+                    total[row, head] += next(vectors).to(wide)
+    back = [torch.full_like(x, torch.nan).transpose(0, 1).contiguous().transpose(0, 1) for x in xs]
+    pack.unpack_heads(packed, back, ranks)
+    for found, total in zip(back, sums, strict=True):
+        torch.testing.assert_close(found, total.to(dtype))
+
+
+@settings(deadline=None)
+@given(st.integers(0, 4), st.integers(0, 4), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_each_token_gets_its_row(texts: int, visuals: int, width: int, generator) -> None:
+    """And the gradient of a row is that of its token; rows without a token get 0."""
+    rows = [*range(visuals), *(-1 - s for s in range(texts))]
+    chosen = generator.sample(rows, generator.randint(0, len(rows))) + [-1 - texts] * generator.randint(0, 3)
+    generator.shuffle(chosen)
+    index = torch.tensor(chosen, dtype=generator.choice([torch.int32, torch.int64]))
+    text, visual = (torch.randn(count, width).requires_grad_() for count in (texts, visuals))
+    found = splice.splice(text, visual, index)
+    assert found.shape == (len(chosen), width)
+    weights = torch.randn(len(chosen), width)
+    found.backward(weights)
+    text_grad, visual_grad = torch.zeros(texts, width), torch.zeros(visuals, width)
+    for token, row in enumerate(chosen):
+        expected = visual[row] if row >= 0 else text[-1 - row] if row > -1 - texts else torch.zeros(width)
+        assert torch.equal(found[token], expected)
+        if row >= 0:
+            visual_grad[row] = weights[token]
+        elif row > -1 - texts:
+            text_grad[-1 - row] = weights[token]
+    assert torch.equal(text.grad, text_grad) and torch.equal(visual.grad, visual_grad)
+
+
+ZEROS = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "visual", "index", "field", "found"),
+    [
+        (torch.zeros(2), ZEROS, [0], "text, visual", r"float32 \(2,\) and torch.float32 \(2, 3\)"),
+        (ZEROS, torch.zeros(2, 3, 1), [0], "text, visual", r"\(2, 3\) and torch.float32 \(2, 3, 1\)"),
+        (ZEROS, torch.zeros(2, 4), [0], "text, visual", r"\(2, 3\) and torch.float32 \(2, 4\)"),
+        (ZEROS, ZEROS.double(), [0], "text, visual", "float32 .* and torch.float64"),
+        (ZEROS, ZEROS, [[0]], "index", r"torch.int64 of shape \(1, 1\)"),
+        (ZEROS, ZEROS, [0.0], "index", r"torch.float32 of shape \(1,\)"),
+        (ZEROS, ZEROS, [0, 2, 1], "index", r"\[0, 2\] as the least and the greatest of 3"),
+        (ZEROS, ZEROS, [-4, -1], "index", r"\[-4, -1\] as the least"),
+        (ZEROS, ZEROS, [1, -2, 1], "index", r"\[-2, 1\] as the least"),
+        (ZEROS, ZEROS, [-2, 0, -2], "index", "different rows of 2 visual rows .* and 2 rows of text"),
+    ],
+)
+def test_what_does_not_fit_is_named(text: Tensor, visual: Tensor, index: list, field: str, found: str) -> None:
+    with pytest.raises(InputError, match=found) as raised:
+        splice.splice(text, visual, torch.tensor(index))
+    assert raised.value.field == field
+
+
+def test_rows_of_0_and_no_token_fit() -> None:
+    assert splice.splice(ZEROS, ZEROS, torch.tensor([-3, -3])).tolist() == [[0.0] * 3] * 2
+    assert splice.splice(ZEROS, ZEROS, torch.tensor([], dtype=torch.int64)).shape == (0, 3)
+    with mock.patch.dict(os.environ, TRITON_SP_DEBUG="1"), pytest.raises(InputError):
+        splice.splice(ZEROS, ZEROS, torch.tensor([5]))
+
+
+def test_results_without_numbers_have_their_shapes() -> None:
+    text, visual = torch.zeros(5, 3, device="meta"), torch.zeros(4, 3, device="meta")
+    assert splice._splice(text, visual, torch.zeros(7, device="meta").long()).shape == (7, 3)
+    grads = splice._splice_backward(torch.zeros(7, 3, device="meta"), torch.zeros(7, device="meta").long(), 5, 4)
+    assert [grad.shape for grad in grads] == [(5, 3), (4, 3)]

@@ -21,7 +21,10 @@ LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 FENCE = re.compile(r"^(```.*?^```)", re.MULTILINE | re.DOTALL)
 EXAMPLE = re.compile(r'^( *)>>> .*\n(?:\1(?!""").+\n)*', re.MULTILINE)
 ERRORS = "<!-- errors -->"
-KINDS = ("InputError", "GroupError", "UnsupportedModelError", "DisagreementError", "UnsupportedKernelError")
+KINDS = (
+    *("InputError", "GroupError", "UnsupportedModelError", "DisagreementError"),
+    *("VerificationError", "UnsupportedKernelError"),
+)
 
 
 @event_priority(100)  # before mkdocstrings looks for the copy

@@ -42,6 +42,9 @@ class SPConfig:
             Then all ranks that wait raise. 0 leaves it to the time-out of the process group, half an hour.
         shard_prefill: True lets `generate` run the prompt sharded. All ranks of the group must call it together then,
             with the same arguments and random seed. False lets each rank generate by itself, unsharded, perhaps alone.
+        verify: every so many forwards one layer's attention, and its gradient, is computed once more, whole, on one
+            rank, and compared: over all layers in turn. A difference that rounding does not explain raises a
+            VerificationError on every rank. 0 never does this, and costs nothing. For new hardware and new kernels.
         single: True wraps a group of one rank too, which `wrap` leaves as it is otherwise: the model then runs on
             packed tokens without padding, with the attention kernels of this library.
         attention: what attends. "triton": the kernels of this library. "torch" (FlashAttention 2 as PyTorch has it),
@@ -67,6 +70,7 @@ class SPConfig:
     chunks: int = 1
     heartbeat: float = 60.0
     shard_prefill: bool = False
+    verify: int = 0
     single: bool = False
     attention: Literal["triton", "auto", "torch", "cudnn", "flash_attention_2", "flash_attention_3"] = "triton"
 
@@ -84,6 +88,7 @@ class SPConfig:
                 isinstance(self.heartbeat, int | float) and 0 <= self.heartbeat <= 1e6,
                 "seconds, 0 for none",
             ),
+            ("verify", type(self.verify) is int and self.verify >= 0, "a number of forwards, 0 for never"),
             ("chunks", isinstance(self.chunks, int) and self.chunks >= 1, "1 or more"),
         ):
             require(fits, InputError, f"SPConfig.{name}", expected, repr(getattr(self, name)), _FIX)

@@ -91,5 +91,10 @@ class PeerError(SPError):
     """Another rank of the group has failed, ended or stopped in the middle of a step. The group is closed."""
 
 
+class VerificationError(SPError):
+    """Attention of a layer is not what one rank computes of it alone. The field names the layer; `SPConfig(verify=n)`
+    asks for this."""
+
+
 class UnsupportedKernelError(SPError):
     """No implementation of an operator supports what it was asked for."""

@@ -17,6 +17,7 @@ from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
 from triton_sp.wrappers.trial import GATHERED
+from triton_sp.wrappers.verification import describe_verification
 
 FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
@@ -76,6 +77,7 @@ class Explanation:
         attention: what computes attention on the model's device, see `ops.dispatch.implementation`.
         loss: what computes the loss of a training step; empty if the model is not wrapped.
         prefill: how `generate` runs a prompt; empty if the model is not wrapped, or does not generate.
+        verified: how often `SPConfig(verify=...)` verifies a layer, and the last result.
     """
 
     title: str
@@ -83,6 +85,7 @@ class Explanation:
     attention: str
     loss: str = ""
     prefill: str = ""
+    verified: str = ""
 
     @property
     def _words(self) -> set[str]:
@@ -96,6 +99,7 @@ class Explanation:
             "attention is computed by": self.attention,
             "the loss of a training step is computed by": self.loss,
             "the prompt of generate is run by": self.prefill,
+            "attention is verified in": self.verified,
         }
         said = [f"{what}: {how}" for what, how in computed.items() if how]
         return "\n".join([self.title, *self._table(), *plans, *said, *told])
@@ -142,6 +146,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
         attention = f"nothing on this machine: {error}"
     loss = "" if installation is None else loss_implementation(installation)
     prefill = describe_prefill(installation)
+    verified = describe_verification(installation)
     try:
         anatomy = installation.anatomy if installation else find_parts(model)
     except SPError as error:
@@ -156,7 +161,7 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
-    return Explanation(title, tuple(rows), attention, loss, prefill)
+    return Explanation(title, tuple(rows), attention, loss, prefill, verified)
 
 
 def _fusion_row(fusion: Fusion) -> Row:

@@ -51,6 +51,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
         causal=True if stack.spans else None,
         by_layer_type=call.by_layer_type,
         index=call.local_index % call.shape[1],
+        proof=installation.proof,
     ).traceable()
     if call.records_routers:
         arguments["output_router_logits"] = True

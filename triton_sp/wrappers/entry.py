@@ -29,6 +29,7 @@ from triton_sp.wrappers.planning import plan_decoder
 from triton_sp.wrappers.routers import ARGUMENT, Balance, balance_of
 from triton_sp.wrappers.scope import Call, active
 from triton_sp.wrappers.scores import ScoreRequest, answer, requested
+from triton_sp.wrappers.verification import next_proof
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
@@ -45,6 +46,7 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     if decoder is not None and decodes(override, arguments):
         give_sign(installation.group)
         return override.original(*args, **kwargs)
+    installation.proof = next_proof(installation)
     with reporting_failures(board), noting_backwards() as exchanges:
         if decoder is None:
             out = _run_vision_model(override, arguments, args, kwargs)

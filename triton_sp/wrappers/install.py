@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,9 @@ from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.graphs import between_graphs, compiled_again
 from triton_sp.wrappers.state import ModelState
+
+if TYPE_CHECKING:
+    from triton_sp.wrappers.verification import Proof
 
 _MISSING = "<not set on the instance>"
 _MARK = "_triton_sp"
@@ -55,6 +58,9 @@ class Installation:
     front: Override | None = None  # that of the model's own forward
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
     routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
+    forwards: int = 0  # that were counted for the next verification, see wrappers/verification.py
+    proof: Proof | None = None  # of the last forward
+    verified: str = ""  # the last result
     state: ModelState = field(init=False)  # what the models of all ranks must have in common
 
     def __post_init__(self) -> None:

@@ -101,7 +101,8 @@ def run_block(override: Override, tower: TowerPass, hidden: Tensor, arguments: d
         probe = random_states(layout.shape, hidden)
         method = find_method(block, run, lambda method, dry: OpaqueScope(method, cut, layout, dry), probe, stream.group)
         override.installation.set(block, METHOD, method)
-    scope = OpaqueScope(method, stream, layout)
+    verified = tower.proof is not None and tower.proof.layer in (block, *block.modules())
+    scope = OpaqueScope(method, stream, layout, proof=tower.proof if verified else None)
     out = same_tokens(run(scope, hidden), scope, block)
     tower.tally["attention"] += 1
     return out

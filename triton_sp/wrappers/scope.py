@@ -27,6 +27,7 @@ from triton_sp.wrappers.install import Override, replaced
 
 if TYPE_CHECKING:
     from triton_sp.wrappers.placement import Placement
+    from triton_sp.wrappers.verification import Proof
 
 KEYWORD = "triton_sp_scope"  # the keyword, or in towers the attribute, by which attention finds its scope
 
@@ -54,6 +55,7 @@ class AttentionScope:
         index: (T,) where this rank's tokens stand in their rows, for attention that numbers them itself.
         handle, local: of `traceable`: the number of this scope, and by the type of layer whether there is no exchange.
         methods: how the recurrent layers have run, see plan/recurrence.py.
+        proof: verifies a layer in this call, or None.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
 
@@ -64,6 +66,7 @@ class AttentionScope:
     by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
     attention: Sequence[nn.Module] = ()
     index: Tensor | None = None
+    proof: Proof | None = None
     handle: Tensor | None = None
     local: Mapping[str | None, bool] = field(default_factory=dict)
 

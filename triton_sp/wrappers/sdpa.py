@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
 from triton_sp.wrappers.hidden import HiddenShape, SequencesShape
 
+if TYPE_CHECKING:
+    from triton_sp.wrappers.verification import Proof
+
 
 @dataclass(frozen=True, eq=False)
 class OpaqueScope:
@@ -34,6 +37,7 @@ class OpaqueScope:
         stream: all tokens.
         layout: the shape of the hidden states of all tokens, and of a rank's.
         dry: nothing is sent and the values mean nothing, to find out whether a method runs at all.
+        proof: verifies this module's attention, or None.
         tally: counts the attention calls that came by.
     """
 
@@ -41,6 +45,7 @@ class OpaqueScope:
     stream: Stream
     layout: HiddenShape | SequencesShape
     dry: bool = False
+    proof: Proof | None = None
     tally: Counter[str] = field(default_factory=Counter)
 
     @cached_property
@@ -116,7 +121,8 @@ def _sharded_sdpa(
         return query.new_zeros(*query.shape[:-1], value.shape[-1])
     # Rows that share their tokens' positions are as independent as heads are, so they are treated as more heads.
     q, k, v = (x.flatten(0, 1).transpose(0, 1) for x in (query, key, value))
-    out = stages.attention((q, k, v), scope.stream, causal=is_causal, softmax_scale=scale)
+    attend = stages.attention if scope.proof is None else scope.proof.attend
+    out = attend((q, k, v), scope.stream, causal=is_causal, softmax_scale=scale)
     return out.transpose(0, 1).unflatten(0, query.shape[:2])
 
 

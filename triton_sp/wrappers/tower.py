@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from triton_sp.plan.stream import Stream
 from triton_sp.wrappers.hidden import HiddenShape, real_tokens
 from triton_sp.wrappers.install import replaced
 from triton_sp.wrappers.placement import Placement, Streams
+
+if TYPE_CHECKING:
+    from triton_sp.wrappers.verification import Proof
 
 
 @dataclass(eq=False)
@@ -31,6 +34,7 @@ class TowerPass:
         shape: how hidden states look outside of the blocks.
         streams: the stream of tokens inside of the blocks, in the segments of each kind of block.
         mask: the mask that the first block got; all others must get the same.
+        proof: verifies a layer in this call, or None.
         last_output: what the block before returned, while the forward runs.
     """
 
@@ -38,6 +42,7 @@ class TowerPass:
     config: SPConfig
     placement: Placement
     joined: Tensor | None = None
+    proof: Proof | None = None
     tally: Counter[str] = field(default_factory=Counter)
     shape: HiddenShape = field(init=False)
     streams: Streams | None = None

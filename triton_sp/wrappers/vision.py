@@ -87,7 +87,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     installation, stack = override.installation, _stack_of(override)
     # A copy: what is planned in one call of a tower is not another's.
     placement = replace(call.placement or Replicated(installation.group))
-    tower = TowerPass(stack, installation.config, placement)
+    tower = TowerPass(stack, installation.config, placement, proof=installation.proof)
     if joins_images(stack):
         tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
     guard = without_dense_mask(tower) if stack.by_interface else no_fast_path()
@@ -127,7 +127,8 @@ def _run_block(attention: list[nn.Module], override: Override, *args: Any, **kwa
         hidden = tower.enter(hidden)
     if tower.stack.by_interface:
         _localise_block_arguments(arguments, stream, tower, override.module)
-        with active(AttentionScope(stream, tower.tally, attention=attention).traceable()):
+        scope = AttentionScope(stream, tower.tally, attention=attention, proof=tower.proof)
+        with active(scope.traceable()):
             out = override.original(hidden, **arguments)
     else:
         out = opaque.run_block(override, tower, hidden, arguments)

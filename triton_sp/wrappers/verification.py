@@ -58,12 +58,8 @@ def describe_verification(installation: Installation | None) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """The verification of one layer in one forward and its backward.
-
-    Attributes:
-        rank, forward: the rank that computes it once more, and the number of the forward.
-        installation: of the model. All ranks of its group are told the result.
-    """
+    """The verification of one layer in a forward, by its number, and its backward: `rank` computes it once more. All
+    ranks are told the result."""
 
     layer: nn.Module
     name: str
@@ -111,7 +107,7 @@ class Proof:
         self._conclude([text.decode(errors="replace") for text in everyone], own[0].dtype)
 
     def _conclude(self, verdicts: Sequence[str], dtype: torch.dtype) -> None:
-        wrong = next(((rank, text[2:]) for rank, text in enumerate(verdicts) if text.startswith("! ")), None)
+        wrong = next((rank for rank, text in enumerate(verdicts) if text.startswith("! ")), None)
         when = f"forward {self.forward}, {self.name}"
         if wrong is None:
             before, told = self.installation.verified, next(filter(None, verdicts), "no tokens")
@@ -120,8 +116,8 @@ class Proof:
         self.installation.verified = f"{when}: wrong"
         error = VerificationError(
             self.name,
-            expected=f"what rank {wrong[0]} computes of it alone, up to rounding in {str(dtype)[6:]}",
-            found=wrong[1],
+            expected=f"what rank {wrong} computes of it alone, up to rounding in {str(dtype)[6:]}",
+            found=verdicts[wrong][2:],
             remedy='see whether SPConfig(attention="torch") changes this: then kernels are wrong there, which '
             "python -m triton_sp.kernels.check examines; else report it",
             rank=self.installation.group.rank,

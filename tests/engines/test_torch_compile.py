@@ -108,3 +108,16 @@ def test_copies_of_saved_tensors(ranks) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(offload_what_layers_save, ranks=2)
     assert any(getattr(error, "field", "") == "torch.compile" for error in raised.value.errors.values())
+
+
+def verify_compiled_layers() -> None:
+    model = wrap(zoo.CASES["llama"].model(), config=SPConfig(verify=1, trial="off"))
+    for layer in layers_of(model):
+        layer.compile(backend="eager")
+    model(**zoo.CASES["llama"].batch("plain"))
+
+
+def test_verification_is_not_left_out_in_silence(ranks) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(verify_compiled_layers, ranks=2)
+    assert {getattr(error, "field", "") for error in raised.value.errors.values()} == {"SPConfig.verify"}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from triton_sp import stages
-from triton_sp.errors import UnsupportedModelError
+from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.ops import varlen
 from triton_sp.plan.stream import Stream
 
@@ -123,6 +123,13 @@ def sharded_attention(
         The output, the log-sum-exp of a local layer, and a number for what else is kept.
     """
     (q, k, v, *learned), found = states, held(scope)
+    if found.proof is not None:
+        raise InputError(
+            "SPConfig.verify",
+            expected="0 for layers in graphs of torch.compile",
+            found=f"{found.proof.installation.config.verify}",
+            remedy="verify some steps without torch.compile",
+        )
     found.tally["attention"] += 1
     stream, kept = found.stream_of(layer_type), _Kept()
     rows, tokens = len(q), len(stream.own)

@@ -1,7 +1,8 @@
 """What it costs the host to plan a batch of a million tokens, which each rank does by itself before its first layer.
 
 `lay out` is the stream of a packed batch, from its documents; `choose` the plan, shards at the ends of documents
-included; `route` the exchange of a layer whose heads do not divide; `agree` what is compared with the other ranks.
+included, and `choose again` that of a layout that was there before; `route` the exchange of a layer whose heads do not
+divide; `agree` what is compared with the other ranks.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def parts(batch: Batch, ranks: int) -> dict[str, Callable[[], Any]]:
 
     def choose() -> PlanChoice:
         again = Segments(segments.starts)  # without what an earlier call has worked out
-        return choose_plan(again, ranks, 1, LAYERS, LINKS["nvlink"], "auto", False)
+        return choose_plan.__wrapped__(again, ranks, 1, LAYERS, LINKS["nvlink"], "auto", False)
+
+    def choose_again() -> PlanChoice:
+        return choose_plan(Segments(segments.starts), ranks, 1, LAYERS, LINKS["nvlink"], "auto", False)
 
     def route() -> Tensor:
         stream = Stream(group, even, call.stream.cu_seqlens, None, segments)
@@ -69,6 +73,7 @@ def parts(batch: Batch, ranks: int) -> dict[str, Callable[[], Any]]:
     return {
         "lay out": lambda: lay_out(batch, None, group, planned),
         "choose": choose,
+        "choose again": choose_again,
         "route": route,
         "agree": agreeing(batch, f"heads {even.sizes} {segments}"),
     }

@@ -135,6 +135,15 @@ def test_a_choice_says_why() -> None:
     assert why("replicate", False).startswith("SPConfig.plan='replicate' is not possible here; fastest by the model")
 
 
+def test_a_layout_that_was_there_before_is_not_planned_again() -> None:
+    layers = Layers(count=2, width=64, q=64, kv=64, head_dim=16, itemsize=2)
+    first, again, other = (
+        choose_plan(Segments(starts), 2, 1, layers, LINKS["nvlink"], "auto", False)
+        for starts in (tuple(range(0, 99, 3)), tuple(range(0, 99, 3)), tuple(range(0, 102, 3)))
+    )
+    assert first is again and other.shards.total == 99 == first.shards.total + 3
+
+
 def test_fewer_segments_than_ranks_use_the_cut_that_is_given() -> None:
     """What a tower owns already: some ranks have no tokens, and nothing travels."""
     owned = Shards((64, 0, 64))

@@ -164,14 +164,7 @@ def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype, longest: 
         UnsupportedKernelError: there is no kernel for a head dim or the dtype.
     """
     where = target()
-    for name, found in (("head dim of q and k", dim), ("head dim of v", v_dim)):
-        if found not in DIMS:
-            raise UnsupportedKernelError(
-                name,
-                expected=f"a multiple of 8 from {DIMS[0]} to {DIMS[-1]}",
-                found=str(found),
-                remedy="pad with zeros to the next of these, or run the reference on the CPU",
-            )
+    _check_dims(dim, v_dim)
     # Triton's interpreter multiplies the bit patterns of bf16 (3.6.0 and 3.9.0), without a word.
     allowed = [torch.float32, torch.float16] + [torch.bfloat16] * (where != "interpreter")
     if dtype not in allowed:
@@ -182,17 +175,28 @@ def find_launch(kernel: str, dim: int, v_dim: int, dtype: torch.dtype, longest: 
             remedy="convert them, or unset TRITON_INTERPRET" if where == "interpreter" else "convert them",
         )
     table = FP32 if dtype == torch.float32 and where != "interpreter" else TABLES[where]
-    widest, windows = max(dim, v_dim), f"{kernel} of windows"
-    if longest is not None and longest <= WINDOW and any(key[0] == windows and key[1] >= widest for key in table):
-        kernel = windows
-    rows, keys, options = next(table[key] for key in sorted(table) if key[0] == kernel and key[1] >= widest)
-    rows, keys, options = tuned().get(f"{where} {kernel} {widest}", (rows, keys, options))
+    widest = max(dim, v_dim)
+    names = [f"{kernel} of windows"] if longest is not None and longest <= WINDOW else []
+    found = (key for name in (*names, kernel) for key in sorted(table) if key[0] == name and key[1] >= widest)
+    key = next(found)
+    rows, keys, options = tuned().get(f"{where} {key[0]} {widest}", table[key])
     if NO_32_WIDE and where == "cuda:90":
         rows, keys = max(rows, 64), max(keys, 64)
     (d0, d1), (v0, v1) = split(dim), split(v_dim)
     parts = {"D": dim, "D0": d0, "D1": d1, "V": v_dim, "V0": v0, "V1": v1}
     # The interpreter takes the branch too: it is what must be proven, the other path masks every block.
     return Launch(rows, keys, parts, where in ("cuda:90", "interpreter"), options)
+
+
+def _check_dims(dim: int, v_dim: int) -> None:
+    for name, found in (("head dim of q and k", dim), ("head dim of v", v_dim)):
+        if found not in DIMS:
+            raise UnsupportedKernelError(
+                name,
+                expected=f"a multiple of 8 from {DIMS[0]} to {DIMS[-1]}",
+                found=str(found),
+                remedy="pad with zeros to the next of these, or run the reference on the CPU",
+            )
 
 
 def split(dim: int) -> tuple[int, int]:

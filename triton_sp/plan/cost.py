@@ -159,6 +159,7 @@ class PlanChoice:
     attention: Choice | None = None
 
 
+@functools.lru_cache(maxsize=8)
 def choose_plan(
     segments: Segments,
     ranks: int,
@@ -169,7 +170,7 @@ def choose_plan(
     replicable: bool,
     owned: Shards | None = None,
 ) -> PlanChoice:
-    """The plan for a stream.
+    """The plan for a stream. The last ones are kept: steps repeat, above all images and windows of one size.
 
     Args:
         segments: the segments of the layers that run first. Shards are cut where these end, or evenly.

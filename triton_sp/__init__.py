@@ -18,6 +18,7 @@ from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter
 from triton_sp.ops.varlen import varlen_attention
 from triton_sp.timeline import record_step
+from triton_sp.wrappers.packing import PackingCollator
 from triton_sp.wrappers.scores import TokenScores
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "InternVLFusionAdapter",
     "LlavaFusionAdapter",
     "Mask",
+    "PackingCollator",
     "Qwen2VLFusionAdapter",
     "SPConfig",
     "TokenScores",

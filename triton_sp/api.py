@@ -14,7 +14,7 @@ from triton_sp.errors import GroupError, InputError, UnsupportedModelError
 from triton_sp.ranks import collectives, groups
 from triton_sp.ranks.boards import board_of
 from triton_sp.ranks.failures import reporting_failures
-from triton_sp.wrappers import composite, decoder, entry, generation, vision
+from triton_sp.wrappers import composite, decoder, entry, generation, tiled_mlp, vision
 from triton_sp.wrappers.described import agree_on_gradients
 from triton_sp.wrappers.install import Installation, attach, installation_of
 from triton_sp.wrappers.scores import ScoreRequest, TokenScores, asking, score_alone
@@ -96,6 +96,8 @@ def _install(installation: Installation) -> None:
         decoder.install(anatomy.decoder, installation)
     if anatomy.fusion is not None and anatomy.fusion.features:
         composite.install(anatomy.fusion, installation)
+    if installation.config.tiled_mlp:
+        tiled_mlp.install(installation)
     installation.override(anatomy.entry, entry.run_model)
     generation.install(installation)
 

@@ -40,6 +40,10 @@ class SPConfig:
         heartbeat: seconds. A rank that waits for others on the CPU looks whether they are alive: one that has given no
             sign of life for so long has stopped, one that is alive and has not come for ten times as long has left.
             Then all ranks that wait raise. 0 leaves it to the time-out of the process group, half an hour.
+        tiled_mlp: so many tokens at a time the MLPs of all layers work on, and again in the backward, so that what is
+            as wide as an MLP is never as long as the shard. 0 does not tile. 4096 is a good size.
+        offload: True keeps in CPU memory what the layers keep for the backward. Use it with gradient checkpointing,
+            where that is a tensor of hidden states a layer; without, all activations move.
         shard_prefill: True lets `generate` run the prompt sharded. All ranks of the group must call it together then,
             with the same arguments and random seed. False lets each rank generate by itself, unsharded, perhaps alone.
         verify: every so many forwards one layer's attention, and its gradient, is computed once more, whole, on one
@@ -69,6 +73,8 @@ class SPConfig:
     recurrence: Literal["auto", "states", "heads"] = "auto"
     chunks: int = 1
     heartbeat: float = 60.0
+    tiled_mlp: int = 0
+    offload: bool = False
     shard_prefill: bool = False
     verify: int = 0
     single: bool = False
@@ -89,6 +95,7 @@ class SPConfig:
                 "seconds, 0 for none",
             ),
             ("verify", type(self.verify) is int and self.verify >= 0, "a number of forwards, 0 for never"),
+            ("tiled_mlp", isinstance(self.tiled_mlp, int) and self.tiled_mlp >= 0, "tokens of a tile, 0 for none"),
             ("chunks", isinstance(self.chunks, int) and self.chunks >= 1, "1 or more"),
         ):
             require(fits, InputError, f"SPConfig.{name}", expected, repr(getattr(self, name)), _FIX)

@@ -16,6 +16,7 @@ from triton_sp.wrappers.generation import describe_prefill
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
+from triton_sp.wrappers.tiled_mlp import mlps
 from triton_sp.wrappers.trial import GATHERED
 from triton_sp.wrappers.verification import describe_verification
 
@@ -78,6 +79,7 @@ class Explanation:
         loss: what computes the loss of a training step; empty if the model is not wrapped.
         prefill: how `generate` runs a prompt; empty if the model is not wrapped, or does not generate.
         verified: how often `SPConfig(verify=...)` verifies a layer, and the last result.
+        memory: what `SPConfig(tiled_mlp, offload)` do; empty if they are not asked for.
     """
 
     title: str
@@ -86,6 +88,7 @@ class Explanation:
     loss: str = ""
     prefill: str = ""
     verified: str = ""
+    memory: str = ""
 
     @property
     def _words(self) -> set[str]:
@@ -100,6 +103,7 @@ class Explanation:
             "the loss of a training step is computed by": self.loss,
             "the prompt of generate is run by": self.prefill,
             "attention is verified in": self.verified,
+            "memory is saved by": self.memory,
         }
         said = [f"{what}: {how}" for what, how in computed.items() if how]
         return "\n".join([self.title, *self._table(), *plans, *said, *told])
@@ -161,7 +165,18 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
-    return Explanation(title, tuple(rows), attention, loss, prefill, verified)
+    return Explanation(title, tuple(rows), attention, loss, prefill, verified, _memory(installation))
+
+
+def _memory(installation: Installation | None) -> str:
+    if installation is None:
+        return ""
+    config, said = installation.config, []
+    if config.tiled_mlp:
+        said.append(f"{len(mlps(installation.anatomy))} MLPs that work on {config.tiled_mlp} tokens at a time")
+    if config.offload:
+        said.append(f"{installation.offloaded:,} bytes of the last call that went to CPU memory")
+    return ", ".join(said)
 
 
 def _fusion_row(fusion: Fusion) -> Row:

@@ -18,6 +18,7 @@ from triton_sp.wrappers import cross, recurrent
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.layout import UNTOUCHED, TextCall
+from triton_sp.wrappers.offload import kept_on_cpu
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, active, check_tally, current, refuse_lost_scope
 
 
@@ -55,7 +56,7 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
     ).traceable()
     if call.records_routers:
         arguments["output_router_logits"] = True
-    with active(call):
+    with active(call), kept_on_cpu(installation):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
     check_tally(call.tally, len(stack.recurrent), stack.name, "recurrent")

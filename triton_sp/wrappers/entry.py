@@ -40,6 +40,7 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
         return override.original(*args, **kwargs)
     board = board_of(installation.group)
     board.begin("a forward", installation.config.heartbeat)
+    installation.offloaded = 0
     arguments = bind_on_all(override, args, kwargs)
     decoder = installation.anatomy.decoder
     prompt = Prompt.take(arguments, installation.anatomy) if generating() else None

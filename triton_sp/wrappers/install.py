@@ -56,6 +56,7 @@ class Installation:
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     last_whole: dict[str, str] = field(default_factory=dict)  # why a method made them all on every rank, if it did
     front: Override | None = None  # that of the model's own forward
+    offloaded: int = 0  # bytes that went to the CPU in the last call
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
     routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
     forwards: int = 0  # that were counted for the next verification, see wrappers/verification.py
@@ -71,7 +72,8 @@ class Installation:
     @property
     def idle(self) -> bool:
         """Whether the model stays as it is: on one rank, unless more is asked for."""
-        wanted = self.config.single or self.config.chunked_loss or self.config.label_smoothing
+        config = self.config
+        wanted = config.single or config.chunked_loss or config.label_smoothing or config.tiled_mlp or config.offload
         return self.group.size == 1 and not wanted
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from triton_sp.plan.stream import Stream
 from triton_sp.wrappers import opaque
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
+from triton_sp.wrappers.offload import kept_on_cpu
 from triton_sp.wrappers.patches import Patches
 from triton_sp.wrappers.placement import Replicated
 from triton_sp.wrappers.scope import (
@@ -91,7 +92,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     if joins_images(stack):
         tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
     guard = without_dense_mask(tower) if stack.by_interface else no_fast_path()
-    with active(tower), bound_checkpoints(stack.module), guard:
+    with active(tower), bound_checkpoints(stack.module), guard, kept_on_cpu(installation):
         out = override.original(*args, **{**kwargs, **placement.arguments})
     tower.last_output = None
     check_tally(tower.tally, len(stack.attention if stack.by_interface else stack.blocks), stack.name)

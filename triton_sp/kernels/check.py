@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,11 @@ _known: dict[int, Verdict] = {}  # by the number of the GPU
 
 
 class Case(NamedTuple):
-    """One call, forward and backward; `poisoned` is the number of a segment that is all NaN."""
+    """One call, forward and backward; `poisoned` is the number of a segment that is all NaN.
+
+    Layouts: "side by side" as in an exchange's buffer, where the heads of q, k and v lie in one tensor (of as many rows
+    as keys); "heads first" as in a layer that attends on its own rank, where they lie before the tokens; "apart".
+    """
 
     dim: int
     heads: int
@@ -44,24 +48,24 @@ class Case(NamedTuple):
     q: Sequence[int] = (300, 0, 1, 129, 128, 64, 517)
     k: Sequence[int] = (300, 0, 1, 129, 128, 64, 517)
     window: int | None = None
-    poisoned: int = 4
+    poisoned: int | None = 4
+    dtype: torch.dtype = torch.bfloat16
 
 
 def cases() -> Iterator[Case]:
-    """Towers' and language models' head dims. The layouts are those of an exchange's buffer, in which heads of q, k
-    and v lie side by side, and of a layer that attends on its own rank, whose heads lie before its tokens."""
+    """Towers' and language models' head dims, in the layouts that a wrapped model has."""
     for dim in (64, 72, 80, 128):
         yield Case(dim, 3, 3, False, "side by side")
         yield Case(dim, 4, 1, True, "heads first")
     yield Case(128, 4, 2, True, "heads first", (40, 300, 8), (300, 129, 8), window=100, poisoned=2)
 
 
-def tensors(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Mask]:
+def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], Mask]:
     """q, k, v and the gradient of out, and the mask."""
     generator = torch.Generator(device).manual_seed(0)  # of its own: the program's random numbers stay as they are
 
     def new(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+        return torch.randn(*shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
 
     rows, keys = sum(case.q) + SLACK, sum(case.k) + SLACK
     if case.layout == "side by side":
@@ -70,12 +74,21 @@ def tensors(case: Case, device: torch.device, dtype: torch.dtype) -> tuple[list[
     else:
         sizes = ((case.heads, rows), (case.k_heads, keys), (case.k_heads, keys), (case.heads, rows))
         q, k, v, dout = (new(*size, case.dim).transpose(0, 1) for size in sizes)
+        if case.layout == "apart":
+            q, k, v, dout = (x.contiguous() for x in (q, k, v, dout))
     for x, lengths in ((q, case.q), (k, case.k), (v, case.k), (dout, case.q)):
-        start = sum(lengths[: case.poisoned])
-        x[start : start + lengths[case.poisoned]] = torch.nan
+        x[poisoned(case, lengths)] = torch.nan
         x[sum(lengths) :] = torch.nan
     tables = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (case.q, case.k)]
     return [q, k, v, dout], Mask(*tables, causal=case.causal, window=case.window)
+
+
+def poisoned(case: Case, lengths: Sequence[int]) -> slice:
+    """The tokens of the segment that is all NaN."""
+    if case.poisoned is None:
+        return slice(0)
+    start = sum(lengths[: case.poisoned])
+    return slice(start, start + lengths[case.poisoned])
 
 
 def textbook(case: Case, states: list[Tensor], mask: Mask, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -114,11 +127,10 @@ def examine(case: Case, states: list[Tensor], mask: Mask, found: dict[str, Tenso
         if name == "lse":
             ours, wanted, usual = ours.mT, wanted.mT, usual.mT
         lengths = case.k if name in ("dk", "dv") else case.q
-        start = sum(lengths[: case.poisoned])
-        poisoned = torch.zeros(len(ours), dtype=torch.bool, device=ours.device)
-        poisoned[start : start + lengths[case.poisoned]] = True
+        looked_at = torch.ones(len(ours), dtype=torch.bool, device=ours.device)
+        looked_at[poisoned(case, lengths)] = False
         error, allowed = (torch.where(x == wanted, 0.0, (x - wanted).abs()) for x in (ours, usual))
-        error = error.nan_to_num(torch.inf)[~poisoned]
+        error = error.nan_to_num(torch.inf)[looked_at]
         limit = factor * float(allowed.max()) + 1e-4
         if bool((error > limit).any()):
             places = int((error > limit).sum())
@@ -126,30 +138,45 @@ def examine(case: Case, states: list[Tensor], mask: Mask, found: dict[str, Tenso
     return ""
 
 
-def check(
-    device: torch.device, forward: Callable[..., Any], backward: Callable[..., Any], dtype: torch.dtype = torch.bfloat16
+def try_cases(
+    cases: Iterable[Case], examined: Callable[[Case], str], agree_with: str, is_result: Callable[[Exception], bool]
 ) -> Verdict:
-    """All cases with these kernels, called as `attend.forward` and `attend_backward.backward`; the first that is wrong
-    is the reason. A GPU that takes no more work is a no as well; any other exception is none of the kernels' results.
-    """
+    """All cases, by what `examined` says is wrong with each; the first that is wrong is the reason. An exception is a
+    no where it `is_result` of the kernels, and raised otherwise."""
     begin, count = time.monotonic(), 0
-    for case in cases():
+    for case in cases:
         try:
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                states, mask = tensors(case, device, dtype)
-                q, k, v, dout = states
-                out, lse = forward(q, k, v, mask, softmax_scale=case.dim**-0.5)
-                grads = backward(dout, None, q, k, v, out, lse, mask, softmax_scale=case.dim**-0.5)
-                results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads[:3]), strict=True))
-                wrong = examine(case, states, mask, results)
-        except RuntimeError as error:
-            if "CUDA error" not in str(error) or isinstance(error, torch.OutOfMemoryError):
+            wrong = examined(case)
+        except Exception as error:  # whatever a compiler, a driver or a kernel may raise
+            if not is_result(error):
                 raise
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if wrong:
             return Verdict(False, f"{wrong} ({case})", time.monotonic() - begin)
         count += 1
-    return Verdict(True, f"{count} cases agree with the textbook", time.monotonic() - begin)
+    return Verdict(True, f"{count} cases agree with {agree_with}", time.monotonic() - begin)
+
+
+def check(
+    device: torch.device, forward: Callable[..., Any], backward: Callable[..., Any], dtype: torch.dtype = torch.bfloat16
+) -> Verdict:
+    """All cases with these kernels, called as `attend.forward` and `attend_backward.backward`. A GPU that takes no more
+    work is a no as well; any other exception is none of the kernels' results."""
+
+    def examined(case: Case) -> str:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            states, mask = tensors(case, device)
+            q, k, v, dout = states
+            out, lse = forward(q, k, v, mask, softmax_scale=case.dim**-0.5)
+            grads = backward(dout, None, q, k, v, out, lse, mask, softmax_scale=case.dim**-0.5)
+            results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads[:3]), strict=True))
+            return examine(case, states, mask, results)
+
+    def stopped(error: Exception) -> bool:
+        gpu = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        return gpu and "CUDA error" in str(error)
+
+    return try_cases((case._replace(dtype=dtype) for case in cases()), examined, "the textbook", stopped)
 
 
 def run(index: int = 0) -> Verdict:

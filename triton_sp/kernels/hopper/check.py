@@ -6,16 +6,14 @@ early. The verdict is recorded (gate.py). It begins as "did not end", so a crash
 """
 
 import importlib
-import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_sp.kernels import verdict
+from triton_sp.kernels.check import Case, tensors, try_cases
 from triton_sp.kernels.hopper import gate
-from triton_sp.kernels.mask import Mask
 from triton_sp.kernels.verdict import Verdict
 
 REPEATS = 5  # of the bit-for-bit comparison: a race need not show at once
@@ -26,49 +24,16 @@ Attend = Callable[..., tuple[Tensor, Tensor]]
 Gradients = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-class Case(NamedTuple):
-    """One call; `k` is None where keys are of the same lengths, and q, k, v then lie interleaved in one buffer. With
-    `heads_first` the heads lie before the tokens, as in a layer that attends on its own rank."""
-
-    dim: int
-    dtype: torch.dtype
-    q: list[int]
-    k: list[int] | None
-    heads: int
-    k_heads: int
-    causal: bool
-    heads_first: bool = False
-
-
 def cases() -> Iterator[Case]:
     """Ragged segments with and without causality, grouped heads, fewer and more keys than rows, and long ones."""
     for dim in (64, 72, 80, 128):
         for dtype in (torch.bfloat16, torch.float16):
-            yield Case(dim, dtype, RAGGED, None, 3, 3, False)
-            yield Case(dim, dtype, RAGGED, None, 3, 3, True)
-            yield Case(dim, dtype, RAGGED, RAGGED[::-1], 8, 2, True)
-            yield Case(dim, dtype, RAGGED, [400, 9, 0, 1, 130, 640, 700, 0], 4, 1, False)
-            yield Case(dim, dtype, RAGGED, RAGGED, 4, 2, True, heads_first=True)
-        yield Case(dim, torch.bfloat16, [2048] * 4, None, 16, 16, False)
-
-
-def tensors(case: Case, device: torch.device) -> tuple[list[Tensor], Mask]:
-    """q, k, v with NaN in a whole segment and in 5 rows past the last, and the mask."""
-    torch.manual_seed(0)
-    lengths = case.q if case.k is None else case.k
-    tables = [torch.tensor([0, *x]).cumsum(0).to(device, torch.int32) for x in (case.q, lengths)]
-    if case.k is None:
-        found = list(torch.randn(sum(case.q) + 5, 3, case.heads, case.dim, device=device, dtype=case.dtype).unbind(1))
-    else:
-        sizes = [(sum(case.q) + 5, case.heads), *[(sum(lengths) + 5, case.k_heads)] * 2]
-        found = [torch.randn(*size, case.dim, device=device, dtype=case.dtype) for size in sizes]
-        if case.heads_first:
-            found = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in found]
-    for x, n in zip(found, (case.q, lengths, lengths), strict=True):
-        x[sum(n) :] = torch.nan
-        if len(n) == len(RAGGED):
-            x[sum(n[:4]) : sum(n[:5])] = torch.nan  # of which neighbours must see nothing
-    return found, Mask(*tables, causal=case.causal)
+            yield Case(dim, 3, 3, False, "side by side", RAGGED, RAGGED, dtype=dtype)
+            yield Case(dim, 3, 3, True, "side by side", RAGGED, RAGGED, dtype=dtype)
+            yield Case(dim, 8, 2, True, "apart", RAGGED, RAGGED[::-1], dtype=dtype)
+            yield Case(dim, 4, 1, False, "apart", RAGGED, [400, 9, 0, 1, 130, 640, 700, 0], dtype=dtype)
+            yield Case(dim, 4, 2, True, "heads first", RAGGED, RAGGED, dtype=dtype)
+        yield Case(dim, 16, 16, False, "side by side", [2048] * 4, [2048] * 4, poisoned=None)
 
 
 def difference(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> str:
@@ -83,7 +48,7 @@ def difference(case: Case, found: tuple[Tensor, Tensor], wanted: tuple[Tensor, T
 
 def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -> str:
     """What is wrong with one case, or ""."""
-    states, mask = tensors(case, device)
+    (*states, _), mask = tensors(case, device)
     scale = case.dim**-0.5
     found = gluon(*states, mask, softmax_scale=scale)
     wanted = portable(*states, mask, softmax_scale=scale)
@@ -101,10 +66,9 @@ def examine(case: Case, device: torch.device, gluon: Attend, portable: Attend) -
 
 def examine_backward(case: Case, device: torch.device, forward: Attend, gluon: Gradients, portable: Gradients) -> str:
     """The same of the backward, whose sums are in no fixed order: against the portable kernels only, several times."""
-    (q, k, v), mask = tensors(case, device)
+    (q, k, v, dout), mask = tensors(case, device)
     scale = case.dim**-0.5
     out, lse = forward(q, k, v, mask, softmax_scale=scale)
-    dout = torch.randn_like(out)
     wanted = portable(dout, None, q, k, v, out, lse, mask, softmax_scale=scale)
     for _ in range(REPEATS):
         found = gluon(dout, None, q, k, v, out, lse, mask, softmax_scale=scale)
@@ -121,18 +85,14 @@ def examine_backward(case: Case, device: torch.device, forward: Attend, gluon: G
 
 def check(device: torch.device, examined: Callable[[Case], str]) -> Verdict:
     """All cases; the first that is wrong, or any exception, is the verdict's reason."""
-    begin, count = time.monotonic(), 0
-    for case in cases():
-        try:
-            wrong = examined(case)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:  # whatever a compiler, a driver or a kernel may raise
-            wrong = f"{type(error).__name__}: {error}"[:500]
-        if wrong:
-            return Verdict(False, f"{wrong} ({case})", time.monotonic() - begin)
-        count += 1
-    return Verdict(True, f"{count} cases agree with the portable kernel", time.monotonic() - begin)
+
+    def settled(case: Case) -> str:
+        wrong = examined(case)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return wrong
+
+    return try_cases(cases(), settled, "the portable kernel", lambda error: True)
 
 
 def examination(kind: str, device: torch.device) -> Callable[[Case], str]:

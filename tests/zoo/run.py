@@ -28,7 +28,8 @@ INTRODUCTION = (
     "float64. `make zoo` makes this page. Configurations are the default ones made small: what a released checkpoint",
     "switches on beside them is not in these figures. *routed*: no rank holds all features; *gathered*, *made whole*:",
     "every rank does. *refused*: by an error that names the part. *not built*: the tiny model does not run in one",
-    "process with the configuration or the batch made for it, so nothing is known of it.",
+    "process with the configuration or the batch made for it, so nothing is known of it. Dropout and jitter are",
+    "0: what is drawn at random has no one answer. Models that may be decoders or not are decoders.",
 )
 COLUMNS = ["model_type", "class", "verdict", "tower", "features", "decoder", "ranks", "worst error or reason"]
 NAMES = [field.name for field in fields(Verdict)]

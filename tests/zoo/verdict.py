@@ -55,10 +55,10 @@ def judge(model_type: str, name: str, kind: str, ranks: int) -> Verdict:
     torch.set_num_threads(1)
     try:
         model = build(model_type, name, kind)
+        wrapped, parts = copy.deepcopy(model), {}  # before it runs, because some models keep what they have computed
         batches = [(batch, reference(model, batch)) for batch in _batches(model, kind)]
     except Exception as error:
         return told("not built", error)
-    wrapped, parts = copy.deepcopy(model), {}
     try:
         triton_sp.wrap(wrapped, config=triton_sp.SPConfig(plan="heads"))
         parts = _parts(wrapped)

@@ -133,10 +133,17 @@ def numbers_its_tokens(attention: nn.Module) -> bool:
     return config.model_type == "llama4_text"
 
 
-def first_positions(decoder: nn.Module, mask: torch.Tensor | None, length: int, device: torch.device) -> torch.Tensor:
+def first_positions(
+    decoder: Stack, ids: torch.Tensor | None, mask: torch.Tensor | None, length: int, device: torch.device
+) -> torch.Tensor:
     """(1 or B, S), the positions that a decoder gives to tokens by itself: their number in the row, or (OPT) in the
-    mask, where padding is -1."""
-    if mask is None or "cumsum" not in inspect.unwrap(type(decoder).forward).__code__.co_names:
+    mask, where padding is -1, or (RoBERTa) among the ids that are not padding's."""
+    method = f"create_position_ids_from_{'inputs_embeds' if ids is None else 'input_ids'}"
+    for module in decoder.outside:
+        if hasattr(module, method):
+            given = torch.empty(1, length, 1, device=device) if ids is None else ids
+            return getattr(module, method)(given, module.padding_idx)  # type: ignore[no-any-return]
+    if mask is None or "cumsum" not in inspect.unwrap(type(decoder.module).forward).__code__.co_names:
         return torch.arange(length, device=device)[None]
     mask = mask.long()
     return mask.cumsum(1) * mask - 1

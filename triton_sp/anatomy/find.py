@@ -106,7 +106,7 @@ def _takes_pixels(module: nn.Module) -> bool:
 def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Module], names: dict[int, str]) -> None:
     # torch's checkpoint_wrapper puts a module around each block; the overrides belong on the block itself.
     blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
-    attention = list(_self_attention(blocks))
+    attention = _without_cross_attention(blocks, list(_self_attention(blocks)))
     family = _family(owner)
     stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
     stack.recurrent = recurrent_layers(blocks)
@@ -117,7 +117,8 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
         stack.spans = spans_of(anatomy.entry, owner)
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
-        stack.learned_positions = _learned_positions(owner)
+        stack.outside = [module for part in _outside(owner, blocks) for module in part.modules()]
+        stack.learned_positions = _learned_positions(stack)
         stack.refusal = refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
     elif attention and not _embeds_tokens(owner):
@@ -134,6 +135,14 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
         taken = inspect.signature(type(module).forward).parameters
         if calls_attention_interface(module) and "cross_attention_states" not in taken:
             yield module
+
+
+def _without_cross_attention(blocks: list[nn.Module], attention: list[nn.Module]) -> list[nn.Module]:
+    """A decoder by itself reads no encoder's states, and is not given any (wrappers/batch.py): what would attend to
+    them is not called."""
+    causal = [module for module in attention if getattr(module, "is_causal", False)]
+    reads = "encoder_hidden_states" in inspect.signature(type(blocks[0]).forward).parameters
+    return causal if causal and reads else attention
 
 
 def _describe_tower(stack: Stack, owner: nn.Module, entry: nn.Module) -> None:
@@ -178,13 +187,20 @@ def _outside(owner: nn.Module, blocks: list[nn.Module]) -> Iterator[nn.Module]:
             yield from _outside(part, blocks)
 
 
-def _learned_positions(owner: nn.Module) -> nn.Module | None:
-    """The table beside the one of tokens, if there is one more. Whether it is looked up by position is seen when the
-    decoder runs."""
-    model: Any = owner
-    tables = [m for m in owner.children() if isinstance(m, nn.Embedding) and m is not model.get_input_embeddings()]
-    rotary = any("rotary" in type(module).__name__.lower() for module in owner.modules())
-    return tables[0] if len(tables) == 1 and not rotary else None
+def _learned_positions(stack: Stack) -> nn.Module | None:
+    """The table beside the one of tokens, if there is one more, or one of that name. Whether it is looked up by
+    position is seen when the decoder runs."""
+    model: Any = stack.module
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:  # a model of sounds
+        return None
+    tables = {m: "" for m in stack.outside if isinstance(m, nn.Embedding) and m is not tokens}
+    tables |= {module: name for name, module in model.named_modules() if module in tables}
+    named = [module for module, name in tables.items() if "position" in name.rpartition(".")[2]]
+    found = list(tables) if len(tables) == 1 else named
+    rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())
+    return found[0] if len(found) == 1 and not rotary else None
 
 
 def _embeds_tokens(owner: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,6 +151,22 @@ def own_code_names(module: nn.Module) -> set[str]:
     classes = [cls for cls in type(module).__mro__ if cls is not object and not cls.__module__.startswith("torch.")]
     methods = [inspect.unwrap(value) for cls in classes for value in vars(cls).values() if inspect.isfunction(value)]
     return {name for m in methods if m.__name__ != "__init__" for name in code_names(m)}
+
+
+def takes_positions(decoder: nn.Module) -> bool:
+    """Whether a decoder can be told the positions of its tokens."""
+    return "position_ids" in inspect.signature(type(decoder).forward).parameters
+
+
+def hands_keywords_on(module: nn.Module) -> bool:
+    """Whether the forward of a module makes use of the keywords that it does not name."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    if code is None or not code.co_flags & inspect.CO_VARKEYWORDS:
+        return False
+    named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+    keywords = code.co_varnames[named]
+    loads = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_"))
+    return any(keywords in (names if isinstance(names, tuple) else (names,)) for names in loads)
 
 
 def attention_like(module: nn.Module) -> bool:

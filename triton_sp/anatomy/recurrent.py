@@ -53,10 +53,10 @@ FUSED = "mamba2_split_conv1d_scan_combined"  # convolution, recurrence, norm and
 def functions_of(module: nn.Module) -> set[str]:
     """The functions in which tokens meet that a module's own forward calls; empty for all but recurrent layers.
 
-    A layer without a convolution, with more than one recurrence, or to which the decoder's keywords do not get is none.
+    A layer without a convolution, or with more than one recurrence, is none.
     """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or CONVOLUTION not in code.co_names or not code.co_flags & inspect.CO_VARKEYWORDS:
+    if code is None or CONVOLUTION not in code.co_names:
         return set()
     rules = SIGNATURES.keys() & set(code.co_names)
     return {CONVOLUTION, *rules} if len(rules) <= 1 else set()

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from triton_sp.anatomy.families import numbers_its_tokens
-from triton_sp.anatomy.parts import Anatomy, Stack, attention_like, calls_attention_interface, own_code_names
+from triton_sp.anatomy.parts import (
+    Anatomy,
+    Stack,
+    attention_like,
+    calls_attention_interface,
+    own_code_names,
+    takes_positions,
+)
 from triton_sp.errors import UnsupportedModelError
 
 DECODER_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -131,6 +138,8 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
         )
     parameters = inspect.signature(type(stack.module).forward).parameters
     missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
+    if stack.learned_positions is not None and takes_positions(stack.learned_positions):
+        missing -= {"position_ids"}  # it numbers its tokens itself, and hands that to its table
     rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
     tables = sum(isinstance(module, nn.Embedding) for module in stack.module.modules())
     # Recurrences tell the order without positions.

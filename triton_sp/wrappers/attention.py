@@ -22,7 +22,7 @@ from triton_sp.anatomy.families import expected_window, layer_type, numbers_its_
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.wrappers import graphs
 from triton_sp.wrappers.install import Installation, Override, replaced
-from triton_sp.wrappers.scope import KEYWORD, AttentionScope
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope, refuse_lost_scope
 
 NAME = "triton_sp"
 LAYER = "_triton_sp_layer"  # the attribute of an attention module with its type and its sliding window
@@ -51,6 +51,7 @@ def _run_attention(config: Any, numbers_tokens: bool, override: Override, *args:
     """An attention module's forward; in a scope it calls our function, whose name is in `config`."""
     scope: AttentionScope | None = kwargs.get(KEYWORD, getattr(override.module, KEYWORD, None))
     if scope is None:
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     hidden = args[0] if args else kwargs.get("hidden_states")
     with replaced(override.module, "config", config):
@@ -109,10 +110,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: q (B, H, L, D), k and v (B, K, L, D), learned sinks s_aux (H,); returns
     (B, L, H, D) and None."""
-    scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
-    decoder = scope is not None
-    scope = scope or getattr(module, KEYWORD)
-    assert scope is not None  # `_run_attention` names this function nowhere else
+    scope: AttentionScope = kwargs.pop(KEYWORD, None) or getattr(module, KEYWORD)
+    decoder = scope.decoder
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if scope.causal is not None:
         causal = scope.causal

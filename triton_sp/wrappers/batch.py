@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy.parts import Anatomy, Spans, Stack
+from triton_sp.anatomy.parts import Anatomy, Spans, Stack, takes_positions
 from triton_sp.errors import InputError, shown
 from triton_sp.loss import IGNORE, shift
 from triton_sp.wrappers.install import Override
@@ -94,7 +95,7 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
     _refuse_cache(arguments)
     tokens = _tokens(arguments)
     rows, length = tokens.shape[:2]
-    _check_shapes(arguments, rows, length)
+    _check_shapes(decoder.module, arguments, rows, length)
     _check_loss(override, arguments)
     _check_values(override, arguments, tokens)
     labels = arguments.get("labels")
@@ -106,7 +107,7 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
         chunks=chunks_of(decoder.module, arguments, (rows, length)),
         mutual=_mutual(decoder.spans, arguments),
         labels=labels,
-        targets=None if labels is None else shift(labels),
+        targets=None if labels is None else shift(labels) if _shifts_labels(override.module) else labels,
         items=arguments.get("num_items_in_batch"),
     )
 
@@ -146,13 +147,17 @@ def _tokens(arguments: dict[str, Any]) -> Tensor:
     return tokens
 
 
-def _check_shapes(arguments: dict[str, Any], rows: int, length: int) -> None:
+def _check_shapes(decoder: nn.Module, arguments: dict[str, Any], rows: int, length: int) -> None:
     for name in ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids"):
         value = arguments.get(name)
         if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != (rows, length)):
             expected = f"a tensor of shape {(rows, length)}"
             raise InputError(name, expected=expected, found=shown(value), remedy="give one entry a token")
     positions = arguments.get("position_ids")
+    if positions is not None and not takes_positions(decoder):
+        raise InputError(
+            "position_ids", expected="none", found=shown(positions), remedy="this model numbers its tokens itself"
+        )
     if positions is None and arguments.get("cu_seq_lens_q") is not None:
         raise InputError(
             "cu_seq_lens_q", expected="position_ids with it", found="none", remedy="mark documents by position_ids"
@@ -215,6 +220,14 @@ def _loss_is_shifted_cross_entropy(entry: nn.Module) -> bool:
     """Whether the model's own loss is the shifted cross entropy that loss.py shards."""
     loss = getattr(entry, "loss_function", None)
     return loss is None or getattr(loss, "__name__", "") == "ForCausalLMLoss"
+
+
+def _shifts_labels(entry: nn.Module) -> bool:
+    """Whether a model takes a label for what the token before it predicts. BART and those that were made after it,
+    which form their loss themselves, take it for what its own token predicts."""
+    code = inspect.unwrap(type(entry).forward).__code__
+    own = "CrossEntropyLoss" in code.co_names and "loss_function" not in code.co_names
+    return not own or any("shift" in name for name in code.co_varnames)
 
 
 def _mutual(spans: Spans | None, arguments: dict[str, Any]) -> Tensor | None:

@@ -5,21 +5,31 @@ Positions are computed for the whole batch and then selected, so a token keeps t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from triton_sp.anatomy.families import first_positions
-from triton_sp.anatomy.parts import Stack
+from triton_sp.anatomy.parts import Stack, hands_keywords_on, takes_positions
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.wrappers import cross, recurrent
 from triton_sp.wrappers.attention import redirect
 from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.layout import UNTOUCHED, TextCall
 from triton_sp.wrappers.offload import kept_on_cpu
-from triton_sp.wrappers.scope import KEYWORD, AttentionScope, active, check_tally, current, refuse_lost_scope
+from triton_sp.wrappers.scope import (
+    KEYWORD,
+    AttentionScope,
+    active,
+    bound_checkpoints,
+    check_tally,
+    current,
+    refuse_lost_scope,
+)
 
 
 def install(stack: Stack, installation: Installation) -> None:
@@ -30,10 +40,19 @@ def install(stack: Stack, installation: Installation) -> None:
         installation.override(rotary, _run_rotary)
     if stack.learned_positions is not None:
         installation.override(stack.learned_positions, _run_positions)
-    installation.override(stack.module, _run_decoder)
+    installation.override(stack.module, partial(_run_decoder, _not_told(stack)))
 
 
-def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
+def _not_told(stack: Stack) -> tuple[nn.Module, ...]:
+    """The attention and recurrent layers, if not all modules around them hand keywords on to them."""
+    layers = [*stack.attention, *stack.recurrent]
+    inside = {id(layer) for layer in layers}
+    around = [m for m in stack.module.modules() if any(id(part) in inside for part in m.modules())]
+    around = [m for m in around if not isinstance(m, nn.ModuleList)]
+    return () if all(map(hands_keywords_on, around)) else tuple(layers)
+
+
+def _run_decoder(not_told: tuple[nn.Module, ...], override: Override, *args: Any, **kwargs: Any) -> Any:
     call = current(TextCall)
     if call is None:
         refuse_lost_scope(override)
@@ -51,12 +70,15 @@ def _run_decoder(override: Override, *args: Any, **kwargs: Any) -> Any:
         *(call.stream, call.tally),
         causal=True if stack.spans else None,
         by_layer_type=call.by_layer_type,
+        attention=not_told,
+        decoder=True,
         index=call.local_index % call.shape[1],
         proof=installation.proof,
     ).traceable()
     if call.records_routers:
         arguments["output_router_logits"] = True
-    with active(call), kept_on_cpu(installation):
+    told = active(replace(call, attention=scope)) if not_told else active(call)
+    with told, bound_checkpoints(stack.module) if not_told else nullcontext(), kept_on_cpu(installation):
         out = override.original(**arguments)
     check_tally(call.tally, len(stack.attention), stack.name)
     check_tally(call.tally, len(stack.recurrent), stack.name, "recurrent")
@@ -93,6 +115,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
         The call, which knows then that this has been done.
     """
     stack, index, (rows, length) = installation.anatomy.decoder, call.local_index, call.shape
+    ids = arguments.get("input_ids")
     assert stack is not None
     for name in ("input_ids", "inputs_embeds", *_PER_TOKEN):
         value = arguments.get(name)
@@ -112,10 +135,11 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
 
     positions = arguments.get("position_ids")
     if positions is None:
-        positions = first_positions(stack.module, given_mask, length, index.device)
+        positions = first_positions(stack, ids, given_mask, length, index.device)
     longest = positions.max()
     positions = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)
-    arguments["position_ids"] = positions[..., None, index]
+    local = positions[..., None, index]
+    arguments |= {"position_ids": local} if takes_positions(stack.module) else {}
     arguments.pop("cache_position", None)
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
         arguments.pop(name, None)
@@ -131,7 +155,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                 found=f"{name} of shape {tuple(value.shape)}",
                 remedy="leave it out; it is not handled yet",
             )
-    return replace(call, positions=arguments["position_ids"], longest=longest, mask=mask)
+    return replace(call, positions=local, longest=longest, mask=mask)
 
 
 def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:
@@ -160,10 +184,17 @@ def _run_rotary(override: Override, x: Tensor, position_ids: Tensor, *args: Any,
 
 
 def _run_positions(override: Override, *args: Any, **kwargs: Any) -> Any:
-    """A table of learned positions: seen to be looked up by the positions that tokens have in the batch."""
+    """A table of learned positions: seen to be looked up by the positions that tokens have in the batch. A decoder that
+    is not told positions numbers its tokens, and hands that to the table."""
     call = current(TextCall)
-    if call is not None and call.positions is not None:
-        memory = (call.positions.data_ptr(), call.positions.numel())
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        call.tally["position embedding"] += any((x.data_ptr(), x.numel()) == memory for x in given)
+    if call is None or call.positions is None:
+        return override.original(*args, **kwargs)
+    stack = override.installation.anatomy.decoder
+    if stack is not None and not takes_positions(stack.module):
+        arguments = override.bind(args, kwargs)
+        arguments["position_ids"] = call.positions.reshape(arguments["position_ids"].shape)
+        args, kwargs = (), arguments
+    memory = (call.positions.data_ptr(), call.positions.numel())
+    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    call.tally["position embedding"] += any((x.data_ptr(), x.numel()) == memory for x in given)
     return override.original(*args, **kwargs)

@@ -23,7 +23,7 @@ from triton_sp.plan.recurrence import Shape, choose_method
 from triton_sp.wrappers import recurrence
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.rules import Recurrence
-from triton_sp.wrappers.scope import KEYWORD, AttentionScope
+from triton_sp.wrappers.scope import KEYWORD, AttentionScope, refuse_lost_scope
 
 
 def redirect(layers: list[nn.Module], installation: Installation) -> None:
@@ -33,8 +33,9 @@ def redirect(layers: list[nn.Module], installation: Installation) -> None:
 
 
 def _run_layer(override: Override, *args: Any, **kwargs: Any) -> Any:
-    scope: AttentionScope | None = kwargs.pop(KEYWORD, None)
+    scope: AttentionScope | None = kwargs.pop(KEYWORD, None) or getattr(override.module, KEYWORD, None)
     if scope is None:
+        refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     if override.shadowed is not None:
         raise UnsupportedModelError(

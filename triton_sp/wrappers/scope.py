@@ -4,7 +4,8 @@ A scope is immutable. The vision towers' attention functions get no argument of 
 tower checkpoints is bound to the scope it ran in, so that the recomputation in the backward runs in the same one. A
 flag that is cleared after the forward, or state on the modules, is not there or is another call's by then (with two
 tower calls, image and video, that gave gradients wrong by a factor of 9e4 without an error).
-The decoder's attention gets its scope as a keyword, which any kind of checkpointing carries along.
+The decoder's attention gets its scope as a keyword, which any kind of checkpointing carries along. Layers that do not
+hand keywords on find it as those of towers do.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ class Call:
     Attributes:
         placement: while a method makes features: where the tokens of the tower that it calls are outside of its blocks.
             None everywhere else: all ranks have all tokens there.
+        attention: while a decoder runs whose layers do not hand keywords on: the scope of its attention.
     """
 
     placement: Placement | None = field(default=None, kw_only=True)
+    attention: AttentionScope | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,9 @@ class AttentionScope:
 
     Attributes:
         by_layer_type: the streams of layers of a type that attend in other segments (chunks).
-        attention: the modules that find this scope by their attribute, while it is the active one: a tower's.
+        attention: the modules that find this scope by their attribute, while it is the active one: a tower's, and
+            those of a decoder whose layers do not hand keywords on.
+        decoder: whether it is the scope of a decoder.
         index: (T,) where this rank's tokens stand in their rows, for attention that numbers them itself.
         handle, local: of `traceable`: the number of this scope, and by the type of layer whether there is no exchange.
         methods: how the recurrent layers have run, see plan/recurrence.py.
@@ -65,6 +70,7 @@ class AttentionScope:
     causal: bool | None = None
     by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
     attention: Sequence[nn.Module] = ()
+    decoder: bool = False
     index: Tensor | None = None
     proof: Proof | None = None
     handle: Tensor | None = None
@@ -97,8 +103,9 @@ def active(scope: object) -> Iterator[None]:
     token = _active.set(_PLAIN if scope is None else scope)
     try:
         with ExitStack() as stack:
-            for module in scope.attention if isinstance(scope, AttentionScope) else ():
-                stack.enter_context(replaced(module, KEYWORD, scope))
+            found = scope.attention if isinstance(scope, Call) else scope
+            for module in found.attention if isinstance(found, AttentionScope) else ():
+                stack.enter_context(replaced(module, KEYWORD, found))
             yield
     finally:
         _active.reset(token)

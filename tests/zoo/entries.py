@@ -66,6 +66,6 @@ ENTRIES |= {
     "hunyuan_vl": {"text_config.rope_parameters": _ROPE},
     "internvl": {"image_seq_length": 9},
 }
-ENTRIES |= VLM_ENTRIES
+ENTRIES |= VLM_ENTRIES | {"t5gemma2": {"encoder.mm_tokens_per_image": 9}}
 # The classes whose configuration is that of a part.
 TEXT_CONFIGS = {"emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "musicgen", "musicgen_melody"}

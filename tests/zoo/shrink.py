@@ -63,7 +63,8 @@ def _shrunk(name: str, value: Any, names: list[str]) -> Any:
     if value is None and re.fullmatch("num_experts_per_tok(en)?", name):
         return ACTIVE
     if isinstance(value, dict):
-        return _rope(value) if name.startswith("rope_") else shrink(value) if name.endswith("config") else value
+        part = name.endswith("config") or "model_type" in value
+        return _rope(value) if name.startswith("rope_") else shrink(value) if part else value
     if name in _IDS:
         return _IDS[name]
     if isinstance(value, float) and re.search("drop|jitter", name):  # what is drawn at random has no one answer

@@ -36,7 +36,8 @@ ENTRIES |= {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 96, "ssm_multipliers": [1.0] * 5},
-    "gemma3n_text": {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8, "laurel_rank": 8},
+    "gemma3n_text": {"num_kv_shared_layers": 1, "hidden_size_per_layer_input": 8, "laurel_rank": 8}
+    | {"intermediate_size": [40] * 3, "activation_sparsity_pattern": [0.5, 0.0, 0.0]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "marian": {"decoder_vocab_size": 160},
     "mamba2": {"num_heads": 8, "head_dim": 12, "n_groups": 2, "state_size": 5, "chunk_size": 16},

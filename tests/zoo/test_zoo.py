@@ -12,9 +12,9 @@ from zoo.verdict import judge, reference
 
 EXACT = set((Path(__file__).parents[1] / "data/zoo_exact.txt").read_text().split())
 # Gemma 2's attention is eager, Phi-3.5 MoE's router has jitter, BART numbers its tokens and does not shift its labels,
-# and RoBERTa's positions follow from its ids.
+# RoBERTa's positions follow from its ids, and Gemma 3n makes inputs for each layer before its masks.
 SPREAD = [("vlm", "aya_vision"), ("vlm", "glm4v_moe"), ("vlm", "exaone4_5")]
-SPREAD += [("causal", name) for name in ("gemma2", "phimoe", "bart", "roberta")]
+SPREAD += [("causal", name) for name in ("gemma2", "phimoe", "bart", "roberta", "gemma3n_text")]
 
 
 @pytest.mark.parametrize(("kind", "model_type"), SPREAD)

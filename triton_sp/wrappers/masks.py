@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -64,8 +65,11 @@ def mask_function_of(
         module.config.layer_types = [layer_type] * len(config.layer_types)
     states = like.new_zeros(1, 1, 1).expand(*shape, config.hidden_size)
     try:
-        # Gemma 4 makes inputs for each layer before its masks, of ids that it isn't given here.
-        with torch.no_grad(), replaced(module, "hidden_size_per_layer_input", 0):
+        # Gemma 3n and 4 make inputs for each layer before their masks, of ids that they aren't given here.
+        layered = {"hidden_size_per_layer_input": 0, "project_per_layer_inputs": lambda *_: None}
+        with torch.no_grad(), ExitStack() as stack:
+            for name, value in layered.items():
+                stack.enter_context(replaced(module, name, value))
             type(module).forward(module, inputs_embeds=states, use_cache=False, **arguments)
     except _Found as found:
         return found.function

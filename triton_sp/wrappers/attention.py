@@ -127,8 +127,8 @@ def attention_forward(
     tokens, stream = len(scope.stream.own), scope.stream_of(kind)
     q, k, v = (x[:tokens] for x in states)
     masked: dict[str, Any] = {"causal": causal, "window": sliding_window}
-    proven = scope.proof is not None and scope.proof.layer is module
-    attend = scope.proof.attend if proven else stages.attention
+    proof = scope.proof
+    attend = proof.attend if proof is not None and proof.layer is module else stages.attention
     out = attend((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling, sinks=s_aux)
     if query.shape[2] > tokens:  # the row of `_with_a_row`
         out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))

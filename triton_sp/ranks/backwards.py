@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,13 +14,16 @@ from torch.autograd.graph import Node
 from triton_sp.ops.differentiable import refused_second_derivative
 from triton_sp.ranks.failures import FailureBoard
 
-_backwards: ContextVar[list[Node] | None] = ContextVar("triton_sp_backwards", default=None)
+# Weakly: an output's hook knows these nodes, and one that is made on the way to another (features of images) is reached
+# from them. Such a circle through the engine is never collected.
+Nodes = list[weakref.ref[Node]]
+_backwards: ContextVar[Nodes | None] = ContextVar("triton_sp_backwards", default=None)
 
 
 @contextmanager
-def noting_backwards() -> Iterator[list[Node]]:
+def noting_backwards() -> Iterator[Nodes]:
     """The nodes that a block adds to the graph of autograd and whose backward is a collective."""
-    nodes: list[Node] = []
+    nodes: Nodes = []
     token = _backwards.set(nodes)
     try:
         yield nodes
@@ -31,7 +35,7 @@ def note_backward(out: Tensor) -> Tensor:
     """To be called with what a function has returned whose backward is a collective."""
     nodes = None if torch.compiler.is_compiling() else _backwards.get()
     if nodes is not None and out.grad_fn is not None:
-        nodes.append(out.grad_fn)
+        nodes.append(weakref.ref(out.grad_fn))
     return out
 
 

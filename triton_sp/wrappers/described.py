@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from triton_sp._version import __version__
 from triton_sp.anatomy.parts import device_of
@@ -17,6 +16,7 @@ from triton_sp.errors import InputError
 from triton_sp.ops.dispatch import implementation
 from triton_sp.plan.cost import find_link
 from triton_sp.ranks.agreement import agree, hashed
+from triton_sp.ranks.backwards import Nodes
 from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.state import autocast_of
@@ -72,17 +72,19 @@ def prepare_on_all(
     )
 
 
-def agree_on_backward(installation: Installation, step: str, exchanges: list[Node]) -> None:
+def agree_on_backward(installation: Installation, step: str, exchanges: Nodes) -> None:
     """At the start of a backward: all ranks begin that of the same forward, and will make the same exchanges in it.
 
     A rank whose weights are frozen, or that asks for the gradients of others, makes fewer exchanges.
 
     Args:
-        exchanges: the nodes of the graph that make one.
+        exchanges: the nodes of the graph that make one, as far as they live.
     """
 
     def describe(_: None) -> str:
-        executed = "".join(str(int(torch._C._will_engine_execute_node(node))) for node in exchanges)
+        nodes = [node() for node in exchanges]
+        will = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
+        executed = "".join(str(int(one)) for one in will)
         return f"exchanges={executed.count('1')} of {len(executed)}, {hashed(executed)}"
 
     agree(installation.group, lambda: None, describe, step=step)

@@ -88,7 +88,8 @@ mutants: .venv-mutants/.ready
 # 10,000 small steps of all kinds, all parity with every fresh buffer filled with NaN, memory of every family, and
 # recurrent layers of every kind on 2, 3 and 4 ranks.
 soak: .venv/.ready
-	$(BIN)/python -m pytest -n 2 -m long tests/promises/test_poison.py tests/promises/test_memory.py tests/wrappers/test_hybrids.py \
+	$(BIN)/python -m pytest -n 2 -m long tests/promises/test_poison.py tests/promises/test_memory.py tests/promises/test_bounds.py \
+		tests/wrappers/test_hybrids.py \
 		tests/wrappers/test_special.py tests/promises/test_video.py
 	PYTHONPATH=tests $(BIN)/python tests/promises/fuzz.py 10000
 

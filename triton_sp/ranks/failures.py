@@ -54,6 +54,7 @@ class FailureBoard:
     steps: int = 0
     waiter: Waiter = field(default_factory=Waiter, repr=False)
     owner: Callable[[], Any] | None = None
+    forget: Callable[[], None] = field(init=False, repr=False)
     _waits: bool = False
     _beats: int = 0
 
@@ -61,6 +62,8 @@ class FailureBoard:
         """Use a connection of its own, because another call may hold that of the group for minutes."""
         with suppress(Exception):
             self.store = self.store.clone()
+        store, key = self.store, f"triton_sp/alive/{self.rank}"
+        self.forget = lambda: _tolerant(lambda: store.delete_key(key))
 
     def begin(self, step: str, heartbeat: float | None = None) -> None:
         """Tell that this rank begins a step, and how often it shall give signs of life from now on."""

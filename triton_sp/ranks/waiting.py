@@ -74,40 +74,47 @@ def _serve(tasks: SimpleQueue[Task | None]) -> None:
 
 
 class Alive(Protocol):
-    """What has a heartbeat: `beat` tells others that this process runs; `heartbeat` is in seconds, 0 for none."""
+    """What has a heartbeat: `beat` tells others that this process runs; `heartbeat` is in seconds, 0 for none. `forget`
+    takes back what it has told them; it is called when the object is gone, so it must not know it."""
 
     heartbeat: float
+    forget: Callable[[], None]
 
     def beat(self) -> None:
         """Give a sign of life."""
 
 
+_threads: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
 _ends = threading.Event()  # of the process
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def keep_beating(heart: Alive) -> None:
     """Let `heart.beat` be called four times a heartbeat, until that is another one or the object is gone. Each has a
     thread of its own, because a store whose owner has ended may block it."""
     if heart.heartbeat:
-        arguments = (weakref.ref(heart), heart.heartbeat)
+        wake = threading.Event()
+        arguments = (weakref.ref(heart), heart.heartbeat, heart.forget, wake)
         thread = threading.Thread(target=_beat, args=arguments, name="triton_sp heartbeat", daemon=True)
-        _threads.add(thread)
+        _threads[thread] = wake
+        weakref.finalize(heart, wake.set).atexit = False
         thread.start()
 
 
-def _beat(reference: weakref.ref[Alive], seconds: float) -> None:
+def _beat(reference: weakref.ref[Alive], seconds: float, forget: Callable[[], None], wake: threading.Event) -> None:
     while not _ends.is_set() and (heart := reference()) is not None and heart.heartbeat == seconds:
         heart.beat()
         del heart
-        _ends.wait(seconds / 4)
+        wake.wait(seconds / 4)
+    if not _ends.is_set() and (heart := reference()) is None:
+        forget()
 
 
 @atexit.register
 def _end() -> None:
     """A thread that comes back from C++ while the interpreter ends would take the process down."""
     _ends.set()
-    for thread in list(_threads):
+    for thread, wake in list(_threads.items()):
+        wake.set()
         thread.join(1.0)
 
 

@@ -41,7 +41,7 @@ def _is_due(installation: Installation, arguments: Mapping[str, Any], *kind: boo
     """Whether a batch is the first of its kind; the next one is not."""
     if installation.config.trial == "off" or installation.group.size == 1 or is_proven(installation.anatomy):
         return False
-    key = hash((frozenset(name for name, value in arguments.items() if value is not None), kind))
+    key = frozenset(name for name, value in arguments.items() if value is not None), kind
     due = key not in installation.tried
     installation.tried.add(key)
     return due

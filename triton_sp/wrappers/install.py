@@ -51,7 +51,7 @@ class Installation:
     anatomy: Anatomy
     edits: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     agreed: set[int] = field(default_factory=set)  # digests of the kinds of batches that ranks have agreed on
-    tried: set[int] = field(default_factory=set)  # digests of those that were compared with the unsharded model
+    tried: set[tuple[Any, ...]] = field(default_factory=set)  # kinds that were compared with the unsharded model
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     last_whole: dict[str, str] = field(default_factory=dict)  # why a method made them all on every rank, if it did

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import triton_sp
 from perf.contest import Settings, failure
 from perf.rows import Report, Row
-from triton_sp.hollow import Hollow
+from triton_sp.forecast.hollow import Hollow
 from triton_sp.ops import dispatch
 from triton_sp.ranks import groups
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from triton_sp import environment, forecast, forecast_table, launch
+from triton_sp import environment, launch
+from triton_sp.forecast import job, step, table
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import compare_attention, measure_link
 from triton_sp.ranks import groups
@@ -81,19 +82,22 @@ def _launch(command: list[str]) -> None:
 
 def _plan_options(plan: argparse.ArgumentParser) -> None:
     plan.description = (
-        "Runs the model's forward on tensors without numbers, by the code that plans the real run. Memory is that "
-        "of the forward; the backward's own peak is not in it. Plans are those of the link 'nvlink'."
+        "Runs the model's step on tensors without numbers, by the code that plans the real run. The time is an "
+        "estimate: products and attention at 400 TFLOP/s, bytes between ranks at 350 GB/s, 30 us a collective, one "
+        "after the other (the cost model's link 'nvlink', by which plans are chosen too); no engine, optimizer or data."
     )
     plan.add_argument("model", help="a folder or file with a configuration of transformers, or a name on the Hub")
     plan.add_argument("--gpus", type=int, default=8, help="of the job: ZeRO and FSDP shard over them")
     plan.add_argument("--ranks", help="sizes of a group, as 1,2,4; default: 1, 2, 4, ... up to all GPUs")
-    plan.add_argument("--gpu-memory", type=float, help="GB of a GPU; rows then say whether the forward fits")
+    plan.add_argument("--gpu-memory", type=float, help="GB of a GPU; rows then say whether a step fits")
+    plan.add_argument("--rank", type=int, default=0, help="which rank of a group; they differ where parts do")
     plan.add_argument("--text", type=_tokens, default=1024, help="tokens of text, such as 8k")
     plan.add_argument("--images", type=int, default=0)
     plan.add_argument("--resolution", default="1344x1344", help="height x width of each image, in pixels")
-    plan.add_argument("--engine", choices=forecast.ENGINES, default="ddp")
+    plan.add_argument("--engine", choices=job.ENGINES, default="ddp")
     plan.add_argument("--checkpointing", action="store_true", help="layers are recomputed in the backward")
     plan.add_argument("--chunked-loss", action="store_true", help="SPConfig(chunked_loss=True)")
+    plan.add_argument("--plot", help="a picture too, such as plan.png")
     plan.add_argument("--json", action="store_true", help="for programs: sizes in bytes")
 
 
@@ -105,15 +109,17 @@ def _tokens(text: str) -> int:
 
 def _plan(asked: argparse.Namespace) -> None:
     height, width = (int(side) for side in asked.resolution.lower().split("x"))
-    job = forecast.Job(
+    planned = job.Job(
         *(asked.gpus, asked.text, asked.images, height, width),
         *(asked.engine, asked.checkpointing, asked.chunked_loss),
     )
     ranks = [1 << i for i in range(asked.gpus.bit_length())]
     if asked.ranks:
         ranks = [int(size) for size in asked.ranks.split(",")]
-    rows = forecast.forecast(forecast.load_model(asked.model), job, ranks)
-    print(forecast_table.as_json(rows) if asked.json else forecast_table.as_table(rows, asked.gpu_memory))
+    rows = step.forecast(job.load_model(asked.model), planned, ranks, rank=asked.rank)
+    print(table.as_json(rows) if asked.json else table.as_table(rows, asked.gpu_memory))
+    if asked.plot:
+        table.draw(rows, asked.plot, asked.gpu_memory)
 
 
 def _from_checkout(module: str, arguments: list[str]) -> int:

@@ -10,7 +10,9 @@ from torch import nn
 from triton_sp.anatomy.families import layer_config
 from triton_sp.anatomy.find import find_parts
 from triton_sp.anatomy.parts import Fusion, Stack, device_of
-from triton_sp.errors import SPError
+from triton_sp.errors import InputError, SPError, require
+from triton_sp.forecast.job import Job
+from triton_sp.forecast.step import Forecast, forecast_batch
 from triton_sp.ops.dispatch import implementation
 from triton_sp.wrappers.generation import describe_prefill
 from triton_sp.wrappers.head import loss_implementation
@@ -54,8 +56,9 @@ class Row:
         decision: "sharded", "left whole", "refused", or "unchanged" on one rank; for the fusion of vision and text
             "features routed" or "features gathered".
         why: the reason.
-        last_batch: empty until the wrapped model has run. Then the plan of its last batch, the tokens of each rank, how
-            the layers attended on this rank (in two ways if windows and whole images alternate), and why this plan.
+        last_batch: empty until the wrapped model has run. Then the plan of its last batch (or of the one given), the
+            tokens of each rank, how the layers attended on this rank (in two ways if windows and whole images
+            alternate), and why this plan.
     """
 
     part: str
@@ -80,6 +83,7 @@ class Explanation:
         prefill: how `generate` runs a prompt; empty if the model is not wrapped, or does not generate.
         verified: how often `SPConfig(verify=...)` verifies a layer, and the last result.
         memory: what `SPConfig(tiled_mlp, offload)` do; empty if they are not asked for.
+        needs: what a step on the batch that was given would need; empty if none was.
     """
 
     title: str
@@ -89,6 +93,7 @@ class Explanation:
     prefill: str = ""
     verified: str = ""
     memory: str = ""
+    needs: str = ""
 
     @property
     def _words(self) -> set[str]:
@@ -97,13 +102,15 @@ class Explanation:
 
     def __str__(self) -> str:
         told = [f"{word}: {text}" for word, text in LEGEND.items() if word in self._words]
-        plans = [f"last batch, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
+        which = "this batch" if self.needs else "last batch"
+        plans = [f"{which}, {row.part}: {row.last_batch}" for row in self.rows if row.last_batch]
         computed = {
             "attention is computed by": self.attention,
             "the loss of a training step is computed by": self.loss,
             "the prompt of generate is run by": self.prefill,
             "attention is verified in": self.verified,
             "memory is saved by": self.memory,
+            "a step needs": self.needs,
         }
         said = [f"{what}: {how}" for what, how in computed.items() if how]
         return "\n".join([self.title, *self._table(), *plans, *said, *told])
@@ -119,14 +126,20 @@ class Explanation:
         ]
 
 
-def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
+def explain(model: nn.Module, *, ranks: int | None = None, **batch: Any) -> Explanation:
     """Say what was found in a model, what is sharded, refused or left whole, and why. The model is not run.
 
-    For a wrapped model that has run, it also says which plan the last batch had.
+    For a wrapped model that has run, it also says which plan the last batch had. For one that is not wrapped, and a
+    batch, it says which plan a step of training on the batch would have, and what each rank would hold and send, as
+    `triton-sp plan` does (with plain data parallelism as the engine, and the checkpointing that is switched on).
 
     Args:
         model: a wrapped model, or one that is not; then it says what `wrap` would do.
         ranks: the group size to assume for a model that is not wrapped.
+        batch: the arguments of its forward, with labels, before torch.distributed is initialised.
+
+    Raises:
+        InputError: a batch for a wrapped model, or without a group size.
 
     >>> from transformers import CLIPVisionConfig, CLIPVisionModel
     >>> tiny = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
@@ -134,6 +147,27 @@ def explain(model: nn.Module, *, ranks: int | None = None) -> Explanation:
     >>> row.part, row.kind, row.layers, row.heads, row.heads_per_rank, row.decision
     ('encoder.layers', 'vision tower (clip_vision_model)', 2, '2', '1', 'sharded')
     """
+    if not batch:
+        return _explain(model, ranks)
+    wrapped = installation_of(model) is not None
+    require(not wrapped, InputError, "model", "one that is not wrapped", "a wrapped one", "triton_sp.unwrap(model)")
+    require(ranks, InputError, "ranks", "the size of a group", "none", "explain(model, ranks=4, **batch)")
+    row, planned = forecast_batch(model, batch, Job(gpus=ranks or 1), ranks or 1, None)
+    found = _explain(model, ranks)
+    rows = tuple(replace(row, last_batch=_last_batch(row.part, planned)) for row in found.rows)
+    return replace(found, rows=rows, needs=_needs(row))
+
+
+def _needs(row: Forecast) -> str:
+    peak = max(row.forward_peak, row.backward_peak)
+    return (
+        f"rank {row.rank}: {row.own_tokens:,} of {row.tokens:,} tokens; {row.activations / 1e9:.3g} GB kept for the "
+        f"backward, {peak / 1e9:.3g} GB at the peak, beside {row.parameters / 1e9:.3g} GB of parameters and what the "
+        f"engine adds; {row.sent_in_step / 1e9:.3g} GB sent; about {row.seconds:.3g} s by the cost model's link"
+    )
+
+
+def _explain(model: nn.Module, ranks: int | None) -> Explanation:
     installation = installation_of(model)
     if installation is not None:
         ranks = installation.group.size

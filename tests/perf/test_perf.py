@@ -18,7 +18,7 @@ from perf.clock import Clock
 from perf.engines import ENGINES, OURS, QUICK, build_llm
 from perf.rows import Report, Row
 from triton_sp import cli
-from triton_sp.hollow import Hollow
+from triton_sp.forecast.hollow import Hollow
 
 CASE = AttentionCase("test, mixed", (9, 1, 20), heads=4, kv_heads=2, dim=8, causal=True)
 RATES = contest.Rates(1.0, 1.0)

@@ -219,7 +219,7 @@ def leave_world() -> None:
 @contextmanager
 def fake_world(ranks: int, rank: int = 0) -> Iterator[None]:
     """For a time: this process as one rank of a default group whose other ranks do not exist. Sends arrive nowhere, and
-    what is received is any numbers. For plans (forecast.py), and to measure one rank of many.
+    what is received is any numbers. For plans (forecast/), and to measure one rank of many.
 
     Raises:
         GroupError: torch.distributed is in use.

@@ -182,9 +182,14 @@ def _from_frames(features: FeatureMethod, override: Override, arguments: dict[st
 
 def _deliver(rows: Tensor, features: FeatureMethod, needed: Shards, group: Group) -> Tensor:
     """The rows that this rank needs, from those that it has made."""
-    made = Shards(tuple(count for (count,) in collectives.integers_of_all([len(rows)], group)))
+    made = made_by_all(len(rows), needed, group)
     check_count(features, made.total, needed)
     return stages.reshard(rows, made, needed, group)
+
+
+def made_by_all(rows: int, needed: Shards, group: Group) -> Shards:
+    """How many rows each rank has made: they tell one another. A plan, which has no others, takes what is needed."""
+    return Shards(tuple(count for (count,) in collectives.integers_of_all([rows], group)))
 
 
 def change_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:

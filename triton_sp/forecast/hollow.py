@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
+
+from triton_sp.kernels.mask import Grads, Mask
+from triton_sp.ops import varlen
 
 aten = torch.ops.aten
 READ = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default)
@@ -23,7 +27,8 @@ NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; in Python from 3
 
 
 class Hollow(TorchDispatchMode):
-    """Within it no float is computed. `now` and `peak` are the bytes of tensors that are alive, and the most so far.
+    """Within it no float is computed. `now` and `peak` are the bytes of tensors that are alive, and the most so far;
+    `flops` are those of products, convolutions and attention.
 
     What an operation needs inside of itself is not seen, nor what an allocator wastes. A view holds its whole storage.
 
@@ -37,7 +42,7 @@ class Hollow(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -69,7 +74,24 @@ class Hollow(TorchDispatchMode):
         shapes = func(*tree_map(_meta, args), **{**tree_map(_meta, kwargs), **_device(func, kwargs)})
         if tree_any(lambda x: isinstance(x, Tensor) and not x.is_floating_point(), shapes):
             return func(*args, **kwargs)
-        return tree_map(_allocate, shapes)
+        out = tree_map(_allocate, shapes)
+        counted = flop_registry.get(func._overloadpacket)
+        if counted is not None:
+            self.flops += counted(*args, **kwargs, out_val=out)
+        return out
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **_: Any) -> tuple[Tensor, Tensor]:
+        """In the place of the attention kernels: two products."""
+        self.flops += 2 * pairs(mask, len(q)) * q.shape[1] * (q.shape[2] + v.shape[2])
+        return varlen.empty_results(q, k, v)
+
+    def attend_backward(
+        self, dout: Tensor, dlse: Any, states: Any, mask: Mask, *, grads: Any = None, **_: Any
+    ) -> Grads:
+        """In the place of their backward: five products."""
+        q, k, v, _out, _lse, *sinks = states
+        self.flops += 2 * pairs(mask, len(q)) * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
+        return Grads(*(grads or map(torch.empty_like, (q, k, v))), *(x.new_empty(x.shape) for x in sinks))
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()  # the object lives as long as the memory
@@ -83,6 +105,25 @@ class Hollow(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.now -= size
+
+
+def pairs(mask: Mask, rows: int) -> int:
+    """How many (row, key) pairs of a head a mask lets through.
+
+    >>> pairs(Mask(torch.tensor([0, 4, 6]), causal=True), 6), pairs(Mask(torch.tensor([0, 4, 6])), 6)
+    (13, 20)
+    """
+    if mask.key_ranges is not None:
+        return int((mask.key_ranges[1] - mask.key_ranges[0]).clamp(min=0)[:rows].long().sum())
+    cu_q, cu_k, used, _ = mask.tables
+    assert cu_q is not None and cu_k is not None
+    q = cu_q.diff().long()
+    k = cu_k.diff().long() if used is None else used.long()
+    first = (k - q).clamp(min=0)  # keys before the first row, whose last key is its own; or all, if not causal
+    seen = q * first + q * (q + 1) // 2 if mask.causal else q * k
+    if mask.window is not None:
+        seen = torch.minimum(seen, q * (mask.window if mask.causal else 2 * mask.window - 1))
+    return int(seen.sum())
 
 
 def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:

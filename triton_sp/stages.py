@@ -112,7 +112,7 @@ class ExchangeHeads(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, stream: Stream, layer: Layer
     ) -> Tensor:
         group, parts = stream.group, _parts(layer.widen((q, k, v)), stream, layer)
-        result, kept, returning = q.new_empty(*q.shape[:2], layer.dims[1]), [], []
+        needed, kept, returning = any(ctx.needs_input_grad), [], []
 
         def send(part: _Part) -> Pending:  # pack, exchange
             return begin_all_to_all(part.route.pack(part.states), part.route.sent, part.route.received, group)
@@ -129,7 +129,9 @@ class ExchangeHeads(torch.autograd.Function):
             ]
             outs = route.join([out for out, _ in attended], received[..., : layer.dims[1]])
             returning.append(begin_all_to_all(outs, route.returned, route.results, group))  # exchange
-            kept += [received, *(x for pair in attended for x in pair)]
+            kept += [received, *(x for pair in attended for x in pair)] if needed else []
+            del received, attended, outs  # while nothing is kept, they are gone before the next part is here
+        result = q.new_empty(*q.shape[:2], layer.dims[1])
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack(finish(coming), result[:, part.heads])  # unpack
         ctx.stream, ctx.layer, ctx.shapes = stream, layer, (q.shape, k.shape, v.shape)

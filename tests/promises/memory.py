@@ -53,16 +53,16 @@ class Peak(TorchDispatchMode):
         self.now = self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        before = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and "_wrap_tensor_autograd" not in func.name():  # of what has been counted
                 self._count(x.untyped_storage(), before)
         return out
 
     def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
         key = id(storage)
-        if key in before or key in self.live:  # a view, or written in place
+        if storage.data_ptr() in before or key in self.live:  # a view, or written in place
             return
         self.live[key] = storage.nbytes()
         self.now += storage.nbytes()
@@ -129,10 +129,20 @@ def held_gathered(name: str) -> Held:
 
 def prefill_peak(name: str, wrapped: bool) -> tuple[int, int]:
     """The most bytes that live while a prompt runs, beside its key/value cache; and those of the cache."""
-    model, batch = zoo.CASES[name].model(torch.float32), long_batch(name, torch.float32)
+    prompt = {key: value for key, value in long_batch(name, torch.float32).items() if key != "labels"}
+    return _prefill_peak(zoo.CASES[name].model(torch.float32), prompt, wrapped)
+
+
+def usual_prefill_peak(wrapped: bool) -> tuple[int, int]:
+    """The same in the proportions of most models: MLPs of 3.6 times the width, four query heads to a key/value head."""
+    config = zoo.text_config("Llama", intermediate_size=344, kv_heads=3, max_position_embeddings=1024)
+    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (1, 1020), generator=torch.Generator().manual_seed(1))
+    return _prefill_peak(zoo.build("LlamaForCausalLM", config, "sdpa", torch.float32), {"input_ids": ids}, wrapped)
+
+
+def _prefill_peak(model: Any, prompt: dict[str, Tensor], wrapped: bool) -> tuple[int, int]:
     if wrapped:
         triton_sp.wrap(model, config=triton_sp.SPConfig(shard_prefill=True))
-    prompt = {key: value for key, value in batch.items() if key != "labels"}
     options = {"max_new_tokens": 1, "do_sample": False, "use_cache": True, "return_dict_in_generate": True}
     with torch.no_grad(), Peak() as peak:
         out = model.generate(**prompt, **options)

@@ -103,11 +103,20 @@ def test_refused_on_every_rank(ranks, wrong: str, kind: type) -> None:
         assert isinstance(error, kind) and wrong in str(error)
 
 
+def test_memory(ranks) -> None:
+    """What lives beside the cache while a prompt runs is a P-th of that of one process."""
+    alone, whole = memory.usual_prefill_peak(False)
+    for size in (2, 4):
+        peak, cache = max(ranks.run(memory.usual_prefill_peak, True, ranks=size))
+        assert cache == whole and peak * size < 1.05 * alone
+
+
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
-def test_memory(ranks, name: str) -> None:
-    """What lives beside the cache while a prompt runs halves with twice the ranks, and is less than one process's."""
+def test_memory_of_attention(ranks, name: str) -> None:
+    """Where attention is the widest, what is sent lies beside what arrives: less is saved."""
     (two, cache), *_ = ranks.run(memory.prefill_peak, name, True, ranks=2)
     four = max(peak for peak, _ in ranks.run(memory.prefill_peak, name, True, ranks=4))
     alone, whole = memory.prefill_peak(name, False)
     assert cache == whole
-    assert four < 0.6 * two and two < alone
+    assert 2 * two < 1.7 * alone and 4 * four < 1.7 * alone
+    print(name, alone, two, four, cache)

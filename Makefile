@@ -102,8 +102,10 @@ perf: .venv/.ready
 versions: .venv/.ready
 	$(BIN)/python tests/versions.py
 
+# Long: an hour of CPU. It goes on where it stopped; ARGS="sm_90 72" takes a part, ARGS=--again compiles all anew.
 compile-table: .venv/.ready
-	$(BIN)/python tests/kernels/compile_table.py
+	$(BIN)/python tests/kernels/compile_table.py $(ARGS)
+	$(BIN)/python tests/kernels/moves_table.py
 
 # torch first and by exact version: where a local build of it exists (CPU machines) pip takes that one, and the
 # second install then leaves it alone. --no-compile: 1 minute instead of 3, most of what is installed is never imported.

@@ -4,53 +4,84 @@ By default the cases that decide: every kernel on sm_90 at the head dims of visi
 one head dim for sm_80 and gfx942. TRITON_SP_COMPILE=all compiles the whole table, as `make compile-table` writes it.
 """
 
-import csv
 import os
+import re
 
 import pytest
 
 pytest.importorskip("triton")
 
 import compile_table as ct
+from compiling import SHARED_LIMIT, TARGETS, compiling_for
+from moves_table import TABLE as MOVES
 
 EVERYTHING = os.environ.get("TRITON_SP_COMPILE") == "all"
-CORE = [("sm_90", 72, 72), ("sm_90", 128, 128), ("sm_90", 192, 128), ("sm_80", 80, 80), ("gfx942", 72, 72)]
-CASES = [(target, *dims) for target in ct.TARGETS for dims in ct.DIMS] if EVERYTHING else CORE
-
-with open(ct.TABLE, newline="") as file:
-    TABLE = {
-        (row["triton"], row["target"], row["kernel"], row["tier"], int(row["dim"]), int(row["v_dim"])): row
-        for row in csv.DictReader(file)
-    }
+CORE = [("sm_90", ct.Case(72, 72)), ("sm_90", ct.Case(128, 128)), ("sm_90", ct.Case(192, 128)),
+        ("sm_90", ct.Case(80, 80, "windows")), ("sm_80", ct.Case(80, 80)), ("gfx942", ct.Case(72, 72))]  # fmt: skip
+CASES = [(target, case) for target in TARGETS for case in ct.CASES] if EVERYTHING else CORE
+TABLE = ct.TABLE.read()
 
 
-@pytest.mark.parametrize(("target", "dim", "v_dim"), CASES)
-def test_compiled(target, dim, v_dim, tmp_path, monkeypatch):
+def assert_good(row):
+    """No spill and no product in vain on the chip that the kernels are for; no load narrower than a tile makes it."""
+    row = {name: str(value) for name, value in row.items()}
+    assert int(row["shared_bytes"]) <= SHARED_LIMIT[row["target"]] and not row["warnings"] and row["matrix"], row
+    parts = [ct.launch.split(int(row[name])) for name in ("dim", "v_dim")]
+    if row["target"] == "sm_90":
+        assert row["spill_bytes"] == row["stack_bytes"] == row["mma_sync"] == "0", row
+        padded = max(sum(part) / int(row[name]) for part, name in zip(parts, ("dim", "v_dim"), strict=True))
+        assert float(row["issued_over_useful"]) <= padded + 0.001, row
+    if row["tier"] == "tl" and row["target"].startswith("sm"):
+        # A part 16 columns wide of 64 rows leaves 8 bytes to each of 256 threads. The statistics of rows are 4 bytes.
+        tile, threads = int(row["rows" if row["kernel"].startswith("dkv") else "keys"]), 32 * int(row["warps"])
+        least = min([16, *(tile * size * 2 // threads for part in parts for size in part if size)])
+        widths = {int(width) for width in re.findall(r"\*(\d+)", row["loads"])}
+        statistics = {4} if row["kernel"].startswith("dkv") else set()
+        assert widths <= {width for width in (16, 8, 4) if width >= least} | statistics, row
+
+
+@pytest.mark.parametrize(("target", "case"), CASES)
+def test_compiled(target, case, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path)))
-    padded = max(sum(ct.launch.split(x)) / x for x in (dim, v_dim))  # columns that matrix instructions work on in vain
-    for row in ct.rows_for([target], [(dim, v_dim)]):
-        assert row["spill_bytes"] == row["stack_bytes"] == 0, row
-        assert row["shared_bytes"] <= ct.SHARED_LIMIT[target], row
-        assert row["narrow_loads"] == 0 and not row["warnings"], row
-        assert row["matrix"], row
-        if target == "sm_90":
-            assert row["mma_sync"] == 0 and row["issued_over_useful"] <= padded + 0.001, row
-        known = TABLE.get((row["triton"], target, row["kernel"], row["tier"], dim, v_dim))
+    for row in ct.rows_for(target, case):
+        assert_good(row)
+        known = TABLE.get(ct.TABLE.key(row))
         if known:  # another Triton than the table's keeps the rules above, but not the very numbers
             assert row["matrix"] == known["matrix"], (row, known)
             assert row["registers"] <= int(known["registers"]) + 8, (row, known)
 
 
-def test_table_has_every_kernel_and_no_spill():
+def test_table_has_what_decides_and_is_good():
+    """The head dims of the models that there are, for the oldest and the newest Triton, and no row that is bad."""
     versions = {version for version, *_ in TABLE}
     assert "3.6.0" in versions and len(versions) > 1, "the oldest and the newest Triton"
     for version in versions:
-        for target in ct.TARGETS:
-            for dims in [(dim, dim) for dim in (64, 72, 80, 88, 96, 128, 256)]:
-                kernels = {k for v, t, k, tier, *of in TABLE if (v, t, tier, *of) == (version, target, "tl", *dims)}
-                assert kernels == {"forward", "dq", *(["dkv"] if max(dims) <= 128 else ["dkv_dk", "dkv_dv"])}
-    assert {d for v, _, _, tier, d, _ in TABLE if (v, tier) == ("3.6.0", "gluon")} == set(ct.hopper_attend.DIMS)
-    assert {(row["spill_bytes"], row["stack_bytes"], row["warnings"]) for row in TABLE.values()} == {("0", "0", "")}
+        for target in ("sm_80", "sm_90", "gfx942"):
+            found = {(key[3], key[4], key[7]) for key in TABLE if key[:3] == (version, target, "tl") and not key[6]}
+            for dim in ("64", "72", "80", "88", "96", "128", "256"):
+                dkv = ["dkv"] if int(dim) <= 128 else ["dkv_dk", "dkv_dv"]
+                assert {(dim, dim, kernel) for kernel in ("forward", "dq", *dkv)} <= found, (version, target, dim)
+        assert ("192", "128", "dkv_dk") in {(*key[3:5], key[7]) for key in TABLE if key[:2] == (version, "sm_90")}
+    assert {key[3] for key in TABLE if (key[0], key[2]) == ("3.6.0", "gluon")} == set(map(str, ct.hopper_attend.DIMS))
+    for row in TABLE.values():
+        assert_good(row)
+
+
+def test_moves_are_whole():
+    """pack, unpack and splice: no spill, a place for each number where heads divide, and 16 bytes at a time. What is
+    narrower are a box's numbers, one after another, and the rows of splice's index."""
+    rows = MOVES.read()
+    assert {(row["target"], row["kernel"]) for row in rows.values()} >= {
+        (target, kernel) for target in ("sm_80", "sm_90", "gfx942")
+        for kernel in ("pack_heads", "unpack_heads", "pack_boxes", "unpack_boxes", "splice_rows")
+    }  # fmt: skip
+    for row in rows.values():
+        assert row["spill_bytes"] == row["stack_bytes"] == "0", row
+        loads, stores = (set(re.findall(r"\*(\d+)", part)) for part in row["accesses"].split(","))
+        assert "16" in loads and stores == {"16"}, row
+        assert float(row["lanes"] or 1) <= 1.001, row
+        if row["kernel"].endswith("heads"):
+            assert loads == {"16"}, row
 
 
 def test_odd_strides_still_compile(monkeypatch):
@@ -58,7 +89,7 @@ def test_odd_strides_still_compile(monkeypatch):
     compiled = {}
     x = ct.torch.zeros(64, 3, 75, dtype=ct.torch.bfloat16)[..., :72]
     table = ct.torch.tensor([0, 64], dtype=ct.torch.int32)
-    with ct.compiling_for("sm_80", compiled):
+    with compiling_for("sm_80", compiled):
         ct.attend.forward(x, x, x, ct.Mask(table, causal=True, window=10), softmax_scale=1.0, softcap=5.0)
     assert "ld.global.b16" in compiled["forward"].asm["ptx"]
 
@@ -68,7 +99,7 @@ def test_tuned_launches_take_the_place_of_the_table(tmp_path, monkeypatch):
     path.write_text('{"cuda:90 forward 72": [64, 32, {"num_warps": 4, "num_stages": 1}]}')
     monkeypatch.setenv("TRITON_SP_TUNED", str(path))
     ct.launch.tuned.cache_clear()
-    with ct.compiling_for("sm_90", {}):
+    with compiling_for("sm_90", {}):
         tuned, other = (ct.launch.find_launch("forward", dim, dim, ct.torch.bfloat16) for dim in (72, 80))
     ct.launch.tuned.cache_clear()
     assert (tuned.rows, tuned.keys, tuned.options) == (64, 32, {"num_warps": 4, "num_stages": 1})
@@ -81,5 +112,5 @@ def test_gluon_waits_where_it_should():
     # split. The variant of the self-check lets nothing run.
     for wait, expected in ((False, {"0", "2"}), (True, {"0"})):
         ptx = ct.compile_gluon(80, ct.torch.float16, wait=wait)["gluon_wait" if wait else "gluon"].asm["ptx"]
-        assert set(ct.re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", ptx)) == expected
+        assert set(re.findall(r"wgmma\.wait_group\.sync\.aligned (\d)", ptx)) == expected
         assert "mma_async.sync.aligned.m64n128k16.f32.f16.f16" in ptx

@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-import compile_table as ct
 import gluon_table
 import gluon_twin as twin
+from compiling import SHARED_LIMIT
 
 from triton_sp.kernels import launch
 from triton_sp.kernels.hopper import backward as hopper
@@ -126,5 +126,5 @@ def test_table_has_no_spill() -> None:
     assert [int(row["dim"]) for row in TABLE if row["triton"] == "3.6.0"] == list(hopper.STAGES)
     for row in TABLE:
         assert row["spill_bytes"] == row["stack_bytes"] == row["mma_sync"] == "0", row
-        assert int(row["shared_bytes"]) <= ct.SHARED_LIMIT["sm_90"], row
+        assert int(row["shared_bytes"]) <= SHARED_LIMIT["sm_90"], row
         assert float(row["issued_over_useful"]) <= (1.12 if row["dim"] == "72" else 1.0), row

@@ -67,7 +67,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("target", "dim"), [("sm_90", 72), ("sm_90", 128), ("sm_80", 80), ("gfx942", 128)])
 def test_compiled(target: str, dim: int, tmp_path, monkeypatch) -> None:
     """No spill, and whole 16-byte loads and stores."""
-    import compile_table as ct
+    import compiling as ct
 
     from triton_sp.kernels import boxes, pack
 

@@ -50,7 +50,7 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("target", ["sm_90", "sm_80", "gfx942"])
 def test_compiled(target: str, tmp_path, monkeypatch) -> None:
     """Forward and backward at the width of a 7B model: no spill, whole 16-byte loads and stores."""
-    import compile_table as ct
+    import compiling as ct
 
     from triton_sp.kernels import splice
 

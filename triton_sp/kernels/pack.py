@@ -37,37 +37,35 @@ def places(at, rows, rank, offset, n, slot, row_stride, head_stride, first,
 
 
 @triton.jit
-def start(BU: tl.constexpr, STRIDE: tl.constexpr):
-    """This program's first unit. There are never too many of 8 elements for 32 bits, which divide faster."""
+def tiles(rows, n, D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr):
+    """How many tiles a tensor has for a rank. 32 bits, which divide faster, count all units of 8 elements."""
     if STRIDE == 1:
-        return tl.program_id(0).to(tl.int64) * BU
-    return tl.program_id(0) * BU
+        return tl.cdiv(rows.to(tl.int64) * n * D, BU)
+    return tl.cdiv(rows * n * (D // STRIDE), BU)
 
 
 @triton.jit
-def send(x_ptr, flat_ptr, rows, rank, offset, n, copies, slot, row_stride, head_stride,
+def send(x_ptr, flat_ptr, tile, rows, rank, offset, n, copies, slot, row_stride, head_stride,
          D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr):  # fmt: skip
     """A tile of one tensor to one rank's part of the buffer."""
     x, flat, here = places(
-        start(BU, STRIDE), rows, rank, offset, n, slot, row_stride, head_stride, rank * n // copies, D, STRIDE, BU
+        tile * BU, rows, rank, offset, n, slot, row_stride, head_stride, rank * n // copies, D, STRIDE, BU
     )
     tl.store(flat_ptr + flat, tl.load(x_ptr + x, mask=here, other=0.0), mask=here)
 
 
 @triton.jit
-def collect(x_ptr, flat_ptr, rows, group, offset, n, copies, slot, row_stride, head_stride,
+def collect(x_ptr, flat_ptr, tile, rows, group, offset, n, copies, slot, row_stride, head_stride,
             D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """The adjoint: a tile of the heads that `copies` ranks have had, summed over them."""
     total = tl.zeros([BU, STRIDE], WIDE)
     for copy in range(copies):
         _, flat, here = places(
-            start(BU, STRIDE), rows, group * copies + copy, offset, n, slot, row_stride, head_stride, group * n,
+            tile * BU, rows, group * copies + copy, offset, n, slot, row_stride, head_stride, group * n,
             D, STRIDE, BU,
         )  # fmt: skip
         total += tl.load(flat_ptr + flat, mask=here, other=0.0).to(WIDE)
-    x, _, here = places(
-        start(BU, STRIDE), rows, group, offset, n, slot, row_stride, head_stride, group * n, D, STRIDE, BU
-    )
+    x, _, here = places(tile * BU, rows, group, offset, n, slot, row_stride, head_stride, group * n, D, STRIDE, BU)
     tl.store(x_ptr + x, total.to(x_ptr.dtype.element_ty), mask=here)
 
 
@@ -76,17 +74,19 @@ def pack_heads(
     x0, x1, x2, flat, rows, slot, row0, head0, row1, head1, row2, head2, n0, n1, n2, copies0, copies1, copies2,
     D: tl.constexpr, STRIDE: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile, rank and tensor.
+    """One program a tile and rank: first the tiles of one tensor, then those of the next.
 
     Example: q = ((0, 1), (2, 3)), D = 1, no k and v, 2 ranks -> flat = (0, 2, 1, 3).
     """
     rank = tl.program_id(1)
-    if tl.program_id(2) == 0:
-        send(x0, flat, rows, rank, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU)
-    elif tl.program_id(2) == 1:
-        send(x1, flat, rows, rank, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU)
+    first, second = tiles(rows, n0, D, STRIDE, BU), tiles(rows, n1, D, STRIDE, BU)
+    tile = tl.program_id(0) + first * 0  # as wide as `first`
+    if tile < first:
+        send(x0, flat, tile, rows, rank, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU)
+    elif tile < first + second:
+        send(x1, flat, tile - first, rows, rank, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU)
     else:
-        send(x2, flat, rows, rank, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU)
+        send(x2, flat, tile - first - second, rows, rank, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -99,15 +99,18 @@ def unpack_heads(
     Example: flat = (1, 2, 3, 4), one head for 2 ranks, D = 1 -> x = (1 + 3, 2 + 4).
     """
     group, ranks = tl.program_id(1), tl.num_programs(1)
-    if tl.program_id(2) == 0:
+    first, second = tiles(rows, n0, D, STRIDE, BU), tiles(rows, n1, D, STRIDE, BU)
+    tile = tl.program_id(0) + first * 0
+    if tile < first:
         if group * copies0 < ranks:
-            collect(x0, flat, rows, group, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU, WIDE)
-    elif tl.program_id(2) == 1:
+            collect(x0, flat, tile, rows, group, 0, n0, copies0, slot, row0, head0, D, STRIDE, BU, WIDE)
+    elif tile < first + second:
         if group * copies1 < ranks:
-            collect(x1, flat, rows, group, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU, WIDE)
+            collect(x1, flat, tile - first, rows, group, n0, n1, copies1, slot, row1, head1, D, STRIDE, BU, WIDE)
     else:
         if group * copies2 < ranks:
-            collect(x2, flat, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU, WIDE)
+            tile -= first + second
+            collect(x2, flat, tile, rows, group, n0 + n1, n2, copies2, slot, row2, head2, D, STRIDE, BU, WIDE)
 
 
 def _per_rank(xs: list[Tensor], ranks: int) -> list[int]:
@@ -117,7 +120,7 @@ def _per_rank(xs: list[Tensor], ranks: int) -> list[int]:
 
 def _arguments(
     xs: list[Tensor], heads: list[int], flat: Tensor, ranks: int
-) -> tuple[tuple[int, int, int], list, dict[str, int]]:
+) -> tuple[tuple[int, int], list, dict[str, int]]:
     """The grid, the arguments and the constants of a launch."""
     x, dim = xs[0], xs[0].shape[-1]
     stride, strides = launch.strides(*xs)
@@ -129,7 +132,7 @@ def _arguments(
         *xs, *[x] * missing, flat, x.shape[0], sum(heads), *strides, *[0] * (2 * missing),
         *heads, *[0] * missing, *copies, *[1] * missing,
     ]  # fmt: skip
-    grid = (triton.cdiv(x.shape[0] * max(heads) * (dim // stride), UNITS), ranks, len(xs))
+    grid = (sum(triton.cdiv(x.shape[0] * n * (dim // stride), UNITS) for n in heads), ranks)
     return grid, arguments, {"D": dim, "STRIDE": stride, "BU": UNITS, "num_warps": 4}
 
 

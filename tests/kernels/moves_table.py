@@ -1,0 +1,69 @@
+"""What pack, unpack and splice compile to, and the bytes that a launch moves: tests/data/moves_compiled.csv.
+
+A launch of a rank of 8, of a stream of 65,536 tokens: 16 heads of 72 as Qwen3-VL's tower has them, 32 and 8 of 128 as
+its decoder. Every number is read once and written once; `lanes` is how many the programs have places for, over that.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from compiling import GRIDS, TARGETS, Table, accesses, compiling_for, measure
+
+from triton_sp.kernels import boxes, pack, splice
+
+FIELDS = [
+    "triton", "target", "kernel", "dim", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "accesses", "bytes",
+    "lanes",
+]  # fmt: skip
+TABLE = Table(Path(__file__).parents[1] / "data" / "moves_compiled.csv", FIELDS, 4)
+RANKS, TOKENS, WIDTH = 8, 8192, 4096
+HEADS = {72: (16, 16), 128: (32, 8)}
+
+
+def rows_for(target: str, dim: int) -> list[dict[str, Any]]:
+    """A row for each kernel."""
+    heads, kv_heads = HEADS[dim]
+    with torch.device("meta"):  # addresses are all multiples of 16, and nothing is there
+        states = torch.empty(TOKENS, heads + 2 * kv_heads, dim, dtype=torch.bfloat16)
+        xs = list(states.split((heads, kv_heads, kv_heads), 1))
+        table = torch.empty(3 * RANKS, 7, dtype=torch.int32)
+        text = torch.empty(TOKENS, WIDTH, dtype=torch.bfloat16)
+        index = torch.empty(TOKENS, dtype=torch.int64)
+    compiled: dict[str, Any] = {}
+    with compiling_for(target, compiled):
+        flat = pack.pack(xs, RANKS)
+        pack.unpack(flat, xs, RANKS)
+        boxes.pack(xs[:1], table, flat.shape[0])
+        boxes.unpack(flat, table, xs[:1])
+        splice.splice(text, text, index)
+    # q alone travels by boxes here: of three launches, one.
+    numbers = {"pack_heads": flat.numel(), "splice_rows": text.numel()}
+    numbers |= {"unpack_heads": numbers["pack_heads"], "pack_boxes": xs[0].numel(), "unpack_boxes": xs[0].numel()}
+    tiles = {"pack_heads": pack.UNITS * 8, "unpack_heads": pack.UNITS * 8, "splice_rows": splice.ROWS * splice.COLUMNS}
+    found = []
+    for kernel, binary in compiled.items():
+        of_it = measure(binary, target)
+        lanes = math.prod(GRIDS[binary.hash]) * tiles[kernel] / numbers[kernel] if kernel in tiles else ""
+        found.append({
+            "triton": triton.__version__, "target": target, "kernel": kernel, "dim": "" if "splice" in kernel else dim,
+            **{name: of_it[name] for name in FIELDS[4:8]}, "accesses": accesses(binary, target),
+            "bytes": 2 * 2 * numbers[kernel], "lanes": lanes and round(lanes, 3),
+        })  # fmt: skip
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    """Write the rows of this Triton, and keep those of others."""
+    for target in [x for x in arguments if x in TARGETS] or TARGETS:
+        for dim in HEADS:
+            TABLE.put(rows_for(target, dim))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 from kit import zoo
 from torch import Tensor, nn
+from zoo.build import build
 
 import triton_sp
 from triton_sp.anatomy.find import find_parts
@@ -45,6 +47,7 @@ ORACLE = {
     "smolvlm": (_SAMPLES,),
 }
 LATER = {"minicpmv4_6", "lfm2_vl", *(case.name for case in zoo.special.cases())}  # never had a row
+TOWERLESS = {"fuyu": "FuyuForCausalLM", "gemma4_unified": "Gemma4UnifiedForConditionalGeneration"}
 CASES = {name: case for name, case in zoo.CASES.items() if case.kind == "vlm" and name not in LATER}
 
 
@@ -76,6 +79,13 @@ class Uncounted(hf.LlavaModel):
         return (input_ids == self.config.image_token_id)[..., None].expand_as(inputs_embeds)
 
 
+class Unmarked(hf.LlavaModel):
+    """Its placeholders are not found by their ids."""
+
+    def get_placeholder_mask(self, input_ids: Tensor, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        return torch.zeros_like(inputs_embeds, dtype=torch.bool)
+
+
 class Scattered(hf.LlavaModel):
     """Puts features in by code of its own."""
 
@@ -84,7 +94,7 @@ class Scattered(hf.LlavaModel):
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [(Uncounted, "does not count image features"), (Scattered, "does not put features in by")]
+    ("kind", "why"), [(Unmarked, "does not find the placeholders of image"), (Scattered, "does not put features in by")]
 )
 def test_what_does_not_keep_to_them_is_gathered(kind: type, why: str) -> None:
     """And explain says why."""
@@ -92,6 +102,20 @@ def test_what_does_not_keep_to_them_is_gathered(kind: type, why: str) -> None:
     model.model.__class__ = kind
     (row,) = [row for row in triton_sp.explain(model, ranks=2).rows if row.kind.startswith("fusion")]
     assert row.decision == "features gathered" and why in row.why
+
+
+def test_rows_need_not_be_counted_by_the_model() -> None:
+    """They are when they have been made, see features.check_count."""
+    model = zoo.CASES["llava"].model()
+    model.model.__class__ = Uncounted
+    assert fusion_of(model).features == (_IMAGES,)
+
+
+@pytest.mark.parametrize(("model_type", "name"), TOWERLESS.items())
+def test_features_without_a_tower_that_is_sharded(model_type: str, name: str) -> None:
+    """There is none, or one that stays whole: each rank makes those of its images."""
+    model = build(model_type, name, "vlm")
+    assert not find_parts(model).towers and fusion_of(model).features[0] == _IMAGES
 
 
 def test_of_no_known_family_is_accepted_by_structure() -> None:

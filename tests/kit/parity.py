@@ -8,7 +8,7 @@ which parity at 1e-10 cannot see past; that one is compared too, at 1e-6.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,12 +127,14 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
     return errors[worst], worst
 
 
+def in_dtype_of(case: zoo.Case) -> AbstractContextManager[None]:
+    """What a case is computed in: widened, where it says so."""
+    return widened() if case.widened else nullcontext()
+
+
 @contextmanager
-def in_dtype_of(case: zoo.Case) -> Iterator[None]:
-    """Where a case is widened, let what asks for float32 get float64."""
-    if not case.widened:
-        yield
-        return
+def widened() -> Iterator[None]:
+    """What asks for float32 gets float64."""
     wide = {"float32": torch.float64, "float": torch.float64}  # both names of it
     with mock.patch.multiple(torch, **wide), mock.patch.object(Tensor, "float", Tensor.double):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.vlm_entries import VLM_ENTRIES
+from zoo.vlm_entries import VISION_ENTRIES, VLM_ENTRIES
 
 # Those whose configuration says whether they are causal; by default they are not.
 DECODERS = (
@@ -67,6 +67,6 @@ ENTRIES |= {
     "hunyuan_vl": {"text_config.rope_parameters": _ROPE},
     "internvl": {"image_seq_length": 9},
 }
-ENTRIES |= VLM_ENTRIES | {"t5gemma2": {"encoder.mm_tokens_per_image": 9}}
+ENTRIES |= VLM_ENTRIES | VISION_ENTRIES | {"t5gemma2": {"encoder.mm_tokens_per_image": 9}}
 # The classes whose configuration is that of a part.
 TEXT_CONFIGS = {"emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "musicgen", "musicgen_melody"}

@@ -37,6 +37,7 @@ def _instructed(model: Any) -> Batch:
 def _instructed_video(model: Any) -> Batch:
     frames = 2
     batch = _with_runs(model.config.num_query_tokens * frames)
+    batch["input_ids"][batch["input_ids"] == IMAGE] = model.config.video_token_id
     given = _instructed(model)
     qformer = {name: given[name] for name in ("qformer_input_ids", "qformer_attention_mask")}
     return batch | qformer | {"pixel_values": _pictures(ROWS, frames)}

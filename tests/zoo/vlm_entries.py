@@ -101,3 +101,6 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+VISION_ENTRIES: dict[str, dict[str, Any]] = {
+    "dinov3_vit": {"pos_embed_rescale": None},
+}

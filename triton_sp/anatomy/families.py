@@ -24,6 +24,12 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "mllama_vision_model": Family(whole="it has two stacks, and its masks are not those of padded images"),
     "pixtral": Family(joins_images=True),
+    "janus_vqgan": Family(whole="it makes pixels, and no features"),
+    "lfm3_vl_vision": Family(whole="it has convolutions along images between its blocks"),
+    **dict.fromkeys(
+        ("sam_vision_model", "got_ocr2_vision", "deepseek_ocr2_sam_vision_model"),
+        Family(whole="its blocks work on the grid of an image, and add what depends on places in it"),
+    ),
     **dict.fromkeys(
         ("minicpmv4_6_vision", "minicpmv4_7_vision", "minicpm_ocr_vision"),
         Family(whole="a merger between its blocks leaves fewer tokens"),
@@ -53,8 +59,9 @@ PROVEN = {
 
 # Composite models of which the same holds for their fusion, by the `model_type` of their configuration.
 PROVEN_COMPOSITES = {
-    "gemma3", "glm4v", "idefics2", "idefics3", "internvl", "llava", "llava_next", "llava_onevision", "mistral3",
-    "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
+    "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v", "idefics2", "idefics3", "internvl", "kimi_k25", "llama4", "llava",
+    "llava_next", "llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm",
 }  # fmt: skip
 
 # How a composite's features are made and where they go, where it does not keep to transformers' convention (fusion.py):

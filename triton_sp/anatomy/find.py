@@ -58,7 +58,7 @@ def find_parts(model: nn.Module) -> Anatomy:
             found="none" + "".join(f"; {name}: {reason}" for name, reason in anatomy.unsharded),
             remedy="wrap the module that holds the blocks, or use triton_sp.modules.encoder in your own script",
         )
-    if anatomy.decoder is not None and anatomy.towers:
+    if anatomy.decoder is not None:
         anatomy.fusion = find_fusion(anatomy.decoder, anatomy.towers, entry, names)
     return anatomy
 

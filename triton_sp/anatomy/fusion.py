@@ -2,12 +2,13 @@
 
     get_image_features, get_video_features, get_audio_features   make the rows that stand for placeholders, in order
     config.image_token_id, ...                                   the ids of the placeholders
-    get_placeholder_mask                                         finds them, and checks that there are as many as rows
+    get_placeholder_mask                                         finds them
     masked_scatter                                               puts the rows in their places, in order
 
 A composite that keeps to all four is routed: its forward runs on this rank's tokens, and each rank is sent the rows
-that its placeholders need. The check of `get_placeholder_mask` is tried out here, because it is what notices a wrong
-guess. Of a composite that does not keep to them, features and embeddings are whole on every rank.
+that its placeholders need. Which id that is, `get_placeholder_mask` is asked here; rows and placeholders are counted
+when the rows have been made (wrappers/features.py). Of a composite that does not keep to them, features and embeddings
+are whole on every rank.
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ VISION_METADATA = {
 }
 
 
-def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion:
-    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs."""
+def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion | None:
+    """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs. None
+    where no tower is sharded, unless features are shared out by images."""
     parts = [decoder.module, *(tower.module for tower in towers)]
     around = [m for m in entry.modules() if is_hf(m) and all(contains(m, part) and m is not part for part in parts)]
+    if not around:
+        return None
     composite: Any = around[-1]
     kind = composite.config.model_type
     try:
@@ -44,7 +48,7 @@ def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: di
             raise _Unconventional("a tower has attention of its own")
         features = _features(composite, towers)
     except _Unconventional as reason:
-        return Fusion(names[id(composite)], composite, (), why=str(reason))
+        return Fusion(names[id(composite)], composite, (), why=str(reason)) if towers else None
     return Fusion(names[id(composite)], composite, features, proven=kind in PROVEN_COMPOSITES)
 
 
@@ -65,7 +69,7 @@ def _features(composite: Any, towers: list[Stack]) -> tuple[FeatureMethod, ...]:
         raise _Unconventional("this version of transformers adds rows to features after they are made")
     if hasattr(composite, "get_rope_index") and not hasattr(composite, "compute_3d_position_ids"):
         raise _Unconventional("its positions are not made by compute_3d_position_ids")
-    tokens = _checked_placeholders(composite, modalities)
+    tokens = _placeholders(composite, modalities)
     return tuple(_method(composite, kind, tokens[kind], towers) for kind in modalities)
 
 
@@ -99,9 +103,9 @@ def _takes_metadata(tower: nn.Module) -> bool:
 # --- placeholders --------------------------------------------------------------------------------------------------
 
 
-def _checked_placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
+def _placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
     """The attribute of the configuration that holds the placeholder's id of each kind of features, as
-    `get_placeholder_mask` finds it (GLM-4V's videos stand where images do), once it has been seen to count."""
+    `get_placeholder_mask` finds it (GLM-4V's videos stand where images do)."""
     ids = {f"{kind}_token_id": getattr(composite.config, f"{kind}_token_id", None) for kind in MODALITIES}
     ids = {name: value for name, value in ids.items() if isinstance(value, int)}
     if not ids or len(set(ids.values())) != len(ids):
@@ -110,34 +114,32 @@ def _checked_placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str
     for kind in kinds:
         found = _find_placeholder(composite, kind, ids)
         if found is None:
-            raise _Unconventional(f"its get_placeholder_mask does not count {kind} features")
+            raise _Unconventional(f"its get_placeholder_mask does not find the placeholders of {kind} features")
         placeholders[kind] = found
     return placeholders
 
 
 def _find_placeholder(composite: Any, kind: str, ids: dict[str, int]) -> str | None:
-    """Ask `get_placeholder_mask` which of these ids, one token each, stands for features of a kind. None if it does not
-    raise an error when it is given one feature too many."""
+    """Ask `get_placeholder_mask` which of these ids, one token each, stands for features of a kind. None if not one."""
     tokens = torch.tensor([list(ids.values())])
     try:
-        marked = _mask_of(composite, kind, tokens, torch.zeros(1, 2), ids)[0, :, 0].nonzero().flatten().tolist()
+        marked = _mask_of(composite, kind, tokens, torch.zeros(1, 2), ids)
     except Exception:  # a method of anybody's: whatever it raises, it is not the convention
         return None
-    try:
-        _mask_of(composite, kind, tokens, torch.zeros(2, 2), ids)
-    except (ValueError, RuntimeError):
-        return list(ids)[marked[0]] if len(marked) == 1 else None
-    return None
+    found = (marked[..., 0] if marked.ndim == 3 else marked)[0].nonzero().flatten().tolist()
+    return list(ids)[found[0]] if len(found) == 1 else None
 
 
 def _mask_of(composite: Any, kind: str, tokens: Tensor, features: Tensor, ids: dict[str, int]) -> Tensor:
-    """(1, tokens, 2), which of these tokens `get_placeholder_mask` takes for placeholders of a kind."""
+    """(1, tokens) or (1, tokens, ...), which of these `get_placeholder_mask` takes for placeholders of a kind."""
     method = composite.get_placeholder_mask
     names = [name for name in inspect.signature(method).parameters if name.endswith("features")]
     given: dict[str, Any] = {"input_ids": tokens, "inputs_embeds": torch.zeros(*tokens.shape, 2)}
     if names == ["features"]:
         given |= {"features": features, "token_id": ids[f"{kind}_token_id"]}
-    else:
+    elif f"{kind}_features" in names:
         given[f"{kind}_features"] = features
     masks = method(**given)
-    return masks[names.index(f"{kind}_features")] if isinstance(masks, tuple) else masks
+    if not isinstance(masks, tuple):
+        return masks
+    return masks[MODALITIES.index(kind) if len(masks) == len(MODALITIES) else names.index(f"{kind}_features")]

@@ -185,7 +185,7 @@ def _check_values(override: Override, arguments: dict[str, Any], tokens: Tensor)
         check_labels(labels, _call(entry, "get_output_embeddings"))
     check_items(arguments.get("num_items_in_batch"), labels is not None and bool((labels[:, 1:] != IGNORE).any()))
     if anatomy.fusion is not None:
-        check_pixels(anatomy.fusion, arguments, anatomy.towers[0])
+        check_pixels(anatomy.fusion, arguments, anatomy.towers[0].unit if anatomy.towers else 1)
 
 
 def _call(module: Any, method: str) -> Any:

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from triton_sp.anatomy.families import first_position
+from triton_sp.anatomy.families import first_position, first_positions
 from triton_sp.anatomy.parts import FeatureMethod, Fusion
 from triton_sp.plan.shards import Shards
 from triton_sp.wrappers.decoder import localise_text
@@ -45,6 +44,8 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
     if isinstance(given, Mapping):
         arguments["mm_encoder_outputs"] = _part_of_outputs(given, call, override.installation)
     call = localise_text(arguments, call, override.installation)
+    if "position_ids" not in override.__signature__.parameters:
+        del arguments["position_ids"]  # it would hand them on to whatever takes keywords (InstructBLIP's Q-Former)
     with active(call):
         return override.original(**arguments)
 
@@ -57,8 +58,10 @@ def _positions(override: Override, arguments: dict[str, Any], call: TextCall) ->
         positions = method(**{name: arguments.get(name) for name in inspect.signature(method).parameters})
         if positions is not None:
             return positions
-    first = first_position(composite)
-    return torch.arange(first, first + call.shape[1], device=call.index.device)[None]
+    decoder = override.installation.anatomy.decoder
+    assert decoder is not None
+    mask, length = arguments.get("attention_mask"), call.shape[1]
+    return first_positions(decoder, None, mask, length, call.index.device) + first_position(composite)
 
 
 def _part_of_outputs(given: Mapping[str, Any], call: TextCall, installation: Installation) -> dict[str, Any]:

@@ -65,6 +65,8 @@ def _run_decoder(not_told: tuple[nn.Module, ...], override: Override, *args: Any
         call = localise_text(arguments, call, installation)
     else:
         _expect_mask(arguments.get("attention_mask"), call, stack)
+        if arguments.get("position_ids") is None:
+            arguments["position_ids"] = call.positions
     arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
     arguments[KEYWORD] = scope = AttentionScope(
         *(call.stream, call.tally),
@@ -92,7 +94,7 @@ def _expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
     """Raise if the model around the decoder has made a mask of its own."""
     if isinstance(mask, dict) and all(part is call.mask for part in mask.values()):  # a mask for each type of layer
         return
-    if mask is None or mask is call.mask:
+    if mask is None or mask is call.mask or _masks_nothing(mask, call):
         return
     if call.mask is None or not isinstance(mask, Tensor) or not torch.equal(mask.bool(), call.mask.bool()):
         raise UnsupportedModelError(
@@ -101,6 +103,11 @@ def _expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
             found="a mask that the composite model made itself",
             remedy="this family is not handled yet",
         )
+
+
+def _masks_nothing(mask: Any, call: TextCall) -> bool:
+    """Whether it is the mask of ones that some composites make for tokens that come without (BLIP-2)."""
+    return isinstance(mask, Tensor) and mask.shape == (1, len(call.local_index)) and bool(mask.all())
 
 
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "per_layer_inputs")

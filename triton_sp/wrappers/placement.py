@@ -112,10 +112,6 @@ class Placement(ABC):
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
         """The rows outside of the blocks, from this rank's shard (T, C)."""
 
-    def table(self, x: Tensor, stream: Stream) -> Tensor:
-        """The rows of `x` for this rank's shard, where `x` has a row for each token outside."""
-        return self.enter(x, stream)
-
 
 @dataclass(eq=False)
 class Replicated(Placement):
@@ -158,7 +154,6 @@ class Images(Placement):
     own_segments: ClassVar[bool] = True
     tokens: Shards = field(init=False)
     _dropped: int = field(default=0, init=False)  # tokens of the stand-in, which no block gets
-    _tables: dict[tuple[int, torch.Size], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False)
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
         """The ranks exchange the sizes of their images, because each knows its own only."""
@@ -214,13 +209,6 @@ class Images(Placement):
             # passes through the exchange on this rank too.
             rows = torch.cat([rows, rows.new_zeros(self._dropped, rows.shape[-1])])
         return rows
-
-    def table(self, x: Tensor, stream: Stream) -> Tensor:
-        """An exchange once for all blocks that are given the same table."""
-        key = (x.data_ptr(), x.shape)
-        if key not in self._tables:  # every block gets the same; x is held, so that its memory isn't given to another
-            self._tables[key] = x, self.enter(x, stream)
-        return self._tables[key][1]
 
 
 def _segments(hidden: HiddenShape, cu_seqlens: Tensor | None) -> Segments:

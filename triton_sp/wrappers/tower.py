@@ -32,6 +32,7 @@ class TowerPass:
         joined: cu_seqlens where the tower joins images into one sequence and does not give its blocks any.
         tally: how many attention layers have come by.
         shape: how hidden states look outside of the blocks.
+        dense: whether they are (images, tokens of an image, C), none of them padding.
         streams: the stream of tokens inside of the blocks, in the segments of each kind of block.
         mask: the mask that the first block got; all others must get the same.
         proof: verifies a layer in this call, or None.
@@ -45,9 +46,11 @@ class TowerPass:
     proof: Proof | None = None
     tally: Counter[str] = field(default_factory=Counter)
     shape: HiddenShape = field(init=False)
+    dense: bool = field(init=False)
     streams: Streams | None = None
     mask: Tensor | None = None
     last_output: Tensor | None = None
+    _tables: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def plan(self, hidden: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
         """Decide how the stream is cut, from the arguments of the first block."""
@@ -56,6 +59,7 @@ class TowerPass:
         real = None if mask is None or self.joined is not None else real_tokens(mask, hidden, block)
         self.shape = HiddenShape(hidden.shape, hidden.device, self.stack.tokens_first, real)
         cu_seqlens = self.joined if cu_seqlens is None else cu_seqlens
+        self.dense = hidden.ndim == 3 and cu_seqlens is None and real is None and not self.stack.tokens_first
         self.streams = self.placement.plan(self.stack, self.config, self.shape, hidden, cu_seqlens)
 
     def is_planned_for(self, mask: Tensor) -> bool:
@@ -77,12 +81,21 @@ class TowerPass:
         """The hidden states outside, from what a block returned."""
         return self.shape.restore(self.placement.leave(self.shape.rows(local), self.stream()))
 
-    def table(self, x: Tensor) -> Tensor:
+    def table(self, x: Tensor, prefix: float = 0.0) -> Tensor:
         """The rows for the blocks' tokens of a tensor that has a row for each token outside, such as rotations: in the
-        shape of the hidden states, or (T, ...) of packed tokens."""
-        if x.ndim != len(self.shape.shape) or x.shape[:-1] != self.shape.shape[:-1]:
-            return self.placement.table(x, self.stream())
-        return self.shape.local(self.placement.table(self.shape.flat(x), self.stream()))
+        shape of the hidden states, (T, ...) of packed tokens, or (L, C) where all images have the same rows. Of these a
+        tower may have fewer than tokens: those before the patches (CLS, registers) get rows of `prefix`."""
+        if self.dense and x.ndim == 2:
+            missing = x.new_full((self.shape.length - len(x), x.shape[1]), prefix)
+            return torch.cat([missing, x])[self.index_in_image()]
+        # Every block gets the same one: it is exchanged once. It is held, so that its memory is not given to another.
+        # (Its rows may be a copy on some ranks and none on others, so they do not tell whether it is the same.)
+        key = (x.data_ptr(), x.shape, x.stride())
+        if key not in self._tables:
+            shaped = x.ndim == len(self.shape.shape) and x.shape[:-1] == self.shape.shape[:-1]
+            rows = self.placement.enter(self.shape.flat(x) if shaped else x, self.stream())
+            self._tables[key] = x, self.shape.local(rows) if shaped else rows
+        return self._tables[key][1]
 
     def index_in_image(self) -> Tensor:
         """(T,) which token of its image each of this rank's tokens is, where all images have as many."""

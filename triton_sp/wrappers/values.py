@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy.parts import Anatomy, Fusion, Stack, is_hf
+from triton_sp.anatomy.parts import Anatomy, Fusion, is_hf
 from triton_sp.errors import InputError, require, shown
 from triton_sp.loss import IGNORE
 
@@ -123,9 +123,9 @@ def check_items(items: Any, labelled: bool) -> None:
     )
 
 
-def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], tower: Stack) -> None:
+def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], unit: int) -> None:
     """Raise an InputError for pixels that don't fit their grids, or don't have the per-image arguments beside them."""
-    merge = round(tower.unit**0.5)
+    merge = round(unit**0.5)
     takes = [_parameters(getattr(type(fusion.module), features.method)) for features in fusion.features]
     for features, own in zip(fusion.features, takes, strict=True):
         name = own[0]

@@ -171,7 +171,7 @@ def _localise_block_arguments(arguments: dict[str, Any], stream: Stream, tower: 
         if isinstance(value, Tensor):
             arguments[name] = tower.table(value)
         elif value is not None:
-            arguments[name] = tuple(map(tower.table, value))
+            arguments[name] = tuple(map(tower.table, value, (1.0, 0.0)))  # cosines and sines: no rotation
     if arguments.get("freqs_ci") is not None:
         arguments["freqs_ci"] = arguments["freqs_ci"][tower.index_in_image()]
     if arguments.get("cu_seqlens") is not None:

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from zoo.build import classes
+from zoo.build import build, classes
 from zoo.verdict import judge, reference
+
+from triton_sp.anatomy.find import find_parts
+from triton_sp.errors import UnsupportedModelError
 
 EXACT = set((Path(__file__).parents[1] / "data/zoo_exact.txt").read_text().split())
 # Gemma 2's attention is eager, Phi-3.5 MoE's router has jitter, BART numbers its tokens and does not shift its labels,
-# RoBERTa's positions follow from its ids, and Gemma 3n makes inputs for each layer before its masks.
+# RoBERTa's positions follow from its ids, Gemma 3n makes inputs for each layer before its masks, and Mamba 2 has no
+# attention.
 SPREAD = [("vlm", "aya_vision"), ("vlm", "glm4v_moe"), ("vlm", "exaone4_5")]
-SPREAD += [("causal", name) for name in ("gemma2", "phimoe", "bart", "roberta", "gemma3n_text")]
+SPREAD += [("causal", name) for name in ("gemma2", "phimoe", "bart", "roberta", "gemma3n_text", "mamba2")]
 
 
 @pytest.mark.parametrize(("kind", "model_type"), SPREAD)
@@ -33,6 +37,9 @@ def test_what_cannot_be_judged_is_told(ranks) -> None:
         assert found.verdict == "refused" and "text_decoder" in found.reason  # the model around its tower is the entry
     for found in ranks.run(judge, "bloom", "BloomForCausalLM", "causal", 2, ranks=2):
         assert found.verdict == "refused" and "expected" in found.reason
+    # Its recurrence is not known, which is told before anything runs.
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        find_parts(build("mamba", "MambaForCausalLM", "causal"))
 
 
 @pytest.mark.parametrize("draw", [lambda x: torch.nn.functional.dropout(x, 0.5), lambda x: x / 0])

@@ -24,7 +24,7 @@ from triton_sp.anatomy.parts import (
     contains,
     is_hf,
 )
-from triton_sp.anatomy.recurrent import recurrent_layers
+from triton_sp.anatomy.recurrent import functions_of, recurrent_layers
 from triton_sp.anatomy.refusals import (
     refuse_blocks,
     refuse_decoder,
@@ -64,7 +64,7 @@ def find_parts(model: nn.Module) -> Anatomy:
 
 
 def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Module]]]:
-    """For each innermost HF model its longest list of blocks with attention."""
+    """For each innermost HF model its longest list of blocks with attention, or with known recurrent layers."""
     for owner in entry.modules():
         if not is_hf(owner):
             continue
@@ -76,7 +76,7 @@ def _hf_stacks(entry: nn.Module) -> Iterator[tuple[nn.Module, str, list[nn.Modul
         lists = [
             (name, blocks)
             for name, blocks in lists
-            if any(attention_like(m) for block in blocks for m in block.modules())
+            if any(attention_like(m) or functions_of(m) for block in blocks for m in block.modules())
         ]
         if lists:
             name, blocks = max(lists, key=lambda item: len(item[1]))
@@ -108,13 +108,15 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     blocks = [getattr(block, "_checkpoint_wrapped_module", block) for block in blocks]
     attention = _without_cross_attention(blocks, list(_self_attention(blocks)))
     family = _family(owner)
-    stack = Stack(name, owner, blocks, attention, family, by_interface=bool(attention), proven=family in PROVEN)
-    stack.recurrent = recurrent_layers(blocks)
+    recurrent = recurrent_layers(blocks)
+    known = bool(attention or recurrent)
+    stack = Stack(name, owner, blocks, attention, family, by_interface=known, proven=family in PROVEN)
+    stack.recurrent = recurrent
     if _takes_pixels(owner):
         _describe_tower(stack, owner, anatomy.entry)
         stack.refusal = refuse_blocks(stack, names)
         anatomy.towers.append(stack)
-    elif attention and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
+    elif known and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
         stack.spans = spans_of(anatomy.entry, owner)
         stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
         stack.outside = [module for part in _outside(owner, blocks) for module in part.modules()]

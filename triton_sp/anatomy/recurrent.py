@@ -53,13 +53,15 @@ FUSED = "mamba2_split_conv1d_scan_combined"  # convolution, recurrence, norm and
 def functions_of(module: nn.Module) -> set[str]:
     """The functions in which tokens meet that a module's own forward calls; empty for all but recurrent layers.
 
-    A layer without a convolution, or with more than one recurrence, is none.
+    A layer without a convolution, or with more than one recurrence, is none; nor is one without a recurrence that is
+    known, but with parameters of its own, such as a state's decay.
     """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or CONVOLUTION not in code.co_names:
         return set()
     rules = SIGNATURES.keys() & set(code.co_names)
-    return {CONVOLUTION, *rules} if len(rules) <= 1 else set()
+    plain = not rules and not any(True for _ in module.parameters(recurse=False))
+    return {CONVOLUTION, *rules} if len(rules) == 1 or plain else set()
 
 
 def recurrent_layers(blocks: Iterable[nn.Module]) -> list[nn.Module]:

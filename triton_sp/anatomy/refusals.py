@@ -138,8 +138,9 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
         )
     parameters = inspect.signature(type(stack.module).forward).parameters
     missing = {"inputs_embeds", "position_ids", "attention_mask"} - set(parameters)
-    if stack.learned_positions is not None and takes_positions(stack.learned_positions):
-        missing -= {"position_ids"}  # it numbers its tokens itself, and hands that to its table
+    learned = stack.learned_positions
+    if not stack.attention or (learned is not None and takes_positions(learned)):
+        missing -= {"position_ids"}  # recurrences need none; or it numbers its tokens itself, for its table
     rotary = any("rotary" in type(module).__name__.lower() for module in stack.module.modules())
     tables = sum(isinstance(module, nn.Embedding) for module in stack.module.modules())
     # Recurrences tell the order without positions.

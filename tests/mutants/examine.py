@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mutants.table import COUNTS, EQUIVALENT, MODULES, Count
+from mutants.table import COUNTS, DOCUMENT, EQUIVALENT, MODULES, Count, written
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "reports" / "mutants.csv"
@@ -44,6 +44,13 @@ class Mutant(NamedTuple):
     before: str
     after: str
     source: str
+
+
+class Limit(NamedTuple):
+    """How long tests may take, and how much of the processor's time; a mutant may loop for ever, or wait."""
+
+    seconds: float
+    cpu: float
 
 
 class Tree:
@@ -67,17 +74,18 @@ class Tree:
         for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
             compiled.unlink()
 
-    def run(self, module: str, limit: float) -> tuple[str, float]:
-        """Run a module's tests in a new process: "passed", "failed" or "timeout", and the seconds that it took."""
+    def run(self, module: str, limit: Limit) -> tuple[str, Limit]:
+        """Run a module's tests in a new process: "passed", "failed" or "timeout", and what it took."""
         start = time.monotonic()
         child = os.fork()
         if not child:
             _run_tests(self.place, module, MODULES[module], limit)
-        while time.monotonic() < start + limit:
-            done, status = os.waitpid(child, os.WNOHANG)
+        while time.monotonic() < start + limit.seconds:
+            done, status, used = os.wait4(child, os.WNOHANG)
             if done:
                 _end(child)  # processes of ranks that it left behind
-                return "passed" if status == 0 else "failed", time.monotonic() - start
+                verdict = "passed" if status == 0 else "failed"
+                return verdict, Limit(time.monotonic() - start, used.ru_utime + used.ru_stime)
             time.sleep(0.02)
         _end(child)
         os.waitpid(child, 0)
@@ -91,7 +99,7 @@ def _end(session: int) -> None:
         return
 
 
-def _run_tests(place: Path, module: str, tests: list[str], limit: float) -> None:
+def _run_tests(place: Path, module: str, tests: list[str], limit: Limit) -> None:
     """In a new process: run a module's examples and its tests in a copy of the checkout, and end."""
     code = 3
     try:
@@ -100,7 +108,7 @@ def _run_tests(place: Path, module: str, tests: list[str], limit: float) -> None
         output = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit) + 1, int(limit) + 1))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit.cpu) + 1, int(limit.cpu) + 1))
         resource.setrlimit(resource.RLIMIT_DATA, (8 << 30, 8 << 30))  # a mutant may ask for any amount
         ours = ("", str(ROOT), str(ROOT / "tests"))
         sys.dont_write_bytecode = False  # or each process would compile the library anew
@@ -195,11 +203,22 @@ def _meaning(source: str) -> str:
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def examine(module: str, sample: int, seed: int) -> tuple[Count, list[list[str]]]:
-    """Try a sample of the mutants of a module, and print those that no test noticed."""
-    source, known = (ROOT / module).read_text(), {(m, b, a) for m, b, a, _ in EQUIVALENT.rows()}
-    tree = Tree(ROOT / "build" / "mutants" / module.replace("/", "-"))
-    outcome, _ = tree.run(module, 900)
+class Row(NamedTuple):
+    """A row of the report: a mutant and what came of it."""
+
+    module: str
+    line: int
+    operator: str
+    before: str
+    after: str
+    verdict: str
+    outcome: str
+
+
+def examine(tree: Tree, module: str, mutants: Iterator[Mutant]) -> Iterator[Row]:
+    """Try mutants of a module, and print those that no test noticed."""
+    known = {(module, before, after) for module, before, after, _ in EQUIVALENT.rows()}
+    outcome, _ = tree.run(module, Limit(900, 900))
     if outcome != "passed":
         raise SystemExit(f"{module}: its tests fail without any change: {tree.place / 'log'}")
     for name in (tree.place / "modules").read_text().split():
@@ -208,26 +227,20 @@ def examine(module: str, sample: int, seed: int) -> tuple[Count, list[list[str]]
                 importlib.import_module(name)
             except Exception:
                 continue  # what cannot be imported by itself is imported with the tests, more slowly
-    _, seconds = tree.run(module, 900)
-    places = positions(source)
-    tried = list(draw(source, places, sample, random.Random(f"{module} {seed}")))
-    rows, numbers = [], dict.fromkeys(("killed", "survived", "equivalent"), 0)
-    for mutant in sorted(tried, key=lambda mutant: mutant.line):
+    _, usual = tree.run(module, Limit(900, 900))
+    for mutant in mutants:
         tree.put(module, mutant.source)
-        outcome, _ = tree.run(module, 6 * seconds + 20)
+        outcome, _ = tree.run(module, Limit(15 * usual.seconds + 60, 6 * usual.cpu + 10))
         verdict = "killed" if outcome != "passed" else "survived"
         if verdict == "survived" and (module, mutant.before, mutant.after) in known:
             verdict = "equivalent"
-        numbers[verdict] += 1
-        rows.append([module, str(mutant.line), mutant.operator, mutant.before, mutant.after, verdict, outcome])
+        yield Row(module, mutant.line, mutant.operator, mutant.before, mutant.after, verdict, outcome)
         if verdict == "survived":
             print(f"{module}:{mutant.line} {mutant.operator}\n  - {mutant.before}\n  + {mutant.after}", flush=True)
-    shutil.rmtree(tree.place)
-    return Count(module, len(places), len(tried), numbers["killed"], numbers["equivalent"]), rows
 
 
 def main() -> None:
-    """Examine modules, and write the report and the table."""
+    """Examine modules, and write the report, the counts and the table of docs/proof.md."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(MODULES)}; all if none is named")
     parser.add_argument("--sample", type=int, default=80, help="mutants of each module")
@@ -237,12 +250,21 @@ def main() -> None:
     for name in ("torch", "torch.distributed", "numpy", "pytest", "hypothesis"):
         importlib.import_module(name)
     REPORT.parent.mkdir(exist_ok=True)
+    if not arguments.modules:
+        REPORT.unlink(missing_ok=True)
     for module in arguments.modules or list(MODULES):
-        count, rows = examine(module, arguments.sample, arguments.seed)
+        tree, source = Tree(ROOT / "build" / "mutants" / module.replace("/", "-")), (ROOT / module).read_text()
+        places, verdicts = positions(source), []
+        tried = draw(source, places, arguments.sample, random.Random(f"{module} {arguments.seed}"))
+        for row in examine(tree, module, tried):  # written one by one, so that nothing is lost if this is interrupted
+            verdicts.append(row.verdict)
+            with REPORT.open("a", newline="") as file:
+                csv.writer(file).writerow(row)
+        count = Count(module, len(places), len(verdicts), verdicts.count("killed"), verdicts.count("equivalent"))
         print(f"{module}: {count.killed} of {count.sampled - count.equivalent} killed, {count.share:.1%}", flush=True)
         COUNTS.put(count)
-        with REPORT.open("a", newline="") as file:
-            csv.writer(file).writerows(rows)
+        shutil.rmtree(tree.place)
+    DOCUMENT.write_text(written(DOCUMENT.read_text()))
 
 
 if __name__ == "__main__":

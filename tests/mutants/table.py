@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +88,12 @@ def counts() -> list[Count]:
     return [Count(module, *map(int, numbers)) for module, *numbers in COUNTS.rows()]
 
 
-def markdown() -> str:
-    """The table of docs/proof.md."""
-    lines = ["| module | mutants | tried | equivalent | noticed |", "|---|---|---|---|---|"]
-    lines += [f"| `{c.module}` | {c.mutants} | {c.sampled} | {c.equivalent} | {c.share:.0%} |" for c in counts()]
-    return "\n".join(lines)
+DOCUMENT = DATA.parents[1] / "docs" / "proof.md"
+MARKED = re.compile(r"(<!-- mutants -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(text: str) -> str:
+    """A document with the table as the counts have it."""
+    lines = ["| module | mutants | tried | change no result | of the others, noticed |", "|---|---|---|---|---|"]
+    lines += [f"| `{c.module}` | {c.mutants:,} | {c.sampled} | {c.equivalent} | {c.share:.0%} |" for c in counts()]
+    return MARKED.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text)

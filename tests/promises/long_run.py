@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,19 +38,19 @@ DTYPES = {"float32": None, "bf16 autocast": torch.bfloat16}
 
 
 class Run(NamedTuple):
-    """The loss of each step, and a digest of the weights after the last."""
+    """The loss of each step, and digests of the weights after every 100 of them."""
 
     losses: list[float]
-    digest: str
+    digests: list[str]
 
 
 def model(attention: str) -> nn.Module:
-    """A LLaVA of two blocks in the tower and two in the decoder."""
+    """A LLaVA of one block in the tower and one in the decoder."""
     torch.manual_seed(0)
-    stack = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    stack = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     vision = CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, **stack)
     text = LlamaConfig(vocab_size=2 + WORDS, num_key_value_heads=2, use_cache=False, **stack)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, vision_feature_layer=-1)
     return LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).train()
 
 
@@ -67,24 +68,30 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"input_ids": torch.cat([images, text], 1), "labels": labels, "pixel_values": pixels}
 
 
-def train(steps: int, dtype: torch.dtype | None, attention: str = "sdpa") -> Run:
-    """Train on this rank of the default group, or in one process if there is none."""
+def trained(steps: int, dtype: torch.dtype | None, attention: str = "sdpa") -> Iterator[tuple[float, str]]:
+    """Train on this rank of the default group, or in one process if there is none. Of each step, its loss; and after
+    every 100 of them the digest of the weights."""
     torch.set_num_threads(1)
-    trained, losses = model(attention), []
+    llava = model(attention)
     if dist.is_initialized():
-        triton_sp.wrap(trained, config=SPConfig(plan="heads"))
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=RATE, fused=True)
+        triton_sp.wrap(llava, config=SPConfig(plan="heads"))
+    optimizer = torch.optim.AdamW(llava.parameters(), lr=RATE, fused=True)
     for step in range(steps):
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            loss = trained(**batch(step)).loss
+            loss = llava(**batch(step)).loss
         loss.backward()
         if dist.is_initialized():
-            triton_sp.sync_gradients(trained)
+            triton_sp.sync_gradients(llava)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in trained.parameters()))
-    return Run(losses, digest.hexdigest())
+        weights = (p.detach().numpy().tobytes() for p in llava.parameters())
+        yield float(loss.detach()), "" if (step + 1) % 100 else hashlib.sha256(b"".join(weights)).hexdigest()
+
+
+def train(steps: int, dtype: torch.dtype | None, attention: str = "sdpa") -> Run:
+    """All steps of a training."""
+    losses, digests = zip(*trained(steps, dtype, attention), strict=True)
+    return Run(list(losses), [digest for digest in digests if digest])
 
 
 def compare(steps: int, pool: RankPool, name: str) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -36,6 +37,9 @@ from triton_sp.errors import SPError
 LIMIT = 90.0  # seconds in which all processes of a run must have ended
 SHAPES = ((1, 2), (1, 3), (1, 4), (2, 2))  # replicas, and ranks that share a batch
 HARMLESS = ("paused", "slow")
+ROOT = Path(__file__).parents[2]
+KEPT, DOCUMENT = ROOT / "tests" / "data" / "chaos.csv", ROOT / "docs" / "proof.md"
+MARKED = re.compile(r"(<!-- chaos -->\n).*?(<!-- end -->)", re.DOTALL)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -162,6 +166,17 @@ def _processes_of(session: int | None) -> list[int]:
     return found
 
 
+def _is_mapped(name: str) -> bool:
+    """Whether a process uses a piece of shared memory, as other programs of this machine may."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            if f"/dev/shm/{name}" in maps.read_text():
+                return True
+        except OSError:
+            continue
+    return not (Path("/dev/shm") / name).exists()
+
+
 _undisturbed: dict[tuple[str, int, int], list[str]] = {}
 
 
@@ -205,7 +220,7 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
         again = run(place, case.ranks, case.engine, case.replicas, None)
         if [end.digest for end in again] != wanted:
             wrong.append(f"restart: {next((e.text or e.kind for e in again if not e.digest), 'other weights')}")
-    if set(os.listdir("/dev/shm")) - memory:
+    if any(not _is_mapped(name) for name in set(os.listdir("/dev/shm")) - memory):
         wrong.append("shared memory left")
     if list((place / "tmp").iterdir()) or (fault.kind not in ("killed", "stopped") and list(place.rglob("*.part"))):
         wrong.append("files left")
@@ -221,13 +236,42 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     return row
 
 
+def table(rows: list[dict[str, str]]) -> str:
+    """Of each kind of fault: how many runs came out as they should, and how many survivors were told the rank, in a
+    plain loop and with an engine, and after how many seconds at most."""
+    lines = [
+        "| fault | runs | as it should | named, loop | named, DDP and FSDP2 | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in ACTIONS:
+        own = [row for row in rows if row["kind"] == kind and row["struck"] == "True"]
+        right = sum(not row["wrong"] for row in own)
+        named = []
+        for loop in (True, False):
+            told = [row["named by"].split(" of ") for row in own if (row["engine"] == "loop") == loop]
+            named.append(f"{sum(int(a) for a, _ in told)} of {sum(int(b) for _, b in told)}")
+        if kind in HARMLESS:
+            named = ["", ""]
+        slowest = max((float(row["seconds"]) for row in own), default=0)
+        lines.append(f"| {kind} | {len(own)} | {right} | {named[0]} | {named[1]} | {slowest:g} |")
+    return "\n".join(lines)
+
+
+def written(text: str) -> str:
+    """A document with the table of the runs that are kept."""
+    with KEPT.open(newline="") as file:
+        made = table(list(csv.DictReader(file)))
+    return MARKED.sub(lambda match: f"{match[1]}{made}\n{match[2]}", text)
+
+
 def main() -> int:
     """Run the scenarios of some seeds; 0 if every one came out as it should."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--keep", action="store_true", help="put the report into tests/data and docs/proof.md")
     arguments = parser.parse_args()
-    report = Path(__file__).parents[2] / "reports" / "chaos.csv"
+    report = ROOT / "reports" / "chaos.csv"
     report.parent.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     bad = 0
@@ -241,6 +285,9 @@ def main() -> int:
             writer.writerow(row)
         bad += bool(row["wrong"])
         print(*row.values(), sep=" | ", flush=True)
+    if arguments.keep:
+        shutil.copy(report, KEPT)
+        DOCUMENT.write_text(written(DOCUMENT.read_text()))
     if not bad:
         shutil.rmtree(folder)
     else:

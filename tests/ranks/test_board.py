@@ -46,6 +46,14 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
     return found
 
 
+SECONDS = failures.GRACE, failures._WAIT_POLL_SECONDS, failures._NOTE_POLL_SECONDS
+
+
+def test_a_rank_has_a_second_to_say_that_it_failed_too() -> None:
+    grace, waits, looks = SECONDS
+    assert 0.5 <= grace <= 2 and 0.1 <= waits <= grace / 2 and 0 < looks <= grace / 10
+
+
 LOST = RuntimeError("connection lost\nat a place")
 
 

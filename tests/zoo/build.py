@@ -53,6 +53,8 @@ def build(model_type: str, name: str, kind: str) -> nn.Module:
     gradients too. In float32 where text is attended to by eager attention: in float64 its masks overflow in a softmax
     of float32, and rows that see nothing, of padding, are NaN in the model itself."""
     config = tiny_config(model_type)
+    if kind == "vision" and not isinstance(config, getattr(hf, name).config_class):
+        config = config.vision_config
     if kind == "causal" and model_type in TEXT_CONFIGS:
         config = config.get_text_config(decoder=True)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):

@@ -18,6 +18,8 @@ EXACT = set((Path(__file__).parents[1] / "data/zoo_exact.txt").read_text().split
 # RoBERTa's positions follow from its ids, Gemma 3n makes inputs for each layer before its masks, and Mamba 2 has no
 # attention.
 SPREAD = [("vlm", "aya_vision"), ("vlm", "glm4v_moe"), ("vlm", "exaone4_5")]
+# Images of different numbers on the ranks, a Q-Former; rotations of one image, without rows for the tokens before it.
+SPREAD += [("vlm", "gemma4"), ("vlm", "blip-2"), ("vision", "dinov3_vit")]
 SPREAD += [("causal", name) for name in ("gemma2", "phimoe", "bart", "roberta", "gemma3n_text", "mamba2")]
 
 
@@ -35,6 +37,8 @@ def test_what_cannot_be_judged_is_told(ranks) -> None:
         assert found.verdict == "not built" and found.reason
     for found in ranks.run(judge, "blip", "BlipForConditionalGeneration", "vlm", 2, ranks=2):
         assert found.verdict == "refused" and "text_decoder" in found.reason  # the model around its tower is the entry
+    for found in ranks.run(judge, "mobilevit", "MobileViTModel", "vision", 2, ranks=2):
+        assert found.verdict == "refused" and "no attention" in found.reason
     for found in ranks.run(judge, "bloom", "BloomForCausalLM", "causal", 2, ranks=2):
         assert found.verdict == "refused" and "expected" in found.reason
     # Its recurrence is not known, which is told before anything runs.

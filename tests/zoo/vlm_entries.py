@@ -103,4 +103,7 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 VISION_ENTRIES: dict[str, dict[str, Any]] = {
     "dinov3_vit": {"pos_embed_rescale": None},
+    "timesformer": {"num_frames": 2},
+    "videomae": {"num_frames": 2},
+    "vivit": {"num_frames": 2, "tubelet_size": [2, PATCH, PATCH]},
 }

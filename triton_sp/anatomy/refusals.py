@@ -62,13 +62,27 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
             found=f"parameters {sorted(unknown)}, each of which may have an entry for every token",
             remedy="add them to triton_sp/anatomy/refusals.py once they are known to be right on a shard",
         )
-    if not stack.by_interface:
-        return None  # proven by a trial on the first call instead, see wrappers/trial.py
+    if not stack.by_interface:  # proven by a trial on the first call instead, see wrappers/trial.py
+        return next((_refuse_stage(block, names) for block in stack.blocks if not _attends(block)), None)
     convolutions = {
         id(child) for layer in stack.recurrent for child in layer.children() if isinstance(child, nn.Conv1d)
     }
     modules = [module for block in stack.blocks for module in block.modules() if id(module) not in convolutions]
     return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
+
+
+def _attends(block: nn.Module) -> bool:
+    return any(map(attention_like, block.modules()))
+
+
+def _refuse_stage(block: nn.Module, names: dict[int, str]) -> UnsupportedModelError:
+    """Stages of convolutions in one list with those of attention (MobileViT) change how many tokens there are."""
+    return UnsupportedModelError(
+        names[id(block)],
+        expected="a list of blocks that all attend",
+        found=f"{type(block).__name__}, which holds no attention",
+        remedy="use a tower of one kind of blocks",
+    )
 
 
 def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelError | None:

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from kit import parity, zoo
 from torch import nn
 from torch._dynamo.utils import counters
@@ -92,6 +93,21 @@ def test_whole_models(ranks, name: str, batch: str, backend: str) -> None:
 )
 def test_breaks_by_layer(ranks, name: str, part: str, most: int) -> None:
     assert max(ranks.run(breaks_by_layer, name, part, ranks=2, timeout=600)) <= most
+
+
+def compile_on_rank_0() -> float:
+    """Rank 1 runs what both were told to compile as it is, as where torch gives up compiling."""
+    case = zoo.CASES["llama"]
+    model = wrap(case.model(), config=SPConfig(plan="heads"))
+    for layer in layers_of(model):
+        layer.compile(backend="eager")
+    with torch.compiler.set_stance("force_eager" if dist.get_rank() else "default"):
+        found = parity.step(model, case.batch("plain"))
+    return parity.gradient_error(found[1], parity.step(wrap(case.model()), case.batch("plain"))[1])[0]
+
+
+def test_a_rank_that_does_not_compile(ranks) -> None:
+    assert max(ranks.run(compile_on_rank_0, ranks=2)) < 1e-10
 
 
 def offload_what_layers_save() -> None:

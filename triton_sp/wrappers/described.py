@@ -72,16 +72,19 @@ def prepare_on_all(
     )
 
 
-def agree_on_backward(installation: Installation, step: str, exchanges: Nodes) -> None:
+def agree_on_backward(installation: Installation, step: str, exchanges: Nodes | None) -> None:
     """At the start of a backward: all ranks begin that of the same forward, and will make the same exchanges in it.
 
     A rank whose weights are frozen, or that asks for the gradients of others, makes fewer exchanges.
 
     Args:
-        exchanges: the nodes of the graph that make one, as far as they live.
+        exchanges: the nodes of the graph that make one, as far as they live; None where those inside of compiled graphs are
+            not known.
     """
 
     def describe(_: None) -> str:
+        if exchanges is None:
+            return "exchanges=not counted under torch.compile"
         nodes = [node() for node in exchanges]
         will = [node is not None and torch._C._will_engine_execute_node(node) for node in nodes]
         executed = "".join(str(int(one)) for one in will)

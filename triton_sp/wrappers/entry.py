@@ -22,6 +22,7 @@ from triton_sp.wrappers.described import agree_on_backward, bind_on_all, prepare
 from triton_sp.wrappers.features import check_rows, needed_rows
 from triton_sp.wrappers.first_call import try_text_model, try_vision_model
 from triton_sp.wrappers.generation import Prompt, generating, prefill, prefills
+from triton_sp.wrappers.graphs import has_graphs
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall, gather_tokens, lay_out
@@ -56,7 +57,9 @@ def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:
     begin = None
     if installation.config.check != "off":
         step = f"backward of forward {installation.state.calls} of {type(override.module).__name__}"
-        begin = partial(agree_on_backward, installation, step, exchanges)
+        # A rank may run a compiled layer as it is, where torch gives up compiling, and the others its graph.
+        counted = None if has_graphs(override.module) else exchanges
+        begin = partial(agree_on_backward, installation, step, counted)
     _watch(out, BackwardWatcher(board, begin))
     return out
 

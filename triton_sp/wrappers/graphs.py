@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 
 from triton_sp import stages
@@ -55,6 +55,13 @@ def compiled_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> A
         return function(*args, **kwargs)
     finally:
         set_eval_frame(before)
+
+
+def has_graphs(model: nn.Module) -> bool:
+    """Whether torch.compile was asked for the model or for a part of it; to be called from within `between_graphs`."""
+    return _compiler.get() is not None or any(
+        module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in model.modules()
+    )
 
 
 # --- what travels as a number --------------------------------------------------------------------------------------

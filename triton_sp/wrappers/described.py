@@ -78,8 +78,8 @@ def agree_on_backward(installation: Installation, step: str, exchanges: Nodes | 
     A rank whose weights are frozen, or that asks for the gradients of others, makes fewer exchanges.
 
     Args:
-        exchanges: the nodes of the graph that make one, as far as they live; None where those inside of compiled graphs are
-            not known.
+        exchanges: the nodes of the graph that make one, as far as they live; None where those inside of compiled graphs
+            are not known.
     """
 
     def describe(_: None) -> str:

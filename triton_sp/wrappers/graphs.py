@@ -104,6 +104,7 @@ class _Kept:
     stream: Stream
     layer: stages.Layer
     saved_tensors: tuple[Tensor, ...] = ()
+    needs_input_grad = (True,)  # without a backward nothing holds the number, and what it stands for is gone at once
 
     def save_for_backward(self, *tensors: Tensor) -> None:
         self.saved_tensors = tensors

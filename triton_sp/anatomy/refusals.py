@@ -166,16 +166,19 @@ def refuse_decoder(anatomy: Anatomy, stack: Stack, names: dict[int, str]) -> Uns
             found=f"a {type(stack.module).__name__} without {sorted(missing) or 'either'}",
             remedy="use a model with one of them; ALiBi counts local tokens",
         )
-    entry = anatomy.entry
+    return _refuse_head(anatomy.entry, stack) or refuse_blocks(stack, names)
+
+
+def _refuse_head(entry: nn.Module, stack: Stack) -> UnsupportedModelError | None:
     head = getattr(entry, "get_output_embeddings", lambda: None)()
-    if entry is not stack.module and head is None and _has_own_head(entry):
-        return UnsupportedModelError(
-            type(entry).__name__,
-            expected="a model that ends in a language-modelling head, or the model without a head",
-            found="a head that picks or pools tokens of the whole sequence",
-            remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
-        )
-    return refuse_blocks(stack, names)
+    if entry is stack.module or head is not None or not _has_own_head(entry):
+        return None
+    return UnsupportedModelError(
+        type(entry).__name__,
+        expected="a model that ends in a language-modelling head, or the model without a head",
+        found="a head that picks or pools tokens of the whole sequence",
+        remedy="wrap the base model and gather its hidden states (SPConfig(gather_logits=True))",
+    )
 
 
 def refuse_text_attention(stack: Stack) -> UnsupportedModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -64,11 +65,15 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
         )
     if not stack.by_interface:  # proven by a trial on the first call instead, see wrappers/trial.py
         return next((_refuse_stage(block, names) for block in stack.blocks if not _attends(block)), None)
-    convolutions = {
-        id(child) for layer in stack.recurrent for child in layer.children() if isinstance(child, nn.Conv1d)
-    }
-    modules = [module for block in stack.blocks for module in block.modules() if id(module) not in convolutions]
-    return next((refusal for module in modules if (refusal := _refuse_layer(module, names))), None)
+    modules = [module for block in stack.blocks for module in block.modules()]
+    known = _convolutions(stack.recurrent)
+    refusals = (_refuse_layer(module, names) for module in modules if id(module) not in known)
+    return next(filter(None, refusals), None)
+
+
+def _convolutions(layers: Iterable[nn.Module]) -> set[int]:
+    """The ids of the convolutions of recurrent layers, which get a halo."""
+    return {id(child) for layer in layers for child in layer.children() if isinstance(child, nn.Conv1d)}
 
 
 def _attends(block: nn.Module) -> bool:

@@ -151,10 +151,10 @@ class Streams:
 
 
 def placement(own_segments: bool = False) -> Any:
-    def table(x: Tensor, stream: Any) -> Tensor:
+    def enter(x: Tensor, stream: Any) -> Tensor:
         return x[stream.own.start : stream.own.stop]
 
-    return SimpleNamespace(own_segments=own_segments, table=table)
+    return SimpleNamespace(own_segments=own_segments, enter=enter)
 
 
 def test_blocks_get_the_stream_of_their_segments() -> None:
@@ -167,7 +167,7 @@ def test_blocks_get_the_stream_of_their_segments() -> None:
 
 def test_tables_are_cut_as_tokens_are() -> None:
     shape = HiddenShape(torch.Size((2, 5, 3)), torch.device("cpu"), False, None)
-    tower = tower_pass(streams=Streams(), placement=placement(), shape=shape)
+    tower = tower_pass(streams=Streams(), placement=placement(), shape=shape, dense=False)
     packed = torch.arange(10.0)[:, None]
     assert flat(tower.table(packed)) == [4, 5, 6, 7, 8]
     rotations = packed.view(2, 5, 1).expand(2, 5, 7)
@@ -175,3 +175,5 @@ def test_tables_are_cut_as_tokens_are() -> None:
     assert flat(found[..., 0]) == [4, 5, 6, 7, 8] and found.shape == (1, 5, 7)
     assert flat(tower.table(torch.arange(30.0).view(10, 1, 3))[:, 0, 0]) == [12, 15, 18, 21, 24]
     assert tower.index_in_image().tolist() == [4, 0, 1, 2, 3]
+    images = tower_pass(streams=Streams(), placement=placement(), shape=shape, dense=True)  # all have the same rotations
+    assert flat(images.table(torch.arange(4.0)[:, None], prefix=-1.0)) == [3, -1, 0, 1, 2]

@@ -135,7 +135,7 @@ def in_dtype_of(case: zoo.Case) -> AbstractContextManager[None]:
 @contextmanager
 def widened() -> Iterator[None]:
     """What asks for float32 gets float64."""
-    torch.storage._storage_type_to_dtype_map()  # kept when first asked for: torch.load fails for ever if that is in here
+    torch.storage._storage_type_to_dtype_map()  # kept when first asked for: torch.load would fail for good
     wide = {"float32": torch.float64, "float": torch.float64}  # both names of it
     with mock.patch.multiple(torch, **wide), mock.patch.object(Tensor, "float", Tensor.double):
         yield

@@ -175,5 +175,5 @@ def test_tables_are_cut_as_tokens_are() -> None:
     assert flat(found[..., 0]) == [4, 5, 6, 7, 8] and found.shape == (1, 5, 7)
     assert flat(tower.table(torch.arange(30.0).view(10, 1, 3))[:, 0, 0]) == [12, 15, 18, 21, 24]
     assert tower.index_in_image().tolist() == [4, 0, 1, 2, 3]
-    images = tower_pass(streams=Streams(), placement=placement(), shape=shape, dense=True)  # all have the same rotations
+    images = tower_pass(streams=Streams(), placement=placement(), shape=shape, dense=True)
     assert flat(images.table(torch.arange(4.0)[:, None], prefix=-1.0)) == [3, -1, 0, 1, 2]

@@ -14,8 +14,10 @@ from triton_sp.ops import dispatch, varlen
 
 
 @needs_triton
-def test_kernels_in_the_interpreter():
-    interpret(Path(__file__).parent, "attend_cases.py", "attend_properties.py")
+@pytest.mark.timeout(900)  # two minutes on a core of its own
+@pytest.mark.parametrize("file", ["attend_cases.py", "attend_properties.py"])
+def test_kernels_in_the_interpreter(file: str):
+    interpret(Path(__file__).parent, file)
 
 
 def test_cpu_runs_the_reference(monkeypatch):

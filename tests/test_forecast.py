@@ -68,12 +68,12 @@ def planned(name: str, rank: int) -> Forecast:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_as_in_a_real_run(ranks, name: str) -> None:
-    """On both ranks: plans, tokens and bytes exactly, what is saved within 5 %, and the peak within 3 %."""
+    """On both ranks: plans, tokens and bytes exactly, what is saved within 5 %, and the peak within 2 %."""
     for rank, (saved, sent, sent_in_step, peak, plans, tokens) in enumerate(ranks.run(real, name, ranks=2)):
         row = planned(name, rank)
         assert (row.sent, row.sent_in_step, row.plans, row.own_tokens) == (sent, sent_in_step, plans, tokens)
         assert abs(row.activations / saved - 1) < 0.05
-        assert abs(max(row.forward_peak, row.backward_peak) / peak - 1) < 0.03  # 0.023 after other runs
+        assert abs(max(row.forward_peak, row.backward_peak) / peak - 1) < 0.02
 
 
 def test_flops() -> None:

@@ -21,7 +21,8 @@ from triton_sp.kernels.mask import Grads, Mask
 from triton_sp.ops import varlen
 
 aten = torch.ops.aten
-READ = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default)
+# Operations that give what they are given; `_unsafe_view`, of products, does not say that it is a view.
+AS_IT_IS = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default, aten._unsafe_view.default)
 LARGE = 1 << 26
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # of Linux; in Python from 3.13 on
 
@@ -57,7 +58,7 @@ class Hollow(TorchDispatchMode):
             return args[0]  # not another tensor
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         known = inputs and not any(x.is_floating_point() for x in inputs)
-        if func.is_view or known or func in READ:
+        if func.is_view or known or func in AS_IT_IS:
             return func(*args, **kwargs)
         if func is aten.allclose.default:
             return True  # there are no numbers to differ

@@ -27,7 +27,6 @@ from triton_sp.wrappers.offload import kept_on_cpu
 from triton_sp.wrappers.patches import Patches
 from triton_sp.wrappers.placement import Replicated
 from triton_sp.wrappers.scope import (
-    AttentionScope,
     Call,
     active,
     bound_checkpoints,
@@ -128,8 +127,7 @@ def _run_block(attention: list[nn.Module], override: Override, *args: Any, **kwa
         hidden = tower.enter(hidden)
     if tower.stack.by_interface:
         _localise_block_arguments(arguments, stream, tower, override.module)
-        scope = AttentionScope(stream, tower.tally, attention=attention, proof=tower.proof)
-        with active(scope.traceable()):
+        with active(tower.scope(stream, attention)):
             out = override.original(hidden, **arguments)
     else:
         out = opaque.run_block(override, tower, hidden, arguments)

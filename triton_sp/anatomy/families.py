@@ -57,6 +57,9 @@ PROVEN = {
     "nemotron_h", "olmo_hybrid", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next",
 }  # fmt: skip
 
+# Arguments with a type for each token: of text or of a picture, or which experts it has (ERNIE 4.5 VL).
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+
 # Composite models of which the same holds for their fusion, by the `model_type` of their configuration.
 PROVEN_COMPOSITES = {
     "ernie4_5_vl_moe", "gemma3", "gemma4", "glm4v", "idefics2", "idefics3", "internvl", "kimi_k25", "llama4", "llava",

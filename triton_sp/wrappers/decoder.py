@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp.anatomy.families import first_positions
+from triton_sp.anatomy.families import TOKEN_TYPES, first_positions
 from triton_sp.anatomy.parts import Stack, hands_keywords_on, takes_positions
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.wrappers import cross, recurrent
@@ -110,7 +110,7 @@ def _masks_nothing(mask: Any, call: TextCall) -> bool:
     return isinstance(mask, Tensor) and mask.shape == (1, len(call.local_index)) and bool(mask.all())
 
 
-_PER_TOKEN = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids", "per_layer_inputs")
+_PER_TOKEN = (*TOKEN_TYPES, "per_layer_inputs")
 _ON_THEIR_OWN = ("attention_mask", "position_ids", "visual_pos_masks", *cross.NAMES)
 _HANDLED = ("input_ids", "inputs_embeds", *_PER_TOKEN, *_ON_THEIR_OWN)
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sp.anatomy.families import TOKEN_TYPES
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE
 
-TOKENS = ("input_ids", "labels", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+TOKENS = ("input_ids", "labels", *TOKEN_TYPES)
 _SIZES = ("image_sizes", "pixel_attention_mask", "batch_num_images")  # with them, pixels may be padded with zeros
 _PICTURES = ("pixel", "image", "video")
 Sample = Mapping[str, Any]

@@ -6,17 +6,17 @@ the table is that of the source.
 
 from __future__ import annotations
 
-import re
 import sys
 from functools import cache
 from pathlib import Path
 
 import grimp
 
+from tools.marked import filled
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "house.md"
 PICTURE = ROOT / "docs" / "figures" / "imports.svg"
-MARKED = re.compile(r"(<!-- imports -->\n).*?(<!-- end -->)", re.DOTALL)
 # Folders without an __init__.py are packages of their own to grimp.
 ROOTS = ("triton_sp", "triton_sp.wrappers", "triton_sp.kernels", "triton_sp.kernels.hopper")
 
@@ -137,7 +137,7 @@ def draw() -> None:
 def main(check: bool) -> int:
     """Write the table and the picture, or say whether the table is the present one; the exit code."""
     text = PAGE.read_text()
-    written = MARKED.sub(lambda found: found[1] + table() + found[2], text)
+    written = filled(text, "imports", table().splitlines())
     if not check:
         PAGE.write_text(written)
         draw()

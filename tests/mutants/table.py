@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
 from typing import NamedTuple
+
+from tools.marked import filled
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -89,11 +90,10 @@ def counts() -> list[Count]:
 
 
 DOCUMENT = DATA.parents[1] / "docs" / "proof.md"
-MARKED = re.compile(r"(<!-- mutants -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def written(text: str) -> str:
     """A document with the table as the counts have it."""
     lines = ["| module | mutants | tried | change no result | of the others, noticed |", "|---|---|---|---|---|"]
     lines += [f"| `{c.module}` | {c.mutants:,} | {c.sampled} | {c.equivalent} | {c.share:.0%} |" for c in counts()]
-    return MARKED.sub(lambda match: match[1] + "\n".join(lines) + "\n" + match[2], text)
+    return filled(text, "mutants", lines)

@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -32,6 +31,7 @@ import torch
 import torch.distributed as dist
 from chaos_train import ACTIONS, STEPS, Fault
 
+from tools.marked import filled
 from triton_sp.errors import SPError
 
 LIMIT = 90.0  # seconds in which all processes of a run must have ended
@@ -39,7 +39,6 @@ SHAPES = ((1, 2), (1, 3), (1, 4), (2, 2))  # replicas, and ranks that share a ba
 HARMLESS = ("paused", "slow")
 ROOT = Path(__file__).parents[2]
 KEPT, DOCUMENT = ROOT / "tests" / "data" / "chaos.csv", ROOT / "docs" / "proof.md"
-MARKED = re.compile(r"(<!-- chaos -->\n).*?(<!-- end -->)", re.DOTALL)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -236,7 +235,7 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, str]]) -> str:
+def table(rows: list[dict[str, str]]) -> list[str]:
     """Of each kind of fault: how many runs came out as they should, and how many survivors were told the rank, in a
     plain loop and with an engine, and after how many seconds at most."""
     lines = [
@@ -254,14 +253,13 @@ def table(rows: list[dict[str, str]]) -> str:
             named = ["", ""]
         slowest = max((float(row["seconds"]) for row in own), default=0)
         lines.append(f"| {kind} | {len(own)} | {right} | {named[0]} | {named[1]} | {slowest:g} |")
-    return "\n".join(lines)
+    return lines
 
 
 def written(text: str) -> str:
     """A document with the table of the runs that are kept."""
     with KEPT.open(newline="") as file:
-        made = table(list(csv.DictReader(file)))
-    return MARKED.sub(lambda match: f"{match[1]}{made}\n{match[2]}", text)
+        return filled(text, "chaos", table(list(csv.DictReader(file))))
 
 
 def main() -> int:

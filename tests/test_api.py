@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
@@ -96,7 +96,7 @@ def two_models_of_one_config() -> None:
 
 def inner_modules_run_plain() -> None:
     model, batch = zoo.CASES["llava"].model(), zoo.CASES["llava"].batch()
-    embeds = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64)
+    embeds = torch.ones(1, 5, tiny.WIDTH, dtype=torch.float64)
 
     def inner() -> list[Tensor]:
         tower = model.model.vision_tower
@@ -119,7 +119,7 @@ def inner_modules_run_plain() -> None:
 def inner_modules_refuse_training() -> None:
     """They would train unsharded, and nobody would know."""
     model, batch = wrap(zoo.CASES["llava"].model()), zoo.CASES["llava"].batch()
-    embeds, inner = torch.ones(1, 5, zoo.WIDTH, dtype=torch.float64), model.model
+    embeds, inner = torch.ones(1, 5, tiny.WIDTH, dtype=torch.float64), model.model
     batch.pop("labels")
     calls = {
         "LlavaModel.forward": lambda: model.base_model(**batch),
@@ -343,10 +343,10 @@ def fewer_tokens_than_ranks(name: str) -> None:
     ids = torch.tensor([[11, 7]])
     batch = {"input_ids": ids, "labels": ids}
     if name == "qwen2_5_vl":
-        ids = torch.tensor([[zoo.VISION_START, zoo.IMAGE, zoo.VISION_END]])
-        batch = {"input_ids": ids, "labels": ids, "mm_token_type_ids": (ids == zoo.IMAGE).int()}
+        ids = torch.tensor([[tiny.VISION_START, tiny.IMAGE, tiny.VISION_END]])
+        batch = {"input_ids": ids, "labels": ids, "mm_token_type_ids": (ids == tiny.IMAGE).int()}
         batch["image_grid_thw"] = torch.tensor([[1, 2, 2]])
-        batch["pixel_values"] = zoo.pixels(4, 3 * 2 * zoo.PATCH**2, dtype=torch.float64)
+        batch["pixel_values"] = tiny.pixels(4, 3 * 2 * tiny.PATCH**2, dtype=torch.float64)
     expected = parity.step(copy.deepcopy(model), batch)
     parity.assert_close(parity.step(wrap(model), batch), expected, 1e-5)
     model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from kit import parity, plain_vits, zoo
+from kit import parity, plain_vits, tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -117,16 +117,18 @@ def test_plain_modules(ranks, name: str, method: str) -> None:
 def clip() -> nn.Module:
     """Two encoders side by side."""
     common = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 12}
-    text = hf.CLIPTextConfig(**common, vocab_size=zoo.VOCAB, eos_token_id=zoo.VISION_END)
-    vision = zoo.vision_config("CLIPVision")
+    text = hf.CLIPTextConfig(**common, vocab_size=tiny.VOCAB, eos_token_id=tiny.VISION_END)
+    vision = tiny.vision_config("CLIPVision")
     config = hf.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=32)
-    return zoo.build("CLIPModel", config, "sdpa", torch.float64)
+    return tiny.build("CLIPModel", config, "sdpa", torch.float64)
 
 
 def clip_parity(gradient: str) -> tuple[Explanation, float, float]:
     batch = {
-        "pixel_values": zoo.pixels(3, 3, zoo.GRID * zoo.PATCH, zoo.GRID * zoo.PATCH, dtype=torch.float64),
-        "input_ids": torch.tensor([[5, 6, 7, zoo.VISION_END], [9, 8, zoo.VISION_END, 0], [11, 12, 13, zoo.VISION_END]]),
+        "pixel_values": tiny.pixels(3, 3, tiny.GRID * tiny.PATCH, tiny.GRID * tiny.PATCH, dtype=torch.float64),
+        "input_ids": torch.tensor(
+            [[5, 6, 7, tiny.VISION_END], [9, 8, tiny.VISION_END, 0], [11, 12, 13, tiny.VISION_END]]
+        ),
         "return_loss": True,
     }
     reference, model = clip(), triton_sp.wrap(clip(), config=triton_sp.SPConfig(gradient=gradient, plan="heads"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from kit.interpreter import interpret
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -139,14 +139,14 @@ def test_head(transform: str, bias: bool) -> None:
 # --- wrapped models ------------------------------------------------------------------------------------------------
 
 
-def assert_parity(model: nn.Module, batch: zoo.Batch, config: SPConfig, tolerance: float) -> None:
+def assert_parity(model: nn.Module, batch: tiny.Batch, config: SPConfig, tolerance: float) -> None:
     """The loss and gradients of a wrapped model against those of a copy in one process."""
     expected = parity.exact_step(copy.deepcopy(model), batch, config.label_smoothing)
     parity.assert_close(parity.step(triton_sp.wrap(model, config=config), batch), expected, tolerance)
 
 
 def chunked_parity(name: str, batch: str, smoothing: float) -> None:
-    with chunks_of(4, zoo.VOCAB):
+    with chunks_of(4, tiny.VOCAB):
         config = SPConfig(chunked_loss=True, label_smoothing=smoothing, plan="heads")
         case = zoo.CASES[name]
         model = case.model()
@@ -176,9 +176,9 @@ def variant(kind: str) -> nn.Module:
         options["logit_scale"] = 0.25
     elif family == "Granite":
         options["logits_scaling"] = 4.0
-    model = zoo.build(f"{family}ForCausalLM", zoo.text_config(family, **options), "sdpa", torch.float64)
+    model = tiny.build(f"{family}ForCausalLM", tiny.text_config(family, **options), "sdpa", torch.float64)
     if kind == "bias":
-        model.lm_head.bias = nn.Parameter(torch.randn(zoo.VOCAB, dtype=torch.float64))
+        model.lm_head.bias = nn.Parameter(torch.randn(tiny.VOCAB, dtype=torch.float64))
     elif kind == "frozen":
         model.lm_head.requires_grad_(False)
     elif kind == "low_rank":
@@ -192,11 +192,11 @@ class LowRank(nn.Module):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
-        self.down = nn.Linear(zoo.WIDTH, 2, bias=False, dtype=torch.float64)
-        self.up = nn.Linear(2, zoo.VOCAB, bias=False, dtype=torch.float64)
+        self.down = nn.Linear(tiny.WIDTH, 2, bias=False, dtype=torch.float64)
+        self.up = nn.Linear(2, tiny.VOCAB, bias=False, dtype=torch.float64)
         with torch.no_grad():  # the same on every rank
             for index, parameter in enumerate((self.down.weight, self.up.weight)):
-                parameter.copy_(zoo.pixels(*parameter.shape, dtype=torch.float64, seed=index))
+                parameter.copy_(tiny.pixels(*parameter.shape, dtype=torch.float64, seed=index))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.up(self.down(x))
@@ -204,7 +204,7 @@ class LowRank(nn.Module):
 
 def heads_of_all_makes() -> None:
     for kind in ("tied", "bias", "frozen", "low_rank", "scaled", "divided"):
-        with chunks_of(4, zoo.VOCAB):
+        with chunks_of(4, tiny.VOCAB):
             torch.manual_seed(0)
             tolerance = 1e-6 if kind == "scaled" else 1e-10  # Cohere's norms round to float32
             config = SPConfig(chunked_loss=True, plan="heads")
@@ -224,7 +224,7 @@ def sharded_head(own_unit: bool) -> None:
         fully_shard(layer, reshard_after_forward=True)
     fully_shard(model)
     triton_sp.wrap(model, config=SPConfig(chunked_loss=True, plan="heads"))
-    with chunks_of(4, zoo.VOCAB):
+    with chunks_of(4, tiny.VOCAB):
         model(**batch).loss.backward()
     found = {name: grad.full_tensor() for name, grad in parity.gradients(model).items()}
     assert parity.gradient_error(found, parity.gradients(single))[0] < 1e-5
@@ -238,11 +238,11 @@ def test_sharded_head(ranks, own_unit: bool) -> None:
 def no_larger_tensor() -> None:
     """Vocabulary 20 times the width: with logits they are what is largest, without them the weight of the head is."""
     vocabulary, rows = 2000, 5
-    config = zoo.text_config("Llama", vocab_size=vocabulary)
+    config = tiny.text_config("Llama", vocab_size=vocabulary)
     ids = torch.arange(60)[None] % 89
     largest = {}
     for chunked in (False, True):
-        model = zoo.build("LlamaForCausalLM", config, "sdpa", torch.float64)
+        model = tiny.build("LlamaForCausalLM", config, "sdpa", torch.float64)
         triton_sp.wrap(model, config=SPConfig(chunked_loss=chunked, plan="heads"))
         model.lm_head.weight.requires_grad_(False)
         model.model.embed_tokens.weight.requires_grad_(False)
@@ -295,7 +295,7 @@ class Odd(hf.LlamaForCausalLM):
 
 def refused(kind: str) -> None:
     if kind == "odd":
-        model = Odd(zoo.text_config("Llama"))
+        model = Odd(tiny.text_config("Llama"))
         model.train()
     else:
         model = variant("scaled")

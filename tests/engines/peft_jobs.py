@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
 from triton_sp.testing import relative_error
 
 
-def compare(reference: nn.Module, model: nn.Module, batch: zoo.Batch, autocast: bool = False) -> float:
+def compare(reference: nn.Module, model: nn.Module, batch: tiny.Batch, autocast: bool = False) -> float:
     """The worse of the loss's and the gradients' relative errors."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         (expected, gradients), (loss, found) = parity.step(reference, batch), parity.step(model, batch)

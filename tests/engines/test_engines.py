@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 from kit.parity import weights_error
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,18 +22,18 @@ import triton_sp
 STEPS, RATE = 3, 0.1
 
 
-def batches(case: zoo.Case) -> list[zoo.Batch]:
+def batches(case: tiny.Case) -> list[tiny.Batch]:
     """One for each data rank, in float32. They have as many labels as one another, so that the mean of losses is the
     loss."""
     first = case.batch("image_and_video" if "image_and_video" in case.batches else "left_pad", torch.float32)
     second = {key: value.clone() for key, value in first.items()}
-    text = (second["labels"] != -100) & (second["labels"] >= zoo.FIRST_TEXT)
-    second["input_ids"][text] = zoo.FIRST_TEXT + (second["input_ids"][text] + 7) % (zoo.VOCAB - zoo.FIRST_TEXT)
+    text = (second["labels"] != -100) & (second["labels"] >= tiny.FIRST_TEXT)
+    second["input_ids"][text] = tiny.FIRST_TEXT + (second["input_ids"][text] + 7) % (tiny.VOCAB - tiny.FIRST_TEXT)
     second["labels"] = torch.where(second["labels"] == -100, -100, second["input_ids"])
     return [first, second]
 
 
-def train(model: nn.Module, inputs: list[zoo.Batch], after_backward=lambda: None) -> None:
+def train(model: nn.Module, inputs: list[tiny.Batch], after_backward=lambda: None) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for _ in range(STEPS):
         for batch in inputs:

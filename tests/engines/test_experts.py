@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -21,12 +21,12 @@ from triton_sp.testing import relative_error
 
 def experts() -> nn.Module:
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "kv_heads": 4}
-    config = zoo.text_config("Qwen3Moe", experts_implementation="eager", **options)
-    return zoo.build("Qwen3MoeForCausalLM", config, "sdpa", torch.float32)
+    config = tiny.text_config("Qwen3Moe", experts_implementation="eager", **options)
+    return tiny.build("Qwen3MoeForCausalLM", config, "sdpa", torch.float32)
 
 
-def batch(group: int) -> zoo.Batch:
-    return zoo.text_batch(["left_pad", "packed"][group], torch.float32)
+def batch(group: int) -> tiny.Batch:
+    return tiny.text_batch(["left_pad", "packed"][group], torch.float32)
 
 
 def step(path: str) -> tuple[float, dict[str, Tensor]]:

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -20,7 +20,7 @@ from triton_sp.testing import RankError
 TOLERANCE = {"eager": 1e-12, "aot_eager": 1e-10, "inductor": 1e-5}
 
 
-def deeper(case: zoo.Case, part: str, layers: int) -> zoo.Case:
+def deeper(case: tiny.Case, part: str, layers: int) -> tiny.Case:
     """A case with more layers in a part of its configuration."""
     assert isinstance(case.build, partial)
     name, config, *rest = case.build.args
@@ -59,7 +59,7 @@ def breaks_by_layer(name: str, part: str) -> float:
         torch._dynamo.reset()
         model.compile(backend="eager")
         counters.clear()
-        zoo.loss_of(model(**case.batch())).backward()
+        tiny.loss_of(model(**case.batch())).backward()
         counts.append(sum(counters["graph_break"].values()))
     return (counts[1] - counts[0]) / 2
 
@@ -116,7 +116,7 @@ def offload_what_layers_save() -> None:
     for layer in layers_of(model):
         layer.compile(backend="aot_eager")
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
-        loss = zoo.loss_of(model(**zoo.CASES["llama"].batch("plain")))
+        loss = tiny.loss_of(model(**zoo.CASES["llama"].batch("plain")))
     loss.backward()
 
 

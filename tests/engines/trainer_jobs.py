@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ParallelismConfig
-from kit import zoo
+from kit import tiny, zoo
 from kit.launch import torchrun_environment
 from kit.parity import weights_error
 from torch import nn
@@ -58,13 +58,13 @@ def samples(count: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Of different length, with one picture each but for some; `labels` of different number."""
     generator, rows = torch.Generator().manual_seed(seed), []
     for index in range(count):
-        ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (5 + 3 * index,), generator=generator)
+        ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (5 + 3 * index,), generator=generator)
         row = {"input_ids": ids, "labels": ids.clone()}
         row["labels"][: index % 4] = -100
         if index % 3 != 2:
-            row["input_ids"] = torch.cat([torch.full((zoo.GRID**2,), zoo.IMAGE), ids])
-            row["labels"] = torch.cat([torch.full((zoo.GRID**2,), -100), row["labels"]])
-            row["pixel_values"] = zoo.pixels(1, 3, zoo.GRID * zoo.PATCH, zoo.GRID * zoo.PATCH, dtype=torch.float32)
+            row["input_ids"] = torch.cat([torch.full((tiny.GRID**2,), tiny.IMAGE), ids])
+            row["labels"] = torch.cat([torch.full((tiny.GRID**2,), -100), row["labels"]])
+            row["pixel_values"] = tiny.pixels(1, 3, tiny.GRID * tiny.PATCH, tiny.GRID * tiny.PATCH, dtype=torch.float32)
         rows.append(row)
     return rows
 
@@ -73,8 +73,8 @@ def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     def padded(name: str, value: int) -> torch.Tensor:
         return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
 
-    batch = {"input_ids": padded("input_ids", zoo.PAD), "labels": padded("labels", -100)}
-    batch["attention_mask"] = (batch["input_ids"] != zoo.PAD).long()
+    batch = {"input_ids": padded("input_ids", tiny.PAD), "labels": padded("labels", -100)}
+    batch["attention_mask"] = (batch["input_ids"] != tiny.PAD).long()
     pictures = [row["pixel_values"] for row in rows if "pixel_values" in row]
     return batch | ({"pixel_values": torch.cat(pictures)} if pictures else {})
 
@@ -181,8 +181,8 @@ def predict() -> tuple[list[list[int]], list[list[int]], float]:
 
     model, data = zoo.CASES["llava"].model(torch.float32), samples(3, seed=1)
     expected, loss = [], evaluate_by_hand(model, data, 1)
-    options = {"max_new_tokens": 4, "suppress_tokens": [zoo.IMAGE, zoo.PAD]}
-    model.config.pad_token_id = model.generation_config.pad_token_id = zoo.PAD
+    options = {"max_new_tokens": 4, "suppress_tokens": [tiny.IMAGE, tiny.PAD]}
+    model.config.pad_token_id = model.generation_config.pad_token_id = tiny.PAD
     for row in data:
         batch = collate([row])
         batch.pop("labels")
@@ -202,7 +202,7 @@ def predict() -> tuple[list[list[int]], list[list[int]], float]:
         trainer = Seq2SeqTrainer(model, arguments, collate)
         triton_sp.share_batches(trainer)
         out = trainer.predict(data, **options)
-    found = [[token for token in row if token not in (-100, zoo.PAD)] for row in out.predictions.tolist()]
+    found = [[token for token in row if token not in (-100, tiny.PAD)] for row in out.predictions.tolist()]
     return found, expected, float(out.metrics["test_loss"]) / loss
 
 

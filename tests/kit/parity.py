@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from kit import zoo
+from kit import tiny, zoo
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -65,7 +65,7 @@ class Parity:
 
 def loss_of(out: Any, labels: Tensor | None, label_smoothing: float = 0.0) -> Tensor:
     if labels is None:
-        return zoo.loss_of(out)
+        return tiny.loss_of(out)
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(out.logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing)
 
@@ -73,17 +73,17 @@ def loss_of(out: Any, labels: Tensor | None, label_smoothing: float = 0.0) -> Te
 Step = tuple[Tensor, dict[str, Tensor]]  # a loss, and the gradients by the names of the parameters
 
 
-def step(model: nn.Module, batch: zoo.Batch, group: Any = None) -> Step:
+def step(model: nn.Module, batch: tiny.Batch, group: Any = None) -> Step:
     """A step with the loss that the model itself forms; of a wrapped model, with gradients synchronised."""
     model.zero_grad()
-    loss = zoo.loss_of(model(**batch))
+    loss = tiny.loss_of(model(**batch))
     loss.backward()
     if installation_of(model) is not None:
         triton_sp.sync_gradients(model, group)
     return loss.detach(), gradients(model)
 
 
-def exact_step(model: nn.Module, batch: zoo.Batch, label_smoothing: float = 0.0) -> Step:
+def exact_step(model: nn.Module, batch: tiny.Batch, label_smoothing: float = 0.0) -> Step:
     """A step of a model in one process, with a loss in the dtype of the logits: transformers' own is in float32."""
     out = model(**{key: value for key, value in batch.items() if key != "labels"})
     loss = loss_of(out, batch["labels"], label_smoothing)
@@ -127,7 +127,7 @@ def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tup
     return errors[worst], worst
 
 
-def in_dtype_of(case: zoo.Case) -> AbstractContextManager[None]:
+def in_dtype_of(case: tiny.Case) -> AbstractContextManager[None]:
     """What a case is computed in: widened, where it says so."""
     return widened() if case.widened else nullcontext()
 
@@ -141,13 +141,13 @@ def widened() -> Iterator[None]:
         yield
 
 
-def write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
+def write_reference(case: tiny.Case, batch_name: str, path: Path) -> None:
     """Loss, outputs and gradients of the unwrapped model, in this process."""
     with in_dtype_of(case):
         _write_reference(case, batch_name, path)
 
 
-def _write_reference(case: zoo.Case, batch_name: str, path: Path) -> None:
+def _write_reference(case: tiny.Case, batch_name: str, path: Path) -> None:
     model, batch = case.model(), case.batch(batch_name)
     labels = batch.pop("labels", None)
     alone = case.documents_alone and batch_name == "packed"
@@ -178,13 +178,13 @@ def set_checkpointing(model: nn.Module, kind: str) -> None:
             model.enable_input_require_grads()
 
 
-def run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
+def run(case: tiny.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None = None) -> Parity:
     """Forward and backward of the wrapped model, on this rank."""
     with in_dtype_of(case):
         return _run(case, plan, reference, prepare)
 
 
-def _run(case: zoo.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None) -> Parity:
+def _run(case: tiny.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Module], None] | None) -> Parity:
     model, batch = case.model(), case.batch(plan.batch)
     if prepare is not None:
         prepare(model)
@@ -271,7 +271,7 @@ def run_bitwise(name: str) -> list[str]:
         for wrapped in (False, True):
             model, batch = case.model(), case.batch(batch_name)
             out = (triton_sp.wrap(model) if wrapped else model)(**batch)
-            loss = zoo.loss_of(out)
+            loss = tiny.loss_of(out)
             loss.backward()
             grads.append({"loss": loss.detach(), **gradients(model)})
         different += [f"{batch_name} {key}" for key in grads[0] if not torch.equal(grads[0][key], grads[1][key])]

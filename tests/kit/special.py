@@ -1,5 +1,4 @@
-"""Cases whose attention, positions or tokens are special, for `tests/wrappers/test_special.py`. zoo.py imports this
-file in its last lines; it is made of what stands there."""
+"""Cases whose attention, positions or tokens are special, for `tests/wrappers/test_special.py`."""
 
 from __future__ import annotations
 
@@ -8,8 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from kit import zoo
-from kit.zoo import (
+from kit import tiny
+from kit.tiny import (
     EXPERTS,
     GRID,
     HEADS,
@@ -69,8 +68,8 @@ def learned(name: str, model: str, config: str, **options: Any) -> Case:
         "use_cache": False,
     }  # fmt: skip
     case = text_case(name, "Llama")
-    built = getattr(zoo.hf, config)(**(common | options))
-    return replace(case, build=partial(zoo.build, model, built, "sdpa"))
+    built = getattr(tiny.hf, config)(**(common | options))
+    return replace(case, build=partial(tiny.build, model, built, "sdpa"))
 
 
 def llama4_cases() -> list[Case]:
@@ -80,10 +79,10 @@ def llama4_cases() -> list[Case]:
     options = experts | {"attention_chunk_size": 7, "floor_scale": 5, "attn_scale": 0.7, "intermediate_size_mlp": 80}
     options |= {"no_rope_layers": [1, 0, 1], "layers": 3, "num_attention_heads": 10, "kv_heads": 5}
     vision = {"projector_input_dim": 20, "projector_output_dim": 20, "vision_output_dim": 20, "intermediate_size": 192}
-    tower = zoo.vision_config("Llama4Vision", **vision)
-    parts = (tower, text_config("Llama4Text", **options), zoo.tile_visuals([2, 1, 1, 1, 1], GRID**2 // 4))
+    tower = tiny.vision_config("Llama4Vision", **vision)
+    parts = (tower, text_config("Llama4Text", **options), tiny.tile_visuals([2, 1, 1, 1, 1], GRID**2 // 4))
     # transformers 5.24 reads a field that the output of its own decoder doesn't have.
-    modeling: Any = zoo.transformers.models.llama4.modeling_llama4
+    modeling: Any = tiny.transformers.models.llama4.modeling_llama4
     if hasattr(modeling, "MoeCausalLMOutputWithPast"):
         modeling.MoeCausalLMOutputWithPast.image_outputs = None
     return [
@@ -96,10 +95,10 @@ def kimi_visuals() -> dict[str, Visuals]:
     """Frames of a clip are averaged after the last block."""
     grids = [(1, 10, 14), (2, 4, 6), (1, 4, 12), (3, 2, 2), (1, 2, 10)]
 
-    def inputs(count: int, dtype: torch.dtype) -> zoo.Batch:
+    def inputs(count: int, dtype: torch.dtype) -> tiny.Batch:
         grid = torch.tensor(grids[:count])
         return {
-            "pixel_values": zoo.pixels(int(grid.prod(-1).sum()), 3, PATCH, PATCH, dtype=dtype, seed=count),
+            "pixel_values": tiny.pixels(int(grid.prod(-1).sum()), 3, PATCH, PATCH, dtype=dtype, seed=count),
             "image_grid_thw": grid,
         }
 
@@ -112,13 +111,13 @@ def kimi_cases() -> list[Case]:
     vision |= {"patch_size": PATCH, "pos_emb_height": 8, "pos_emb_width": 8}
     text = text_config("DeepseekV3", **LATENT, head_dim=4, first_k_dense_replace=2)
     ids = {"video_token_id": VIDEO, "projection_hidden_size": WIDTH}
-    parts = (zoo.hf.Kimi_K25VisionConfig(**vision), text, kimi_visuals())
+    parts = (tiny.hf.Kimi_K25VisionConfig(**vision), text, kimi_visuals())
     return [special(vlm_case("kimi_k25", "Kimi_K25", parts, **ids))]
 
 
-def mllama_batch(name: str, dtype: torch.dtype) -> zoo.Batch:
+def mllama_batch(name: str, dtype: torch.dtype) -> tiny.Batch:
     """Images of up to two tiles, which a row sees from their place in it on."""
-    batch = zoo.vlm_batch(name, {"image": Visuals([[1]] * 5, lambda count, dtype: {})}, False, dtype)
+    batch = tiny.vlm_batch(name, {"image": Visuals([[1]] * 5, lambda count, dtype: {})}, False, dtype)
     rows = len(batch["input_ids"])
     seen = (batch["input_ids"] == IMAGE).cumsum(1)
     images = int(seen.max())
@@ -129,7 +128,7 @@ def mllama_batch(name: str, dtype: torch.dtype) -> zoo.Batch:
     there = torch.arange(2) < tiles[..., None]
     after = seen[..., None, None] > torch.arange(images)[:, None]
     return batch | {
-        "pixel_values": zoo.pixels(rows, images, 2, 3, side, side, dtype=dtype),
+        "pixel_values": tiny.pixels(rows, images, 2, 3, side, side, dtype=dtype),
         "aspect_ratio_ids": tiles,
         "aspect_ratio_mask": there.long(),
         "cross_attention_mask": (after & there[:, None]).long(),
@@ -140,10 +139,10 @@ def mllama_cases() -> list[Case]:
     """Layers that attend to the states of images."""
     text = text_config("MllamaText", layers=3, kv_heads=5, num_attention_heads=10, hidden_size=80,
                        cross_attention_layers=[1])  # fmt: skip
-    vision = zoo.vision_config("MllamaVision", num_global_layers=1, max_num_tiles=2, vision_output_dim=HEADS * 8,
+    vision = tiny.vision_config("MllamaVision", num_global_layers=1, max_num_tiles=2, vision_output_dim=HEADS * 8,
                                intermediate_layers_indices=[0], supported_aspect_ratios=[[1, 1], [1, 2]])  # fmt: skip
     case = vlm_case("mllama", "Mllama", (vision, text, {}), attention="sdpa")
-    names = [name for name in zoo.LAYOUTS if "video" not in name]
+    names = [name for name in tiny.LAYOUTS if "video" not in name]
     return [special(replace(case, batches={name: partial(mllama_batch, name) for name in names}))]
 
 
@@ -155,7 +154,7 @@ def ernie_cases() -> list[Case]:
                        experts_implementation="eager")  # fmt: skip
     vision = {"depth": 2, "hidden_size": WIDTH, "num_heads": HEADS, "patch_size": PATCH, "intermediate_size": 80}
     ids = {"video_token_id": VIDEO, "image_start_token_id": VISION_START, "image_end_token_id": VISION_END}
-    visuals = {"image": zoo.qwen_visuals()["image"]}
+    visuals = {"image": tiny.qwen_visuals()["image"]}
     case = vlm_case("ernie4_5_vl_moe", "Ernie4_5_VLMoe", (vision, text, visuals), experts_implementation="eager", **ids)
     batches = {name: partial(by_type, name, visuals) for name in case.batches}
     # It makes zeros in float32 for the scores of its experts. A rank without a token of a type has no gradient for the
@@ -163,9 +162,9 @@ def ernie_cases() -> list[Case]:
     return [replace(case, batches=batches, suite=(), dtype=torch.float32)]
 
 
-def by_type(name: str, visuals: dict[str, Visuals], dtype: torch.dtype) -> zoo.Batch:
+def by_type(name: str, visuals: dict[str, Visuals], dtype: torch.dtype) -> tiny.Batch:
     """The types of tokens for positions, and for experts, where start and end of an image count as image."""
-    batch = zoo.vlm_batch(name, visuals, True, dtype)
+    batch = tiny.vlm_batch(name, visuals, True, dtype)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"][:, : 3 * PATCH**2]
     return batch | {"moe_mm_token_type_ids": ((batch["input_ids"] >= 1) & (batch["input_ids"] <= VISION_END)).int()}
@@ -174,12 +173,12 @@ def by_type(name: str, visuals: dict[str, Visuals], dtype: torch.dtype) -> zoo.B
 def molmo2_visuals() -> dict[str, Visuals]:
     """A picture of one crop, whose patches are pooled by fours."""
 
-    def inputs(count: int, dtype: torch.dtype) -> zoo.Batch:
+    def inputs(count: int, dtype: torch.dtype) -> tiny.Batch:
         corners = (torch.arange(0, GRID, 2)[:, None] * GRID + torch.arange(0, GRID, 2)).flatten()
         pooling = corners[:, None] + torch.tensor([0, 1, GRID, GRID + 1])
         images = torch.arange(count) * GRID**2
         return {
-            "pixel_values": zoo.pixels(count, GRID**2, 3 * PATCH**2, dtype=dtype, seed=count),
+            "pixel_values": tiny.pixels(count, GRID**2, 3 * PATCH**2, dtype=dtype, seed=count),
             "image_token_pooling": (images[:, None, None] + pooling).flatten(0, 1),
             "image_grids": torch.tensor([[3, 3, 0, 0]] * count),
         }
@@ -190,11 +189,11 @@ def molmo2_visuals() -> dict[str, Visuals]:
 def molmo2_cases() -> list[Case]:
     """Image tokens that all see one another, in rows of one image."""
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": 4, "hidden_size": HEADS * 4}
-    vision = zoo.hf.Molmo2VisionConfig(
+    vision = tiny.hf.Molmo2VisionConfig(
         **heads, intermediate_size=24, num_hidden_layers=2, patch_size=PATCH, num_position_embeddings=GRID**2,
         image_size=[GRID * PATCH] * 2,
     )  # fmt: skip
-    adapter = zoo.hf.Molmo2AdapterConfig(
+    adapter = tiny.hf.Molmo2AdapterConfig(
         **heads, vision_feature_layer=[0, 1], intermediate_size=24, text_hidden_size=WIDTH
     )
     text = text_config("Molmo2Text", kv_heads=4, additional_vocab_size=4)
@@ -207,18 +206,18 @@ GEMMA4_GRIDS = [(6, 4), (4, 4), (2, 6), (4, 6), (2, 2)]  # patches of pictures, 
 
 
 def gemma4_visuals() -> dict[str, Visuals]:
-    def inputs(count: int, dtype: torch.dtype) -> zoo.Batch:
+    def inputs(count: int, dtype: torch.dtype) -> tiny.Batch:
         positions = torch.full((count, 28, 2), -1)
         for row, (height, width) in zip(positions, GEMMA4_GRIDS, strict=False):
             columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
             row[: height * width] = torch.stack([columns.flatten(), rows.flatten()], -1)
-        values = zoo.pixels(count, 28, 3 * PATCH**2, dtype=dtype, seed=count)
+        values = tiny.pixels(count, 28, 3 * PATCH**2, dtype=dtype, seed=count)
         return {"pixel_values": values, "image_position_ids": positions}
 
     return {"image": Visuals([[height * width // 4] for height, width in GEMMA4_GRIDS], inputs)}
 
 
-def typed(recipe: Any, dtype: torch.dtype) -> zoo.Batch:
+def typed(recipe: Any, dtype: torch.dtype) -> tiny.Batch:
     """With the types of tokens that say where images are."""
     batch = recipe(dtype)
     return batch | {"mm_token_type_ids": (batch["input_ids"] == IMAGE).int()}
@@ -235,7 +234,7 @@ def gemma4_cases() -> list[Case]:
     alike = {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "experts_implementation": "eager"}
     vision = {"hidden_size": HEADS * 4, "head_dim": 4, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
     vision |= {"intermediate_size": 24, "num_hidden_layers": 2, "patch_size": PATCH, "pooling_kernel_size": 2}
-    vision = zoo.hf.Gemma4VisionConfig(position_embedding_size=16, **vision)
+    vision = tiny.hf.Gemma4VisionConfig(position_embedding_size=16, **vision)
     seeing = text_config("Gemma4Text", use_bidirectional_attention="vision", **text)
     ids = {"video_token_id": VIDEO, "audio_token_id": 1000, "audio_config": None}
     vlm = vlm_case("gemma4", "Gemma4", (vision, seeing, gemma4_visuals()), **ids)
@@ -257,11 +256,11 @@ def sink_cases() -> list[Case]:
     options = experts | {"num_attention_heads": 10, "kv_heads": 5, "hidden_size": 40, "intermediate_size": 24}
     options |= {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7, "rope_parameters": rope}
     config, eager = text_config("GptOss", **options), "eager"
-    tower = zoo.vision_config("InternVLVision", attention_bias=True)
-    parts = (tower, config, zoo.tile_visuals([2, 1, 1, 1, 1], GRID**2 // 4))
+    tower = tiny.vision_config("InternVLVision", attention_bias=True)
+    parts = (tower, config, tiny.tile_visuals([2, 1, 1, 1, 1], GRID**2 // 4))
     internvl = vlm_case("internvl_gpt_oss", "InternVL", parts, attention=eager, experts_implementation=eager)
     text = text_case("gpt_oss", "Llama")
-    return [special(replace(text, build=partial(zoo.build, "GptOssForCausalLM", config, eager))), special(internvl)]
+    return [special(replace(text, build=partial(tiny.build, "GptOssForCausalLM", config, eager))), special(internvl)]
 
 
 def cases() -> list[Case]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import host_reads
 import pytest
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from kit.parity import Plan
 
 import triton_sp
@@ -54,7 +54,7 @@ def ledger(name: str, batch_name: str, plan: str, chunks: int = 1) -> list[tuple
 @pytest.mark.parametrize("size", [2, 4])
 def test_heads_cost_two_exchanges_a_layer(ranks, size: int) -> None:
     """Of the bytes that the formula says: (P - 1) / P of the local q, k, v and outputs, and as many backward."""
-    tokens, heads, dim, layers, itemsize = 5 * 37, zoo.HEADS, 4, 2, 8
+    tokens, heads, dim, layers, itemsize = 5 * 37, tiny.HEADS, 4, 2, 8
     found = ranks.run(ledger, "vit", "many_images", "heads", ranks=size)
     sizes = [tokens // size + (rank < tokens % size) for rank in range(size)]
     for rank, entries in enumerate(found):

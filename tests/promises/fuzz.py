@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -31,24 +31,24 @@ class Fuzzed:
     grown: float
 
 
-def random_batch(generator: torch.Generator, longest: int) -> zoo.Batch:
+def random_batch(generator: torch.Generator, longest: int) -> tiny.Batch:
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (1,), generator=generator))
 
     rows: list[list[int]] = [[] for _ in range(number(1, 3))]
     images = number(0, 8) if number(0, 1) else 0
     for _ in range(images):
-        rows[number(0, len(rows) - 1)] += [zoo.IMAGE] * zoo.GRID**2
+        rows[number(0, len(rows) - 1)] += [tiny.IMAGE] * tiny.GRID**2
     for row in rows:
-        row += zoo.text_row(number(1, longest // len(rows)), generator)
+        row += tiny.text_row(number(1, longest // len(rows)), generator)
     pad = None if len(rows) == 1 else ("left", "right")[number(0, 1)]
-    batch = zoo.collate(rows, pad)
+    batch = tiny.collate(rows, pad)
     if pad == "left":  # padding in front of a row predicts nothing here
         batch["labels"][:, 1:][batch["attention_mask"][:, :-1] == 0] = -100
     if number(0, 9) == 0:
         batch["labels"].fill_(-100)
     if images:
-        side = zoo.GRID * zoo.PATCH
+        side = tiny.GRID * tiny.PATCH
         batch["pixel_values"] = torch.randn(images, 3, side, side, generator=generator)
     return batch
 

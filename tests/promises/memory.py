@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kit import zoo
+from kit import tiny, zoo
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -98,7 +98,7 @@ def long_batch(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
         batch = {key: torch.cat([x] * REPEATED, along[key]) for key, x in once.items() if key != "token_type_ids"}
         if "image_grid_thw" in batch:
             batch["image_grid_thw"] = once["image_grid_thw"] * torch.tensor([1, REPEATED, 1])
-            order = (batch["input_ids"] == zoo.IMAGE).int().argsort(dim=1, stable=True)
+            order = (batch["input_ids"] == tiny.IMAGE).int().argsort(dim=1, stable=True)
             batch |= {key: batch[key].gather(1, order) for key in TOKENS}
         return batch
 
@@ -135,9 +135,9 @@ def prefill_peak(name: str, wrapped: bool) -> tuple[int, int]:
 
 def usual_prefill_peak(wrapped: bool) -> tuple[int, int]:
     """The same in the proportions of most models: MLPs of 3.6 times the width, four query heads to a key/value head."""
-    config = zoo.text_config("Llama", intermediate_size=344, kv_heads=3, max_position_embeddings=1024)
-    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (1, 1020), generator=torch.Generator().manual_seed(1))
-    return _prefill_peak(zoo.build("LlamaForCausalLM", config, "sdpa", torch.float32), {"input_ids": ids}, wrapped)
+    config = tiny.text_config("Llama", intermediate_size=344, kv_heads=3, max_position_embeddings=1024)
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, 1020), generator=torch.Generator().manual_seed(1))
+    return _prefill_peak(tiny.build("LlamaForCausalLM", config, "sdpa", torch.float32), {"input_ids": ids}, wrapped)
 
 
 def _prefill_peak(model: Any, prompt: dict[str, Tensor], wrapped: bool) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 
 import triton_sp
 from triton_sp import SPConfig
@@ -29,12 +29,12 @@ def held() -> dict[str, int]:
     }
 
 
-def text(length: int) -> zoo.Batch:
-    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
+def text(length: int) -> tiny.Batch:
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, length), generator=torch.Generator().manual_seed(length))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def step(model: Any, batch: zoo.Batch) -> None:
+def step(model: Any, batch: tiny.Batch) -> None:
     model(**batch).loss.backward()
     triton_sp.sync_gradients(model)
     model.zero_grad()

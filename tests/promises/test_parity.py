@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from kit import zoo
+from kit import tiny, zoo
 from kit.parity import Plan, heads, hold, run_bitwise
 
 from triton_sp import SPConfig
 
 
-def plans(case: zoo.Case, size: int) -> list[Plan]:
+def plans(case: tiny.Case, size: int) -> list[Plan]:
     """Every batch without checkpointing, and the one most likely to trip checkpointing with both kinds of it.
 
     Heads are exchanged; test_plans.py has the other plans.
@@ -20,7 +20,7 @@ def plans(case: zoo.Case, size: int) -> list[Plan]:
     return [Plan(batch, config=config) for batch in case.batches] + checkpointed
 
 
-def share_of_plans(case: zoo.Case, size: int) -> list[Plan]:
+def share_of_plans(case: tiny.Case, size: int) -> list[Plan]:
     """All of them on 2 ranks, on 3 and on 4 a third each; `make all-plans` runs all on each."""
     return plans(case, size) if size == 2 else plans(case, size)[size - 2 :: 3]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
-from kit import zoo
+from kit import tiny, zoo
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
@@ -46,8 +46,8 @@ def started(ranks) -> None:
     ranks.run(ready, ranks=3, timeout=1000)
 
 
-def tiny(family: str, **options: Any) -> nn.Module:
-    return zoo.build(f"{family}ForCausalLM", zoo.text_config(family, **options), "sdpa", torch.float64)
+def causal(family: str, **options: Any) -> nn.Module:
+    return tiny.build(f"{family}ForCausalLM", tiny.text_config(family, **options), "sdpa", torch.float64)
 
 
 # --- arguments of wrap ---------------------------------------------------------------------------------------------
@@ -60,20 +60,20 @@ def test_without_a_process_group() -> None:
 
 def foreign_group() -> None:
     group = dist.new_group([0])
-    triton_sp.wrap(tiny("Llama"), group if dist.get_rank() else dist.new_group([1]))
+    triton_sp.wrap(causal("Llama"), group if dist.get_rank() else dist.new_group([1]))
 
 
 def sync_over_axes() -> None:
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "sp"))
-    triton_sp.sync_gradients(triton_sp.wrap(tiny("Llama"), mesh), mesh)
+    triton_sp.sync_gradients(triton_sp.wrap(causal("Llama"), mesh), mesh)
 
 
 def wrong_mesh() -> None:
-    triton_sp.wrap(tiny("Llama"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")))
+    triton_sp.wrap(causal("Llama"), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp")))
 
 
 def other_settings() -> None:
-    model = triton_sp.wrap(tiny("Llama"))
+    model = triton_sp.wrap(causal("Llama"))
     triton_sp.wrap(model, config=SPConfig(gradient="sum"))
 
 
@@ -88,23 +88,23 @@ class AddsInPart:
 
 
 def mpu_that_adds_in_part() -> None:
-    triton_sp.unwrap(triton_sp.wrap(tiny("Llama"), AddsInPart(), SPConfig(gradient="sum")))  # said which: accepted
-    triton_sp.wrap(tiny("Llama"), AddsInPart())
+    triton_sp.unwrap(triton_sp.wrap(causal("Llama"), AddsInPart(), SPConfig(gradient="sum")))  # said which: accepted
+    triton_sp.wrap(causal("Llama"), AddsInPart())
 
 
 ARGUMENTS: dict[str, tuple[Callable[[], Any], type[errors.SPError], str, str]] = {
     "model": (lambda: triton_sp.wrap("llama"), InputError, "model", "str"),
-    "config": (lambda: triton_sp.wrap(tiny("Llama"), None, "mean"), InputError, "config", "str"),
+    "config": (lambda: triton_sp.wrap(causal("Llama"), None, "mean"), InputError, "config", "str"),
     "gradient": (lambda: SPConfig(gradient="average"), InputError, "SPConfig.gradient", "average"),
     "mpu": (mpu_that_adds_in_part, InputError, "SPConfig.gradient", "'auto'"),
     "check": (lambda: SPConfig(check=True), InputError, "SPConfig.check", "True"),
-    "group": (lambda: triton_sp.wrap(tiny("Llama"), 2), GroupError, "group", "int"),
+    "group": (lambda: triton_sp.wrap(causal("Llama"), 2), GroupError, "group", "int"),
     "foreign_group": (foreign_group, GroupError, "group", "a group of other ranks"),
     "wrong_mesh": (wrong_mesh, GroupError, "group", "'dp', 'tp'"),
     "sync_over_axes": (sync_over_axes, GroupError, "group", "'dp', 'sp'"),
     "other_settings": (other_settings, InputError, "model", "sum"),
     "nothing_to_shard": (lambda: triton_sp.wrap(nn.Linear(2, 2)), UnsupportedModelError, "Linear", "none"),
-    "not_wrapped": (lambda: triton_sp.sync_gradients(tiny("Llama")), GroupError, "model", "without a group"),
+    "not_wrapped": (lambda: triton_sp.sync_gradients(causal("Llama")), GroupError, "model", "without a group"),
 }
 
 
@@ -130,12 +130,12 @@ def tower_with_conv() -> nn.Module:
 
 def composite(name: str, vision: Any, text: Any, **options: Any) -> nn.Module:
     config = getattr(hf, f"{name}Config")(vision_config=vision.to_dict(), text_config=text.to_dict(), **options)
-    return zoo.build(f"{name}ForConditionalGeneration", config, "sdpa", torch.float64)
+    return tiny.build(f"{name}ForConditionalGeneration", config, "sdpa", torch.float64)
 
 
 def from_config(model: str, config: str, **options: Any) -> nn.Module:
-    common = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "vocab_size": zoo.VOCAB}
-    return zoo.build(model, getattr(hf, config)(**(common | options)), "eager", torch.float32)
+    common = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 12, "vocab_size": tiny.VOCAB}
+    return tiny.build(model, getattr(hf, config)(**(common | options)), "eager", torch.float32)
 
 
 def with_dropout(model: nn.Module) -> nn.Module:
@@ -175,13 +175,13 @@ AT_WRAP: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "clip_text_model: neither takes pixels nor is causal",
     ),
     "classifier": (
-        lambda: zoo.build("LlamaForSequenceClassification", zoo.text_config("Llama"), "sdpa", torch.float64),
+        lambda: tiny.build("LlamaForSequenceClassification", tiny.text_config("Llama"), "sdpa", torch.float64),
         "LlamaForSequenceClassification",
         "pools tokens",
     ),
     "conv": (tower_with_conv, "layers.1.mlp.conv", "Conv1d"),
     "drop_path": (
-        lambda: zoo.build("Dinov2Model", zoo.vision_config("Dinov2", drop_path_rate=0.1), "sdpa", torch.float64),
+        lambda: tiny.build("Dinov2Model", tiny.vision_config("Dinov2", drop_path_rate=0.1), "sdpa", torch.float64),
         "drop_path",
         "drop_prob",
     ),
@@ -208,20 +208,20 @@ def test_models(ranks, name: str) -> None:
 
 
 def gemma3() -> nn.Module:
-    vision = zoo.vision_config("SiglipVision", 4, vision_use_head=False)
-    text = zoo.text_config("Gemma3Text")
-    return composite("Gemma3", vision, text, mm_tokens_per_image=4, image_token_index=zoo.IMAGE)
+    vision = tiny.vision_config("SiglipVision", 4, vision_use_head=False)
+    text = tiny.text_config("Gemma3Text")
+    return composite("Gemma3", vision, text, mm_tokens_per_image=4, image_token_index=tiny.IMAGE)
 
 
 def paligemma() -> nn.Module:
-    vision = zoo.vision_config("SiglipVision", 4, vision_use_head=False)
-    return composite("PaliGemma", vision, zoo.text_config("Gemma"), image_token_index=zoo.IMAGE, projection_dim=96)
+    vision = tiny.vision_config("SiglipVision", 4, vision_use_head=False)
+    return composite("PaliGemma", vision, tiny.text_config("Gemma"), image_token_index=tiny.IMAGE, projection_dim=96)
 
 
 def run_gemma3() -> None:
-    model, ids = triton_sp.wrap(gemma3()), torch.tensor([[zoo.IMAGE] * 4 + [7, 8, 9]])
-    pixels = zoo.pixels(1, 3, 4 * zoo.PATCH, 4 * zoo.PATCH, dtype=torch.float64)
-    model(input_ids=ids, token_type_ids=(ids == zoo.IMAGE).long(), pixel_values=pixels, labels=ids)
+    model, ids = triton_sp.wrap(gemma3()), torch.tensor([[tiny.IMAGE] * 4 + [7, 8, 9]])
+    pixels = tiny.pixels(1, 3, 4 * tiny.PATCH, 4 * tiny.PATCH, dtype=torch.float64)
+    model(input_ids=ids, token_type_ids=(ids == tiny.IMAGE).long(), pixel_values=pixels, labels=ids)
 
 
 def run_paligemma() -> None:
@@ -306,7 +306,7 @@ def test_a_tower_that_reads_between_its_blocks(ranks) -> None:
 
 
 def ids(length: int = 6) -> torch.Tensor:
-    return torch.arange(zoo.FIRST_TEXT, zoo.FIRST_TEXT + 2 * length).view(2, length)
+    return torch.arange(tiny.FIRST_TEXT, tiny.FIRST_TEXT + 2 * length).view(2, length)
 
 
 def holes() -> dict[str, Any]:
@@ -343,7 +343,7 @@ BATCHES: dict[str, tuple[Callable[[], dict[str, Any]], str, str]] = {
 
 def run_batch(name: str, culprit: int | None) -> None:
     """The batch on all ranks, or on one while the others have a good one."""
-    model = triton_sp.wrap(tiny("Llama"))
+    model = triton_sp.wrap(causal("Llama"))
     bad = culprit is None or dist.get_rank() == culprit
     model(**(BATCHES[name][0]() if bad else {"input_ids": ids(), "labels": ids()}))
 
@@ -451,7 +451,7 @@ def run_checkpoint_wrapper(first: bool) -> None:
     apply_activation_checkpointing(model, check_fn=lambda module: id(module) in blocks)
     if first:
         triton_sp.wrap(model, config=config)
-    zoo.loss_of(model(**batch)).backward()
+    tiny.loss_of(model(**batch)).backward()
 
 
 @pytest.mark.parametrize("first", [True, False])

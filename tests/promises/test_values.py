@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import values
-from kit import zoo
+from kit import tiny, zoo
 
 import triton_sp
 from triton_sp.errors import InputError
@@ -46,7 +46,7 @@ def test_the_loss_is_divided_by_a_fraction_as_in_one_process(ranks, items: Any) 
 def second_derivative(name: str, plan: str) -> BaseException | None:
     case = zoo.CASES[name]
     model = triton_sp.wrap(case.model(), config=triton_sp.SPConfig(plan=plan))
-    loss = zoo.loss_of(model(**case.batch("plain")))
+    loss = tiny.loss_of(model(**case.batch("plain")))
     try:
         torch.autograd.grad(loss, list(model.parameters())[:1], create_graph=True, allow_unused=True)
     except InputError as error:

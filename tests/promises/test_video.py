@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kit import parity, zoo
-from kit.zoo import FIRST_TEXT, PATCH, VIDEO, VISION_END, VISION_START
+from kit import parity, tiny, zoo
+from kit.tiny import FIRST_TEXT, PATCH, VIDEO, VISION_END, VISION_START
 
 import triton_sp
 from triton_sp.testing import relative_error, saved_activations
@@ -28,7 +28,7 @@ class Step:
     rows: tuple[int, ...]  # features that each rank has received
 
 
-def video(name: str) -> zoo.Batch:
+def video(name: str) -> tiny.Batch:
     """Qwen2.5-VL has one run of placeholders, the others one for each moment, between timestamps."""
     moments = FRAMES // 2
     if name == "qwen2_5_vl":
@@ -40,7 +40,7 @@ def video(name: str) -> zoo.Batch:
         "input_ids": ids,
         "labels": ids.masked_fill(ids == VIDEO, -100),
         "mm_token_type_ids": 2 * (ids == VIDEO).int(),
-        "pixel_values_videos": zoo.pixels(moments * HEIGHT * WIDTH, 3 * 2 * PATCH**2, dtype=torch.float32),
+        "pixel_values_videos": tiny.pixels(moments * HEIGHT * WIDTH, 3 * 2 * PATCH**2, dtype=torch.float32),
         "video_grid_thw": torch.tensor([[moments, HEIGHT, WIDTH]]),
     }
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kit import zoo
+from kit import tiny, zoo
 
 import triton_sp
 from triton_sp.errors import SPError
@@ -67,13 +67,13 @@ def without(*names: str) -> Callable[[Batch], Batch]:
 
 
 def embedded(batch: Batch) -> Batch:
-    return batch | {"inputs_embeds": torch.zeros(*batch["input_ids"].shape, zoo.WIDTH, dtype=torch.float64)}
+    return batch | {"inputs_embeds": torch.zeros(*batch["input_ids"].shape, tiny.WIDTH, dtype=torch.float64)}
 
 
 TEXT: dict[str, Wrong] = {
     "label -1": Wrong(at("labels", 5, -1), "labels"),
     "label -1 at the end": Wrong(at("labels", -1, -1), "labels"),
-    "label of no word": Wrong(at("labels", 5, zoo.VOCAB), "labels"),
+    "label of no word": Wrong(at("labels", 5, tiny.VOCAB), "labels"),
     "label far off": Wrong(at("labels", 5, 1 << 40), "labels"),
     "label -101": Wrong(at("labels", 5, -101), "labels"),
     "floating labels": Wrong(cast("labels", torch.float32), "labels"),
@@ -83,7 +83,7 @@ TEXT: dict[str, Wrong] = {
     "bool labels": Wrong(cast("labels", torch.bool), "labels"),
     "labels of a list": Wrong(put("labels", lambda batch: batch["labels"].tolist()), "labels"),
     "labels of one row": Wrong(put("labels", lambda batch: batch["labels"][0]), "labels", quiet=True),
-    "id of no word": Wrong(at("input_ids", 3, zoo.VOCAB), "input_ids"),
+    "id of no word": Wrong(at("input_ids", 3, tiny.VOCAB), "input_ids"),
     "id -1": Wrong(at("input_ids", -1, -1), "input_ids"),
     "complex ids": Wrong(cast("input_ids", torch.complex64), "input_ids"),
     "bool ids": Wrong(cast("input_ids", torch.bool), "input_ids"),
@@ -126,7 +126,7 @@ GRIDS: dict[str, Wrong] = {
     "no grid": Wrong(without("image_grid_thw"), "image_grid_thw"),
     "meta pixels": Wrong(on_meta("pixel_values"), "pixel_values"),
     "integer pixels": Wrong(cast("pixel_values", torch.int64), "pixel_values", quiet=True),
-    "placeholder cut off": Wrong(at("input_ids", 8, zoo.FIRST_TEXT), "image_token"),
+    "placeholder cut off": Wrong(at("input_ids", 8, tiny.FIRST_TEXT), "image_token"),
     "positions of another batch": Wrong(put("position_ids", lambda batch: torch.zeros(
         3, 7, batch["input_ids"].shape[1], dtype=torch.long)), "position_ids"),
 }  # fmt: skip
@@ -135,7 +135,7 @@ IMAGES: dict[str, Wrong] = {
     "an image too many": Wrong(rows("pixel_values", 1), "image_token"),
     "an image too few": Wrong(rows("pixel_values", -1), "image_token"),
     "no image at all": Wrong(put("pixel_values", lambda batch: batch["pixel_values"][:0]), "pixel_values"),
-    "pixels of no image": Wrong(put("input_ids", lambda batch: batch["input_ids"].clamp(min=zoo.FIRST_TEXT)),
+    "pixels of no image": Wrong(put("input_ids", lambda batch: batch["input_ids"].clamp(min=tiny.FIRST_TEXT)),
                                 "image_token"),
     "meta pixels": Wrong(on_meta("pixel_values"), "pixel_values"),
     "integer pixels": Wrong(cast("pixel_values", torch.int64), "pixel_values", quiet=True),

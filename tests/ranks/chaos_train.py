@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -220,9 +220,9 @@ def batch(step: int, replica: int) -> dict[str, Tensor]:
     """Other words in each step, for each replica."""
     found = CASE.batch("plain", torch.float32)
     generator = torch.Generator().manual_seed(100 * step + replica)
-    words = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, found["input_ids"].shape, generator=generator)
-    found["input_ids"] = torch.where(found["input_ids"] == zoo.IMAGE, zoo.IMAGE, words)
-    found["labels"] = torch.where(found["input_ids"] == zoo.IMAGE, -100, words)
+    words = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, found["input_ids"].shape, generator=generator)
+    found["input_ids"] = torch.where(found["input_ids"] == tiny.IMAGE, tiny.IMAGE, words)
+    found["labels"] = torch.where(found["input_ids"] == tiny.IMAGE, -100, words)
     return found
 
 

@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -35,12 +35,12 @@ def fresh() -> nn.Module:
     return CASE.model()
 
 
-def batch(name: str = "plain") -> zoo.Batch:
+def batch(name: str = "plain") -> tiny.Batch:
     return CASE.batch(name)
 
 
-def text(length: int, rows: int = 1) -> zoo.Batch:
-    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+def text(length: int, rows: int = 1) -> tiny.Batch:
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "labels": ids.clone()}
 
 
@@ -48,7 +48,7 @@ def culprit() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
-def step(model: nn.Module, inputs: zoo.Batch) -> torch.Tensor:
+def step(model: nn.Module, inputs: tiny.Batch) -> torch.Tensor:
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach()
@@ -57,7 +57,7 @@ def step(model: nn.Module, inputs: zoo.Batch) -> torch.Tensor:
 # --- the right result ----------------------------------------------------------------------------------------------
 
 
-def compared(inputs: zoo.Batch) -> None:
+def compared(inputs: tiny.Batch) -> None:
     """One step is that of the model in one process."""
     model, expected = fresh(), fresh()
     if (inputs["labels"][:, 1:] == -100).all():
@@ -75,19 +75,19 @@ def compared(inputs: zoo.Batch) -> None:
         assert all(float(grad.norm()) == 0 for grad in parity.gradients(model).values())
 
 
-def images_first() -> zoo.Batch:
+def images_first() -> tiny.Batch:
     """All images in the first rank's part of the text."""
     inputs, tail = batch(), text(200)
     return inputs | {key: torch.cat([inputs[key], tail[key]], 1) for key in ("input_ids", "labels")}
 
 
-def nan_in_padding() -> zoo.Batch:
+def nan_in_padding() -> tiny.Batch:
     inputs = text(9, rows=2)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][1, 5:] = 0
     inputs["labels"][1, 5:] = -100
     torch.manual_seed(0)
-    embeds = torch.randn(2, 9, zoo.WIDTH, dtype=CASE.dtype)
+    embeds = torch.randn(2, 9, tiny.WIDTH, dtype=CASE.dtype)
     del inputs["input_ids"]
     return inputs | {"inputs_embeds": embeds}
 
@@ -111,7 +111,7 @@ def slow() -> None:
 
 def fewer_placeholders() -> None:
     inputs = batch("right_pad")
-    inputs["input_ids"][inputs["input_ids"] == zoo.IMAGE] = zoo.FIRST_TEXT
+    inputs["input_ids"][inputs["input_ids"] == tiny.IMAGE] = tiny.FIRST_TEXT
     step(triton_sp.wrap(fresh()), inputs)
 
 
@@ -347,7 +347,7 @@ class Fault:
     names_rank: bool = True
 
 
-def right(make: Callable[[], zoo.Batch]) -> Fault:
+def right(make: Callable[[], tiny.Batch]) -> Fault:
     return Fault(lambda: compared(make()))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 
 import triton_sp
 from triton_sp import stages
@@ -36,7 +36,7 @@ def step(name: str, batch_name: str, **options: bool) -> Sent:
     case = zoo.CASES[name]
     model, batch = wrap(case.model()), case.batch(batch_name)
     with collectives.record() as forward:
-        loss = zoo.loss_of(model(**batch, **options))
+        loss = tiny.loss_of(model(**batch, **options))
     with collectives.record() as backward:
         loss.backward()
     if "labels" not in batch:
@@ -109,7 +109,7 @@ def test_hidden_states_are_gathered_when_read(ranks) -> None:
 def test_bytes(ranks, name: str, kv_heads: int, size: int) -> None:
     """Of T local tokens, q and a copy of k and v for each rank that needs them go out, but for the rank's own share;
     the results come back. The backward sends the same, the other way."""
-    heads, head_dim, width = zoo.HEADS, 8, zoo.CASES[name].dtype.itemsize
+    heads, head_dim, width = tiny.HEADS, 8, zoo.CASES[name].dtype.itemsize
     everyone = ranks.run(step, name, "plain", ranks=size)
     shards = shard_tokens(everyone[0].tokens, size)
     copies = max(kv_heads, size)  # a key/value head stands in the share of every rank that has one of its query heads

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -60,7 +60,7 @@ TOKENS = 2000  # more than are compared by value with "first"
 
 def long_batch() -> Batch:
     batch = zoo.CASES["llava"].batch("plain")
-    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     joined = {name: torch.cat([batch[name], ids], 1) for name in ("input_ids", "labels")}
     return {**batch, **joined, "num_items_in_batch": 5}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -22,7 +22,7 @@ def layers(model: Any) -> nn.ModuleList:
 
 def resize(model: Any) -> None:
     torch.manual_seed(0)
-    model.resize_token_embeddings(zoo.VOCAB + 6, mean_resizing=False)
+    model.resize_token_embeddings(tiny.VOCAB + 6, mean_resizing=False)
 
 
 def add_adapter(model: Any) -> None:
@@ -112,7 +112,7 @@ def test_changes_after_wrap(ranks, names: list[str]) -> None:
     ranks.run(compare, names, ranks=2)
 
 
-def train(models: list[Any], batch: zoo.Batch, steps: int) -> None:
+def train(models: list[Any], batch: tiny.Batch, steps: int) -> None:
     """Steps of each model in turn, with gradients of one while the other runs."""
     optimizers = [torch.optim.SGD(model.parameters(), 0.1 * (1 + i)) for i, model in enumerate(models)]
     for _ in range(steps):
@@ -125,7 +125,7 @@ def train(models: list[Any], batch: zoo.Batch, steps: int) -> None:
             optimizer.zero_grad()
 
 
-def train_alone(model: Any, batch: zoo.Batch, steps: int, rate: float) -> nn.Module:
+def train_alone(model: Any, batch: tiny.Batch, steps: int, rate: float) -> nn.Module:
     optimizer = torch.optim.SGD(model.parameters(), rate)
     for _ in range(steps):
         model(**batch).loss.backward()

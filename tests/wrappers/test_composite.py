@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -61,7 +61,7 @@ def embed(model: Any, batch: Batch) -> Batch:
 def images_last(model: Any, batch: Batch) -> Batch:
     """Text, then images: the first rank has no placeholder."""
     ids = batch["input_ids"]
-    order = (ids == zoo.IMAGE).int().argsort(dim=1, stable=True)
+    order = (ids == tiny.IMAGE).int().argsort(dim=1, stable=True)
     moved = {
         name: batch[name].gather(1, order) for name in ("input_ids", "labels", "mm_token_type_ids") if name in batch
     }
@@ -90,8 +90,8 @@ def test_seam(ranks, name: str) -> None:
 def lose_placeholder(name: str) -> None:
     """One placeholder fewer than features."""
     model, batch = zoo.CASES[name].model(), zoo.CASES[name].batch("plain")
-    spot = (batch["input_ids"] == zoo.IMAGE).nonzero()[0].tolist()
-    batch["input_ids"][spot[0], spot[1]] = zoo.FIRST_TEXT
+    spot = (batch["input_ids"] == tiny.IMAGE).nonzero()[0].tolist()
+    batch["input_ids"][spot[0], spot[1]] = tiny.FIRST_TEXT
     triton_sp.wrap(model)(**batch)
 
 

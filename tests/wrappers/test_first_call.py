@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -122,7 +122,7 @@ def step_under_fsdp(broken: bool) -> float:
             for layer in layers:
                 fully_shard(layer)
         model = triton_sp.wrap(fully_shard(model), config=CONFIG)
-    loss = zoo.loss_of(model(**case.batch("left_pad")))
+    loss = tiny.loss_of(model(**case.batch("left_pad")))
     loss.backward()
     grads = {name: x.full_tensor() for name, x in parity.gradients(model).items()}
     assert abs(float(loss / expected[0]) - 1) < 1e-6

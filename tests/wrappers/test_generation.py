@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 from promises import memory
 
 import triton_sp
@@ -29,8 +29,8 @@ def prompt_of(name: str, batch: str) -> dict[str, torch.Tensor]:
 
 def generated(model: Any, prompt: dict[str, torch.Tensor], way: str) -> torch.Tensor:
     torch.manual_seed(5)
-    never = [zoo.IMAGE, zoo.VIDEO]  # a placeholder without a feature
-    return model.generate(**prompt, **WAYS[way], pad_token_id=zoo.PAD, suppress_tokens=never)
+    never = [tiny.IMAGE, tiny.VIDEO]  # a placeholder without a feature
+    return model.generate(**prompt, **WAYS[way], pad_token_id=tiny.PAD, suppress_tokens=never)
 
 
 def compare(name: str, batches: list[str], ways: list[str]) -> list[tuple[str, str]]:

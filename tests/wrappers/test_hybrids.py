@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from kit.parity import TOLERANCE, Plan
 
 import triton_sp
@@ -48,8 +48,8 @@ def test_parity(ranks, reference, name: str, size: int, way: Any) -> None:
             result.assert_within(TOLERANCE[case.dtype])
 
 
-def few_tokens(dtype: torch.dtype) -> zoo.Batch:
-    return zoo.collate([zoo.text_row(3, torch.Generator().manual_seed(0))], None)
+def few_tokens(dtype: torch.dtype) -> tiny.Batch:
+    return tiny.collate([tiny.text_row(3, torch.Generator().manual_seed(0))], None)
 
 
 def run_few(name: str, way: Any, path: Path) -> parity.Parity:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
 from triton_sp.testing import relative_error
 from triton_sp.wrappers.masks import documents_of
 
-MROPE = {zoo.ROPE: zoo.MROPE}
+MROPE = {tiny.ROPE: tiny.MROPE}
 
 
 def decoder(name: str) -> nn.Module:
     if name == "paddleocr_vl":  # no family of ours
-        config = zoo.text_config("PaddleOCRText", kv_heads=4, rope_parameters=zoo.MROPE, layers=2)
-        return zoo.build("PaddleOCRTextModel", config, "sdpa", torch.float64)
+        config = tiny.text_config("PaddleOCRText", kv_heads=4, rope_parameters=tiny.MROPE, layers=2)
+        return tiny.build("PaddleOCRTextModel", config, "sdpa", torch.float64)
     model = zoo.CASES[name].build(torch.float32)
     return model.get_decoder()
 

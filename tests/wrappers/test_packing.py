@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import zoo
+from kit import tiny, zoo
 from kit.parity import Step, assert_close, gradients, step
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ def samples(name: str) -> list[dict[str, Any]]:
     case = zoo.CASES[name]
     first = case.batch("plain")
     again = {key: value * 0.5 if value.is_floating_point() else value for key, value in first.items()}
-    again["input_ids"] = torch.where(first["input_ids"] >= zoo.FIRST_TEXT, 93 - first["input_ids"], first["input_ids"])
-    text = zoo.text_batch("left_pad", case.dtype)
+    again["input_ids"] = torch.where(first["input_ids"] >= tiny.FIRST_TEXT, 93 - first["input_ids"], first["input_ids"])
+    text = tiny.text_batch("left_pad", case.dtype)
     text = {key: value[:1] for key, value in text.items()}
     video = case.batch("video") if "video" in case.batches else {}
     rows = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import parity, zoo
+from kit import parity, tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -17,8 +17,8 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def mixtral(**options: Any) -> nn.Module:
-    config = zoo.text_config("Mixtral", sliding_window=None, router_aux_loss_coef=COEFFICIENT, **EXPERTS, **options)
-    return zoo.build("MixtralForCausalLM", config, "sdpa", torch.float32)
+    config = tiny.text_config("Mixtral", sliding_window=None, router_aux_loss_coef=COEFFICIENT, **EXPERTS, **options)
+    return tiny.build("MixtralForCausalLM", config, "sdpa", torch.float32)
 
 
 def vision_and_language(**options: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from kit import zoo
+from kit import tiny, zoo
 from torch import nn
 
 import triton_sp
@@ -65,7 +65,7 @@ def last() -> bool:
     return dist.get_rank() == dist.get_world_size() - 1
 
 
-def step(model: nn.Module, batch: zoo.Batch, dtype: torch.dtype | None = None) -> None:
+def step(model: nn.Module, batch: tiny.Batch, dtype: torch.dtype | None = None) -> None:
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         loss = model(**batch).loss
     loss.backward()

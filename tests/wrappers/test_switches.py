@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import zoo
+from kit import tiny, zoo
 from kit.parity import Plan, heads, hold, set_checkpointing
 from promises.memory import Peak
 
@@ -37,9 +37,9 @@ TOKENS, WIDTH, LAYERS = 512, 96, 4
 def held(checkpointing: str, options: dict[str, Any]) -> tuple[int, int, int, str]:
     """Bytes that a rank keeps for the backward, the peak of a step, bytes that went to the CPU, and what is told. The
     MLPs are eight times as wide as hidden states, as those of real models are with their three tensors."""
-    config = zoo.text_config("Llama", layers=LAYERS, intermediate_size=8 * WIDTH)
-    model = zoo.build("LlamaForCausalLM", config, "sdpa", torch.float32)
-    ids = torch.randint(zoo.FIRST_TEXT, zoo.VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    config = tiny.text_config("Llama", layers=LAYERS, intermediate_size=8 * WIDTH)
+    model = tiny.build("LlamaForCausalLM", config, "sdpa", torch.float32)
+    ids = torch.randint(tiny.FIRST_TEXT, tiny.VOCAB, (1, TOKENS), generator=torch.Generator().manual_seed(1))
     set_checkpointing(model, checkpointing)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -1,6 +1,6 @@
 """Laws of the attend kernels over drawn lengths, heads, masks and dtypes. Run as attend_cases.py is."""
 
-from attend_cases import DTYPES, ON_GPU, Case, assert_exact
+from attend_kit import DTYPES, ON_GPU, Case, assert_exact
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from attend_cases import DEVICE, LATER, MAIN, guarded
+from attend_kit import DEVICE, LATER, MAIN, guarded
 
 from triton_sp.kernels import attend, attend_backward
 from triton_sp.kernels.mask import Mask

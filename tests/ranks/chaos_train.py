@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import resource
-import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from kit import tiny, zoo
+from kit import mishaps, tiny, zoo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,62 +39,14 @@ class Fault(NamedTuple):
     delay: float = 0.0
 
 
-class Struck(RuntimeError):
-    """The exception that is raised as a fault."""
-
-
-# --- what happens --------------------------------------------------------------------------------------------------
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _pause() -> None:
-    subprocess.Popen(["sh", "-c", f"sleep {PAUSE}; kill -CONT {os.getpid()}"])
-    _stop()
-
-
-def _raise() -> None:
-    raise Struck("a fault")
-
-
-def _exhaust_memory() -> None:
-    """No more than this process has, and 64 MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + (64 << 20)
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
-    try:
-        torch.zeros(1 << 28)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def _cut_connections() -> None:
-    """To every other process: as a network that fails."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
-                with socket.socket(fileno=os.dup(int(name))) as connection:
-                    if connection.family in (socket.AF_INET, socket.AF_INET6):
-                        connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            continue  # it listens only, or is gone
-
-
 ACTIONS: dict[str, Callable[[], None]] = {
-    "killed": _kill,
-    "stopped": _stop,
-    "paused": _pause,
-    "exception": _raise,
-    "slow": lambda: time.sleep(PAUSE),
-    "out of memory": _exhaust_memory,
-    "connections cut": _cut_connections,
+    "killed": mishaps.kill,
+    "stopped": mishaps.stop,
+    "paused": partial(mishaps.stop, PAUSE),
+    "exception": partial(mishaps.fail, RuntimeError("a fault")),
+    "slow": partial(time.sleep, PAUSE),
+    "out of memory": mishaps.exhaust_memory,
+    "connections cut": mishaps.cut_connections,
     "disk full": lambda: None,  # see `Checkpoints`
 }
 
@@ -233,9 +181,8 @@ def train(folder: Path, engine: str, replicas: int, fault: Fault | None = None) 
     model = CASE.model(torch.float32)
     strike = Strike(fault, folder)
     for where, module in (("tower", model.model.vision_tower), ("forward", model.model.language_model)):
-        module.register_forward_pre_hook(lambda *_, where=where: strike.at(where))
-    layer = model.model.language_model.layers[1]
-    layer.mlp.register_full_backward_pre_hook(lambda *_: strike.at("backward"))
+        mishaps.strike(module, "forward", partial(strike.at, where))
+    mishaps.strike(model.model.language_model.layers[1].mlp, "backward", partial(strike.at, "backward"))
     module, after_backward = engine_of(engine, model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     checkpoints = Checkpoints(folder, strike)

@@ -1,4 +1,4 @@
-"""What can go wrong on one rank: the right result, or an error on every rank that names it; all are in faults.py."""
+"""What can go wrong on one rank: the right result, or an error on every rank that names it; all in faults.py."""
 
 from __future__ import annotations
 

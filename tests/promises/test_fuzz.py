@@ -6,6 +6,6 @@ import fuzz
 
 
 def test_fuzz(ranks) -> None:
-    for result in ranks.run(fuzz.run, 200, 1000, ranks=2):
+    for result in ranks.run(fuzz.run, 60, 1000, ranks=2):
         assert result.loss < 1e-4 and result.gradient < 1e-4, result
         assert result.grown < 50, result

@@ -10,21 +10,21 @@ from kit import zoo
 # is three times as wide as a hidden state, which is the widest that many of these small models have in one process.
 # Where it is less than 1 the one process makes something for itself that no rank does.
 LARGEST = {
-    "qwen2_5_vl": 1.02,
     "qwen3_vl": 1.02,
     "qwen3_5_vl": 1.02,
-    "glm4v": 1.02,
     "internvl": 1.02,
-    "llava": 3.01,
     "llava_onevision": 3.01,
-    "paligemma": 1.7,
     "gemma3": 2.01,
-    "idefics3": 3.01,
-    "mistral3": 0.8,
 }
 # Families that are put together like one of these: left to `make soak`.
 ALIKE = {
     "qwen2_vl": 1.02,
+    "qwen2_5_vl": 1.02,
+    "glm4v": 1.02,
+    "llava": 3.01,
+    "paligemma": 1.7,
+    "idefics3": 3.01,
+    "mistral3": 0.8,
     "qwen3_vl_moe": 1.02,
     "qwen3_5_moe_vl": 1.02,
     "internvl_gpt_oss": 3.01,

@@ -242,6 +242,11 @@ def run_all(name: str, plans: list[Plan], references: dict[str, Path]) -> list[P
     return [run(zoo.CASES[name], plan, references[plan.batch]) for plan in plans]
 
 
+def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
+    """Heads exchanged, whatever the cost model thinks of models this small."""
+    return triton_sp.wrap(model, group, triton_sp.SPConfig(plan="heads", **options))
+
+
 def heads(size: int, **options: Any) -> triton_sp.SPConfig:
     """Heads exchanged, whatever would be faster for models this small. On three ranks gradients are added, not
     averaged: the norms of most models round to float32, in which 3 g and g do not have the same digits."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from unittest import mock
+
 import pytest
 import torch
 
@@ -58,3 +61,33 @@ def test_a_second_derivative_raises() -> None:
     q = torch.randn(5, 1, 4, dtype=torch.float64, requires_grad=True)
     with pytest.raises(InputError, match="create_graph"):
         torch.autograd.grad(varlen_attention(q, q, q, Mask(torch.tensor([0, 5]))).sum(), q, create_graph=True)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_short_segments_of_one_length_are_one_call(causal: bool, sunk: bool) -> None:
+    """And each comes out, with its gradients, as by itself: neighbours or not, and with key heads that are shared."""
+    torch.manual_seed(0)
+    lengths = [4, 4, 7, 4, 300, 7, 0, 4]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, dout = torch.randn(2, sum(lengths) + 3, 4, 8)
+    k, v = torch.randn(2, sum(lengths) + 3, 2, 8)
+    sinks, scale = torch.randn(4) if sunk else None, {"softmax_scale": 0.3}
+
+    def run(rows: slice, cu_seqlens: torch.Tensor) -> list[torch.Tensor]:
+        mask, own = Mask(cu_seqlens, causal=causal), (q[rows], k[rows], v[rows])
+        out, lse = attend_cpu.attend(*own, mask, **scale, sinks=sinks)
+        grads = attend_cpu.attend_backward(dout[rows], None, (*own, out, lse), mask, **scale, sinks=sinks)
+        return [out, lse.T, *grads[:3]]
+
+    calls = mock.Mock(side_effect=attend_cpu._FLASH)
+    with mock.patch.object(attend_cpu, "_FLASH", calls):
+        together = run(slice(None), bounds)
+    assert calls.call_count == 3  # of 4, 7 and 300 rows
+    for start, stop in pairwise(bounds.tolist()):
+        for found, expected in zip(together, run(slice(start, stop), torch.tensor([0, stop - start])), strict=True):
+            if sunk:  # vector and scalar exponentials differ in the last bit
+                torch.testing.assert_close(found[start:stop], expected, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(found[start:stop], expected)
+    assert bool((together[1][sum(lengths) :] == -torch.inf).all()) and not together[0][sum(lengths) :].any()

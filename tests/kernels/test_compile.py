@@ -1,7 +1,7 @@
 """The attend kernels compiled without a GPU, held to the committed table (tests/data/attend_compiled.csv).
 
-By default the cases that decide: every kernel on sm_90 at the head dims of vision towers and of language models, and
-one for AMD. TRITON_SP_COMPILE=all compiles the whole table, as `make compile-table` writes it.
+By default the cases that decide: every kernel on sm_90 at the head dims of vision towers and of language models.
+TRITON_SP_COMPILE=all compiles the whole table, as `make compile-table` writes it.
 """
 
 import os
@@ -16,7 +16,7 @@ from compiling import SHARED_LIMIT, TARGETS, compiling_for
 from moves_table import TABLE as MOVES
 
 EVERYTHING = os.environ.get("TRITON_SP_COMPILE") == "all"
-CORE = [("sm_90", ct.Case(72, 72)), ("sm_90", ct.Case(128, 128)), ("gfx942", ct.Case(80, 80))]
+CORE = [("sm_90", ct.Case(72, 72)), ("sm_90", ct.Case(128, 128))]
 CASES = [(target, case) for target in TARGETS for case in ct.CASES] if EVERYTHING else CORE
 TABLE = ct.TABLE.read()
 

@@ -11,14 +11,14 @@ from kit import zoo
 # Where it is less than 1 the one process makes something for itself that no rank does.
 LARGEST = {
     "qwen3_vl": 1.02,
-    "qwen3_5_vl": 1.02,
-    "internvl": 1.02,
     "llava_onevision": 3.01,
     "gemma3": 2.01,
 }
 # Families that are put together like one of these: left to `make soak`.
 ALIKE = {
     "qwen2_vl": 1.02,
+    "qwen3_5_vl": 1.02,
+    "internvl": 1.02,
     "qwen2_5_vl": 1.02,
     "glm4v": 1.02,
     "llava": 3.01,

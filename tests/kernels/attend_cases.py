@@ -51,10 +51,7 @@ def test_head_dims(dim, dtype):
 @pytest.mark.skipif(ON_GPU, reason="covered by test_head_dims")
 @pytest.mark.parametrize(
     "dim",
-    [
-        pytest.param(dim, marks=[] if dim in (16, 24, 40, 56, 88, 104, 128, 152, 192, 256) else LATER)
-        for dim in range(16, 257, 8)
-    ],
+    [pytest.param(dim, marks=[] if dim in (16, 40, 56, 104, 152, 256) else LATER) for dim in range(16, 257, 8)],
 )
 def test_head_dims_small(dim):
     assert_exact(Case([17, 5], dim=dim, heads=1, dtype=torch.float16))
@@ -70,13 +67,13 @@ def test_head_dim_of_v(dim, v_dim):
     [
         Case(causal=True, heads=4, k_heads=2),
         Case([20, 33], [40, 7], causal=True),  # bottom-right aligned; rows without a key
-        Case([20, 33], [40, 7]),
+        pytest.param(Case([20, 33], [40, 7]), marks=LATER),
         Case(window=6, causal=True),
-        Case(window=6),
+        pytest.param(Case(window=6), marks=LATER),
         Case([33, 9], [20, 40], window=5),
         Case(softcap=2.0, scale=0.5),
         Case([8, 20], [40, 21], [24, 20], causal=True),  # a range of rows of a segment: keys up to its end
-        Case([8, 20], [40, 21], [24, 0]),
+        pytest.param(Case([8, 20], [40, 21], [24, 0]), marks=LATER),
         Case([9, 0], [0, 9]),
     ],
     ids=str,
@@ -88,12 +85,11 @@ def test_masks(case):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(sees=prefix, dim=72),
-        Case([36, 33], sees=cut_blocks, softcap=2.0),
-        Case([20, 9], [48, 40], sees=inner),
-        Case([20, 9], [48, 40], [40, 0], sees=inner, heads=1),
+        pytest.param(Case(sees=prefix, dim=72), id="prefix", marks=LATER),
+        pytest.param(Case([36, 33], sees=cut_blocks, softcap=2.0), id="cut blocks"),
+        pytest.param(Case([20, 9], [48, 40], sees=inner), id="inner", marks=LATER),
+        pytest.param(Case([20, 9], [48, 40], [40, 0], sees=inner, heads=1), id="inner with keys left out"),
     ],
-    ids=["prefix", "cut blocks", "inner", "inner with keys left out"],
 )
 def test_key_ranges(case):
     assert_exact(case)
@@ -168,7 +164,7 @@ def test_lse_and_its_gradient():
 @pytest.mark.parametrize(
     "case",
     [
-        Case([20, 9], heads=4, k_heads=2, causal=True, dim=72, v_dim=40),
+        Case([20, 9], causal=True, dim=72, v_dim=40),
         Case([20, 13], [30, 7], causal=True, window=6, heads=1),  # rows without a key see the sink alone
         Case([20, 9], sees=prefix, softcap=2.0),
     ],
@@ -368,7 +364,9 @@ def test_gluon_forward_with_the_portable_backward(dim):
 
 WELL_FORMED = [0, 20, 20, 44, 70]
 MALFORMED = [
-    pytest.param([*WELL_FORMED[:i], x, *WELL_FORMED[i + 1 :]], id=f"{x} at {i}", marks=[] if x == -1000 else LATER)
+    pytest.param(
+        [*WELL_FORMED[:i], x, *WELL_FORMED[i + 1 :]], id=f"{x} at {i}", marks=[] if (x, i % 2) == (-1000, 1) else LATER
+    )
     for i in range(len(WELL_FORMED))
     for x in (-1000, 45 if i < 3 else 19, 2**31 - 1, -(2**31), 10**9, -1)
 ]

@@ -14,7 +14,7 @@ from triton_sp.errors import GroupError, InputError, UnsupportedModelError
 from triton_sp.ranks import collectives, groups
 from triton_sp.ranks.boards import board_of
 from triton_sp.ranks.failures import reporting_failures
-from triton_sp.wrappers import composite, decoder, entry, generation, tiled_mlp, vision
+from triton_sp.wrappers import composite, decoder, entry, gathered, generation, tiled_mlp, vision
 from triton_sp.wrappers.described import agree_on_gradients
 from triton_sp.wrappers.install import Installation, attach, installation_of
 from triton_sp.wrappers.scores import ScoreRequest, TokenScores, asking, score_alone
@@ -93,7 +93,7 @@ def _install(installation: Installation) -> None:
     for tower in anatomy.towers:
         vision.install(tower, installation)
     if anatomy.decoder is not None:
-        decoder.install(anatomy.decoder, installation)
+        (gathered if anatomy.decoder.gathered else decoder).install(anatomy.decoder, installation)
     if anatomy.fusion is not None and anatomy.fusion.features:
         composite.install(anatomy.fusion, installation)
     if installation.config.tiled_mlp:

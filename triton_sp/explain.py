@@ -24,6 +24,7 @@ from triton_sp.wrappers.verification import describe_verification
 
 FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
+ATTENTION_GATHERED = "sharded, attention gathered"
 PROVEN, BY_STRUCTURE = "proven", "accepted by structure"
 
 LEGEND = {
@@ -33,6 +34,8 @@ LEGEND = {
     "sharded": "each rank runs these layers on its part of the tokens. An attention layer sends q, k and v in one "
     "all-to-all and receives the results of its tokens in another. There is none if each segment (image, window, "
     "document) lies whole on one rank. A vision tower alone ends with one gather.",
+    ATTENTION_GATHERED: "each rank runs the token-wise layers on its part of the tokens; the layers that are named "
+    "get the hidden states of all tokens, and every rank computes all of them.",
     FEATURES_ROUTED: "each rank embeds its part of the text, makes the features of its part of the pixels, and is sent "
     "the features that its placeholders need. No tensor on a rank is as long as the batch.",
     FEATURES_GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
@@ -261,6 +264,9 @@ def _row(stack: Stack, kind: str, ranks: int | None, unchanged: bool) -> Row:
         why = ", ".join(sorted(method or "how is tried out on the first call" for method in methods))
     if stack.recurrent:
         why += f"; {len(stack.recurrent)} recurrent layers hand on states or trade tokens for heads"
+    if stack.gathered:
+        kinds = ", ".join(sorted({type(layer).__name__ for layer in stack.gathered}))
+        decision, why = ATTENTION_GATHERED, f"{BY_STRUCTURE}; {kinds}: {stack.why_gathered}"
     if unchanged:
         decision, why = "unchanged", "one rank"
     if stack.refusal is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from zoo.shrink import FIRST_TEXT
 
-Batch = dict[str, Any]
+Batch = dict[str, Tensor]
 LENGTHS = (17, 9, 14, 11)  # tokens of text in each row: more rows than ranks
 LAST_TEXT = 100
 

@@ -11,7 +11,7 @@ import transformers as hf
 from torch import nn
 from transformers.models.auto import configuration_auto, modeling_auto
 from transformers.models.llama4 import modeling_llama4 as llama4
-from zoo.entries import ENTRIES, TEXT_CONFIGS
+from zoo.entries import ENTRIES, FLOAT32, TEXT_CONFIGS
 from zoo.shrink import shrink
 
 KINDS = {
@@ -48,6 +48,18 @@ def tiny_config(model_type: str) -> Any:
     return kind(**values)
 
 
+def _eager_but_text(config: Any, kind: Any) -> str | dict[str, str]:
+    """Eager attention, but of the text model of a composite, if that has another."""
+    if "text_config" not in config.sub_configs:
+        return "eager"
+    parts = {"": "eager"} | {name: "sdpa" if name == "text_config" else "eager" for name in config.sub_configs}
+    try:
+        kind._from_config(copy.deepcopy(config), attn_implementation=parts)
+    except ValueError:
+        return "eager"
+    return parts
+
+
 def build(model_type: str, name: str, kind: str) -> nn.Module:
     """The model in float64, the same in every process; noise on every weight, so that zeros and ones have informative
     gradients too. In float32 where text is attended to by eager attention: in float64 its masks overflow in a softmax
@@ -71,8 +83,10 @@ def build(model_type: str, name: str, kind: str) -> nn.Module:
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        model = kind_of_model._from_config(config, attn_implementation="eager")
+        model = kind_of_model._from_config(config, attn_implementation=_eager_but_text(config, kind_of_model))
         dtype = torch.float32 if kind == "causal" else dtype
+    if model_type in FLOAT32:
+        dtype = torch.float32
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

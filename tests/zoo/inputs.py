@@ -74,6 +74,8 @@ def _rows(out: Any) -> list[int]:
     held = getattr(out, "pooler_output", out)
     if held is None:
         held = out.last_hidden_state
+    if held is None:
+        held = out.deepstack_features[0][1]
     if isinstance(held, Tensor):
         return [held.shape[:-1].numel()] if held.ndim < 3 else [part.shape[:-1].numel() for part in held]
     return [part.shape[:-1].numel() for part in held]

@@ -136,7 +136,8 @@ def reference(model: nn.Module, batch: Batch) -> parity.Step:
 def _step(model: nn.Module, batch: Batch) -> parity.Step:
     """The loss of a model, or a projection of its outputs, and its gradients."""
     model.zero_grad()
-    out = model(**batch)
+    dtype = next(model.parameters()).dtype
+    out = model(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()})
     loss = out.loss if getattr(out, "loss", None) is not None else _projection(out)
     loss.backward()
     if installation_of(model) is not None:

@@ -17,6 +17,14 @@ _MUSE_VISION = {
     "vision_config.layer_types": ["window_attention"] * 3 + ["full_attention"],
 }
 
+# Sliding layers have heads of their own.
+_SLIDING = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16}
+_SLIDING |= {"head_dim": HEAD_DIM, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+DOTS3_NOTE = {
+    "layer_types": ["indexed_attention", "indexed_attention", "sliding_attention"], "per_layer_config": {2: _SLIDING},
+    "rope_parameters": None, "index_head_dim": 16, "index_n_heads": 2, "shared_experts_intermediate_size": WIDER,
+}  # fmt: skip
+
 VLM_ENTRIES: dict[str, dict[str, Any]] = {
     "blip-2": {"num_query_tokens": 4},
     "chameleon": {
@@ -29,7 +37,19 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
         "text_config.layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         "vision_config.deepstack_visual_indexes": [0, 1],
     },
-    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "apertus1p5": {
+        "image_token_offset": 110, "audio_token_offset": 126, "vision_config.codebook_size": 16,
+        "audio_config.codebook_size": 16, "audio_config.codebook_dim": WIDTH,
+    },
+    "deepseek_ocr2": {
+        "text_config.mlp_layer_types": ["dense", "sparse", "sparse"],
+        "vision_config.sam_config.downsample_channels": [WIDER, WIDTH],
+    },
+    "dots3_note": {
+        **{f"text_config.{name}": value for name, value in DOTS3_NOTE.items()},
+        "vision_config.adapter_in_dim": WIDTH, "vision_config.adapter_out_dim": WIDTH,
+        "audio_config.adapter_input_size": WIDTH, "audio_config.adapter_out_dim": WIDTH,
+    },
     "emu3": {
         "vocabulary_map": {f"<|visual token {i:06d}|>": 110 + i for i in range(16)}
         | {"<image>": 3, "<|extra_200|>": 109},
@@ -40,6 +60,7 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
         "text_config.rope_parameters": _MROPE, "text_config.moe_intermediate_size": [WIDER, 16],
         "text_config.num_key_value_heads": HEADS,
     },
+    "evolla": {"resampler_depth": 2},
     "gemma4": {"vision_config": _GEMMA4_VISION, "text_config.hidden_size_per_layer_input": 8},
     "gemma4_unified": {
         "vision_config": {

@@ -25,6 +25,7 @@ FAMILIES: dict[str, Family] = {
     "mllama_vision_model": Family(whole="it has two stacks, and its masks are not those of padded images"),
     "pixtral": Family(joins_images=True),
     "janus_vqgan": Family(whole="it makes pixels, and no features"),
+    "apertus1p5_vision_tokenizer": Family(whole="its stages are convolutions, of which some attend"),
     "lfm3_vl_vision": Family(whole="it has convolutions along images between its blocks"),
     **dict.fromkeys(
         ("sam_vision_model", "got_ocr2_vision", "deepseek_ocr2_sam_vision_model"),
@@ -73,6 +74,8 @@ FEATURE_METHODS: dict[str, tuple[FeatureMethod, ...]] = dict.fromkeys(
     ("idefics2", "idefics3", "smolvlm"),
     (FeatureMethod("get_image_features", "image_token_id", "images", per_sample=True),),
 )
+# Its decoder adds them, in several layers.
+FEATURE_METHODS["granite4_vision"] = (FeatureMethod("get_image_features", "image_token_id", "images"),)
 
 # By the `model_type` of a composite's configuration: the masks that it makes for its decoder.
 SPANS: dict[str, Spans] = {

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_sp.anatomy.families import FAMILIES, PROVEN, Family, spans_of
 from triton_sp.anatomy.fusion import find_fusion
+from triton_sp.anatomy.meeting import gather_instead, takes_tokens
 from triton_sp.anatomy.parts import (
     Anatomy,
     Stack,
@@ -112,22 +113,29 @@ def _sort_in(anatomy: Anatomy, owner: nn.Module, name: str, blocks: list[nn.Modu
     known = bool(attention or recurrent)
     stack = Stack(name, owner, blocks, attention, family, by_interface=known, proven=family in PROVEN)
     stack.recurrent = recurrent
+    stack.spans = spans_of(anatomy.entry, owner)
     if _takes_pixels(owner):
         _describe_tower(stack, owner, anatomy.entry)
         stack.refusal = refuse_blocks(stack, names)
         anatomy.towers.append(stack)
-    elif known and (spans_of(anatomy.entry, owner) or all(getattr(m, "is_causal", False) for m in attention)):
-        stack.spans = spans_of(anatomy.entry, owner)
-        stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
-        stack.outside = [module for part in _outside(owner, blocks) for module in part.modules()]
-        stack.learned_positions = _learned_positions(stack)
+    elif known and takes_tokens(owner) and (stack.spans or all(getattr(m, "is_causal", False) for m in attention)):
+        _describe_positions(stack, owner)
         stack.refusal = refuse_decoder(anatomy, stack, names)
         anatomy.decoder = stack
-    elif attention and not _embeds_tokens(owner):
+    elif (attention and not _embeds_tokens(owner)) or not takes_tokens(owner):
         anatomy.unsharded.append((name, f"{family}: neither takes pixels nor is causal"))
     else:
+        _describe_positions(stack, owner)
         stack.refusal = refuse_text_attention(stack)
         anatomy.decoder = stack
+    if stack is anatomy.decoder and stack.refusal is not None:
+        gather_instead(stack, anatomy.entry, names)
+
+
+def _describe_positions(stack: Stack, owner: nn.Module) -> None:
+    stack.rotaries = [m for m in owner.children() if getattr(m, "rope_type", None) in ("dynamic", "longrope")]
+    stack.outside = [module for part in _outside(owner, stack.blocks) for module in part.modules()]
+    stack.learned_positions = _learned_positions(stack)
 
 
 def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
@@ -199,6 +207,7 @@ def _learned_positions(stack: Stack) -> nn.Module | None:
         return None
     tables = {m: "" for m in stack.outside if isinstance(m, nn.Embedding) and m is not tokens}
     tables |= {module: name for name, module in model.named_modules() if module in tables}
+    tables = {module: name for module, name in tables.items() if "segment" not in name}  # Kosmos-2.5's, of pictures
     named = [module for module, name in tables.items() if "position" in name.rpartition(".")[2]]
     found = list(tables) if len(tables) == 1 else named
     rotary = any("rotary" in type(module).__name__.lower() for module in model.modules())

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_sp.anatomy.families import FEATURE_METHODS, PROVEN_COMPOSITES
 from triton_sp.anatomy.parts import FeatureMethod, Fusion, Stack, code_names, contains, is_hf
@@ -37,19 +39,41 @@ VISION_METADATA = {
 def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: dict[int, str]) -> Fusion | None:
     """The innermost model around towers and decoder, and whether it can be given this rank's part of its inputs. None
     where no tower is sharded, unless features are shared out by images."""
-    parts = [decoder.module, *(tower.module for tower in towers)]
-    around = [m for m in entry.modules() if is_hf(m) and all(contains(m, part) and m is not part for part in parts)]
-    if not around:
+    composite = _around(decoder, towers, entry)
+    if composite is None:
         return None
-    composite: Any = around[-1]
     kind = composite.config.model_type
     try:
-        if not all(tower.by_interface for tower in towers):
-            raise _Unconventional("a tower has attention of its own")
+        _expect_parts(composite, decoder, towers)
         features = _features(composite, towers)
     except _Unconventional as reason:
         return Fusion(names[id(composite)], composite, (), why=str(reason)) if towers else None
-    return Fusion(names[id(composite)], composite, features, proven=kind in PROVEN_COMPOSITES)
+    gathered = _gathered(composite, {method.method for method in features})
+    return Fusion(names[id(composite)], composite, features, proven=kind in PROVEN_COMPOSITES, gathered=gathered)
+
+
+def _around(decoder: Stack, towers: list[Stack], entry: nn.Module) -> Any:
+    if not towers and "get_image_features" in code_names(type(decoder.module).forward):
+        return decoder.module  # Chameleon's makes them itself
+    parts = [decoder.module, *(tower.module for tower in towers)]
+    around = [m for m in entry.modules() if is_hf(m) and all(contains(m, part) and m is not part for part in parts)]
+    return around[-1] if around else None
+
+
+def _expect_parts(composite: Any, decoder: Stack, towers: list[Stack]) -> None:
+    if not all(tower.by_interface for tower in towers):
+        raise _Unconventional("a tower has attention of its own")
+    makes = [name for name in code_names(type(composite).forward) if name.startswith("create_") and "mask" in name]
+    if decoder.gathered and makes:
+        raise _Unconventional(f"it makes masks by {makes[0]}, and its decoder's layers get those of the whole batch")
+
+
+def _gathered(composite: Any, routed: set[str]) -> tuple[str, ...]:
+    """The arguments of features that are not routed, such as a video that stands between two marks of its own."""
+    others = [f"get_{kind}_features" for kind in MODALITIES if f"get_{kind}_features" not in routed]
+    uses = code_names(type(composite).forward)
+    methods = [inspect.unwrap(getattr(type(composite), name)) for name in others if name in uses]
+    return tuple(list(inspect.signature(method).parameters)[1] for method in methods)
 
 
 class _Unconventional(Exception):
@@ -70,18 +94,22 @@ def _features(composite: Any, towers: list[Stack]) -> tuple[FeatureMethod, ...]:
     if hasattr(composite, "get_rope_index") and not hasattr(composite, "compute_3d_position_ids"):
         raise _Unconventional("its positions are not made by compute_3d_position_ids")
     tokens = _placeholders(composite, modalities)
-    return tuple(_method(composite, kind, tokens[kind], towers) for kind in modalities)
+    methods = [_method(composite, kind, token, towers) for kind, token in tokens.items()]
+    if any(isinstance(module, _BatchNorm) for module in composite.modules()):  # Emu 3: its statistics are all images'
+        methods = [replace(method, granularity="whole") for method in methods]
+    return tuple(methods)
 
 
 def _method(composite: Any, kind: str, token: str, towers: list[Stack]) -> FeatureMethod:
     """How features of one kind are made, by the signature of the method that makes them."""
-    name, grid = f"get_{kind}_features", f"{kind}_grid_thw"
+    name = f"get_{kind}_features"
     function = inspect.unwrap(getattr(type(composite), name))
     parameters = list(inspect.signature(function).parameters)[1:]
     if kind == "audio":
         return FeatureMethod(name, token, "whole")
-    if grid in parameters:
-        cut_anywhere = len(towers) == 1 and _takes_metadata(towers[0].module)
+    grid = next((grid for grid in (f"{kind}_grid_thw", f"{kind}_grid_hw") if grid in parameters), None)
+    if grid is not None:
+        cut_anywhere = grid.endswith("thw") and len(towers) == 1 and _takes_metadata(towers[0].module)
         return FeatureMethod(name, token, "patches" if cut_anywhere else "images", grid)
     if parameters[0] == "pixel_values_videos" and "image_newline" in code_names(function):
         return FeatureMethod(name, token, "frames")
@@ -91,7 +119,7 @@ def _method(composite: Any, kind: str, token: str, towers: list[Stack]) -> Featu
 def _takes_metadata(tower: nn.Module) -> bool:
     """Whether a tower takes what it knows about its patches as arguments."""
     uses = {name for name in code_names(type(tower).forward) if name.startswith("get_vision_")}
-    needed = {"spatial_merge_size"}
+    needed = {"spatial_merge_size", "patch_embed"}
     if "get_vision_interpolation_indices_and_weights" in uses:
         needed |= {"num_grid_per_side", "interpolation_mode", "interpolation_align_corners"}
     if "get_vision_window_index" in uses:
@@ -113,9 +141,10 @@ def _placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
     placeholders = {}
     for kind in kinds:
         found = _find_placeholder(composite, kind, ids)
-        if found is None:
+        if found is not None:
+            placeholders[kind] = found
+        elif kind == "image":
             raise _Unconventional(f"its get_placeholder_mask does not find the placeholders of {kind} features")
-        placeholders[kind] = found
     return placeholders
 
 
@@ -132,7 +161,7 @@ def _find_placeholder(composite: Any, kind: str, ids: dict[str, int]) -> str | N
 
 def _mask_of(composite: Any, kind: str, tokens: Tensor, features: Tensor, ids: dict[str, int]) -> Tensor:
     """(1, tokens) or (1, tokens, ...), which of these `get_placeholder_mask` takes for placeholders of a kind."""
-    method = composite.get_placeholder_mask
+    method = getattr(composite, f"get_{kind}_placeholder_mask", composite.get_placeholder_mask)
     names = [name for name in inspect.signature(method).parameters if name.endswith("features")]
     given: dict[str, Any] = {"input_ids": tokens, "inputs_embeds": torch.zeros(*tokens.shape, 2)}
     if names == ["features"]:

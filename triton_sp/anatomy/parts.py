@@ -56,7 +56,14 @@ class Stack:
     )  # layers whose tokens meet in a convolution or a recurrence
     learned_positions: nn.Module | None = None  # of a decoder, the table from which each token takes a row
     spans: Spans | None = None  # where the model around a decoder makes its masks
+    gathered: list[nn.Module] = field(default_factory=list)  # of a decoder, layers that get the states of all tokens
+    why_gathered: str = ""
     tokens_first: bool = False  # hidden states are (N, B, C), as torch's attention has them by default
+
+    @property
+    def tried_by_blocks(self) -> bool:
+        """Whether the first call of each block is compared with the unsharded block."""
+        return not self.by_interface and not self.gathered
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Fusion:
     Attributes:
         features: empty where the fusion is not known; features and embeddings are whole on every rank then.
         why: the reason why they are not known.
+        gathered: with one of these arguments all features and embeddings are whole on every rank.
         proven: the tests compare such a composite with one process.
     """
 
@@ -95,6 +103,7 @@ class Fusion:
     features: tuple[FeatureMethod, ...]
     why: str = ""
     proven: bool = False
+    gathered: tuple[str, ...] = ()
 
     @property
     def visual_arguments(self) -> set[str]:
@@ -136,8 +145,11 @@ def contains(module: nn.Module, part: nn.Module) -> bool:
 
 
 def calls_attention_interface(module: nn.Module) -> bool:
-    """Whether a module's own forward calls transformers' attention interface."""
-    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in code_names(type(module).forward)
+    """Whether a module's own forward calls transformers' attention interface. Kosmos-2.5 asks it for an attribute,
+    which it does not have, and so always gets a function of its own."""
+    names = code_names(type(module).forward)
+    asked = "get_interface" in names or "getattr" not in names
+    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in names and asked
 
 
 def code_names(function: Any) -> set[str]:

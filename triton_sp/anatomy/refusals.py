@@ -111,7 +111,7 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             found=f"{type(module).__name__}, whose code uses {', '.join(along)}",
             remedy="use a model without it: on a shard it would begin to count at the shard's first token",
         )
-    if leaf and not _token_wise(module) and not calls_attention_interface(module):
+    if leaf and not is_token_wise(module) and not calls_attention_interface(module):
         return UnsupportedModelError(
             name,
             expected="blocks of attention and of layers that work token by token",
@@ -131,7 +131,8 @@ def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:
     )
 
 
-def _token_wise(module: nn.Module) -> bool:
+def is_token_wise(module: nn.Module) -> bool:
+    """Whether a module without others in it is known to work token by token."""
     if isinstance(module, (nn.Linear, nn.Identity, nn.ParameterDict, nn.ModuleDict, nn.ModuleList)):
         return True
     if type(module).__module__ == "transformers.pytorch_utils" and type(module).__name__ == "Conv1D":

@@ -100,11 +100,12 @@ def read_batch(override: Override, arguments: dict[str, Any], decoder: Stack) ->
     _check_values(override, arguments, tokens)
     labels = arguments.get("labels")
     labels = None if labels is None else labels.to(tokens.device)
+    whole = bool(decoder.gathered)  # its layers get the whole batch, and masks and positions of their own making
     return Batch(
         tokens,
         mask=arguments.get("attention_mask"),
-        documents=documents_of(decoder.module, arguments, (rows, length)),
-        chunks=chunks_of(decoder.module, arguments, (rows, length)),
+        documents=None if whole else documents_of(decoder.module, arguments, (rows, length)),
+        chunks=None if whole else chunks_of(decoder.module, arguments, (rows, length)),
         mutual=_mutual(decoder.spans, arguments),
         labels=labels,
         targets=None if labels is None else shift(labels) if _shifts_labels(override.module) else labels,

@@ -36,6 +36,7 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
     call = current(TextCall)
     if call is None:
         refuse_lost_scope(override)
+    if call is None or not call.routes:
         return override.original(*args, **kwargs)
     arguments = override.bind(args, kwargs)
     if arguments.get("position_ids") is None:

@@ -33,14 +33,19 @@ from triton_sp.wrappers.scope import (
 
 
 def install(stack: Stack, installation: Installation) -> None:
-    """Override a decoder's forward, its attention, and rotary embeddings that look at the longest position."""
+    """Override a decoder's forward, its attention, its recurrent layers, and what makes positions."""
     redirect(stack.attention, installation)
     recurrent.redirect(stack.recurrent, installation)
+    install_positions(stack, installation)
+    installation.override(stack.module, partial(_run_decoder, _not_told(stack)))
+
+
+def install_positions(stack: Stack, installation: Installation) -> None:
+    """Override rotary embeddings that look at the longest position, and a table of positions."""
     for rotary in stack.rotaries:
         installation.override(rotary, _run_rotary)
     if stack.learned_positions is not None:
         installation.override(stack.learned_positions, _run_positions)
-    installation.override(stack.module, partial(_run_decoder, _not_told(stack)))
 
 
 def _not_told(stack: Stack) -> tuple[nn.Module, ...]:
@@ -64,7 +69,7 @@ def _run_decoder(not_told: tuple[nn.Module, ...], override: Override, *args: Any
     if call.longest is None:
         call = localise_text(arguments, call, installation)
     else:
-        _expect_mask(arguments.get("attention_mask"), call, stack)
+        expect_mask(arguments.get("attention_mask"), call, stack)
         if arguments.get("position_ids") is None:
             arguments["position_ids"] = call.positions
     arguments["attention_mask"] = UNTOUCHED.to(call.index.device)
@@ -90,8 +95,8 @@ def _run_decoder(not_told: tuple[nn.Module, ...], override: Override, *args: Any
     return out
 
 
-def _expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
-    """Raise if the model around the decoder has made a mask of its own."""
+def expect_mask(mask: Any, call: TextCall, stack: Stack) -> None:
+    """Raise an UnsupportedModelError if the model around the decoder has made a mask of its own."""
     if isinstance(mask, dict) and all(part is call.mask for part in mask.values()):  # a mask for each type of layer
         return
     if mask is None or mask is call.mask or _masks_nothing(mask, call):
@@ -111,7 +116,7 @@ def _masks_nothing(mask: Any, call: TextCall) -> bool:
 
 
 _PER_TOKEN = (*TOKEN_TYPES, "per_layer_inputs")
-_ON_THEIR_OWN = ("attention_mask", "position_ids", "visual_pos_masks", *cross.NAMES)
+_ON_THEIR_OWN = ("attention_mask", "position_ids", "visual_pos_masks", "image_embeds_position_mask", *cross.NAMES)
 _HANDLED = ("input_ids", "inputs_embeds", *_PER_TOKEN, *_ON_THEIR_OWN)
 
 
@@ -136,7 +141,8 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                 )
             arguments[name] = value.flatten(0, 1)[index][None]
     given_mask = arguments.get("attention_mask")
-    _expect_mask(given_mask, call, stack)
+    if not stack.gathered:
+        expect_mask(given_mask, call, stack)
     # Padding is left out; a model around the decoder that makes a mask nevertheless is noticed by that.
     arguments["attention_mask"] = mask = call.mask if stack.spans else None
 
@@ -144,6 +150,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
     if positions is None:
         positions = first_positions(stack, ids, given_mask, length, index.device)
     longest = positions.max()
+    whole = {"attention_mask": given_mask, "position_ids": positions}
     positions = positions.expand(*positions.shape[:-2], rows, length).flatten(-2)
     local = positions[..., None, index]
     arguments |= {"position_ids": local} if takes_positions(stack.module) else {}
@@ -151,6 +158,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
     for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"):
         arguments.pop(name, None)
     _localise_deepstack(arguments, index)
+    _localise_image_embeds(arguments, index)
     cross.localise(arguments, call)
     fusion = installation.anatomy.fusion
     handled = {*_HANDLED, *(fusion.visual_arguments if fusion else ())}
@@ -162,7 +170,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                 found=f"{name} of shape {tuple(value.shape)}",
                 remedy="leave it out; it is not handled yet",
             )
-    return replace(call, positions=local, longest=longest, mask=mask)
+    return replace(call, positions=local, longest=longest, mask=mask, whole=whole)
 
 
 def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:
@@ -178,6 +186,17 @@ def _localise_deepstack(arguments: dict[str, Any], index: Tensor) -> None:
         arguments["deepstack_visual_embeds"] = [
             level.index_select(0, rows) for level in arguments["deepstack_visual_embeds"]
         ]
+
+
+def _localise_image_embeds(arguments: dict[str, Any], index: Tensor) -> None:
+    """Kosmos-2's text model puts features among its text itself: keep the rows of this rank's tokens."""
+    mask, features = arguments.get("image_embeds_position_mask"), arguments.get("image_embeds")
+    if mask is None or features is None:
+        return
+    flat = mask.flatten().bool()
+    local = flat[index]
+    arguments["image_embeds_position_mask"] = local[None]
+    arguments["image_embeds"] = features.flatten(0, 1)[(flat.cumsum(0) - 1)[index][local]]
 
 
 def _run_rotary(override: Override, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -139,9 +139,11 @@ def _prepare(override: Override, arguments: dict[str, Any], decoder: Stack, prom
     batch = read_batch(override, arguments, decoder)
     if prompt is not None:
         batch = prompt.of(batch)
-    call = lay_out(batch, decoder.spans, installation.group, partial(plan_decoder, installation, batch.device))
-    if fusion is not None:
-        call = replace(call, needed=needed_rows(fusion, batch.tokens, call.index, call.stream.shards))
+    kept = replace(batch, mask=None) if decoder.gathered else batch  # it is not known who sees padding there
+    call = lay_out(kept, decoder.spans, installation.group, partial(plan_decoder, installation, batch.device))
+    if fusion is not None and all(arguments.get(name) is None for name in fusion.gathered):
+        needed = needed_rows(fusion, batch.tokens, call.index, call.stream.shards)
+        call = replace(call, needed=needed, routes=bool(needed))
         check_rows(installation, arguments, call.needed)
     balance = balance_of(override.module, arguments.get(ARGUMENT), request)
     return Prepared(batch, replace(call, records_routers=balance is not None), request, balance, prompt)

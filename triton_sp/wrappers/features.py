@@ -10,7 +10,6 @@ delivers its rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +22,7 @@ from triton_sp.errors import InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
-from triton_sp.wrappers.images import rows_of_images, take_from_samples, take_images
+from triton_sp.wrappers.images import bounds, empty_parts, rows_of_images, take_from_samples, take_images
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.patches import cut_patches, merged_rows
@@ -85,9 +84,10 @@ def check_count(features: FeatureMethod, rows: int, needed: Shards) -> None:
 def make_features(features: FeatureMethod, override: Override, *args: Any, **kwargs: Any) -> Any:
     """A method that makes features, on this rank's pixels. It returns the rows that this rank's placeholders need."""
     call = current(TextCall)
-    if call is None:  # a direct call, or a method that calls another of the kind
-        if current(Call) is None:
-            refuse_lost_scope(override)
+    if current(Call) is None:  # a direct call
+        refuse_lost_scope(override)
+    # Or a method that calls another of the kind, or a call whose features are gathered.
+    if call is None or not call.routes:
         return override.original(*args, **kwargs)
     arguments, needed = override.bind(args, kwargs), call.needed[features.method]
     override.installation.last_rows[features.method] = needed
@@ -141,10 +141,10 @@ def _from_images(features: FeatureMethod, override: Override, arguments: dict[st
         taken, has_own = take_from_samples(pixels, arguments, group)
     else:
         rows = rows_of_images(arguments, pixels, features.grid)
-        if isinstance(rows, str):
-            return _from_whole(features, override, arguments, needed, rows)
-        if features.grid is not None:  # packed patches
-            shape = (shape[0], math.prod(shape[1:]))
+        reason = rows if isinstance(rows, str) else empty_parts(rows, group)
+        if isinstance(rows, str) or reason:
+            return _from_whole(features, override, arguments, needed, reason)
+        shape = bounds(arguments, rows, pixels, packed=features.grid is not None)
         taken, has_own = take_images(rows, arguments, group)
     # A rank without an image runs the first one to no effect: the model's own code needs one, and collectives that are
     # made on the way (the tower's, an engine's) need every rank. Of what it makes, no row counts.
@@ -202,9 +202,11 @@ def change_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """
     levels = getattr(out, "deepstack_features", None)
     if levels is not None:
-        out.deepstack_features = [change_rows(level, change) for level in levels]
+        out.deepstack_features = [_change_level(level, change) for level in levels]
     name = "last_hidden_state" if getattr(out, "pooler_output", out) is None else "pooler_output"
     held = getattr(out, name, out)
+    if held is None:  # there are levels only
+        return out
     if isinstance(held, Tensor):
         rows = change(held.flatten(0, -2))
         changed: Any = rows if held.ndim == 2 else rows[:, None]
@@ -215,3 +217,10 @@ def change_rows(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return changed
     setattr(out, name, changed)
     return out
+
+
+def _change_level(level: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A level of features, which may come with the number of the layer that it goes to (Granite 4 Vision)."""
+    if isinstance(level, tuple) and isinstance(level[0], int):
+        return (level[0], change_rows(level[1], change))
+    return change_rows(level, change)

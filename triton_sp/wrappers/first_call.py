@@ -34,7 +34,7 @@ def is_proven(anatomy: Anatomy) -> bool:
     """Whether nothing in a model is accepted by its structure alone; plain modules have a trial of their own."""
     fusion = anatomy.fusion
     known = fusion is None or not fusion.features or fusion.proven
-    return known and all(stack.proven or not stack.by_interface for stack in anatomy.stacks)
+    return known and all(stack.proven or stack.tried_by_blocks for stack in anatomy.stacks)
 
 
 def _is_due(installation: Installation, arguments: Mapping[str, Any], *kind: bool) -> bool:

@@ -79,6 +79,8 @@ def obstacle(anatomy: Anatomy) -> str:
     decoder = anatomy.decoder
     if decoder is None or not hasattr(anatomy.entry, "generate"):
         return "it does not generate"
+    if decoder.gathered:
+        return "layers that get the hidden states of all tokens keep what they will"
     return "recurrent layers keep states, which are not gathered" if decoder.recurrent else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from typing import Any
@@ -36,15 +37,19 @@ def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) 
     >>> grids = torch.tensor([[1, 2, 2], [1, 4, 2]])
     >>> rows_of_images({"pixel_values": torch.zeros(12, 48), "image_grid_thw": grids}, "pixel_values", "image_grid_thw")
     {'pixel_values': [4, 8], 'image_grid_thw': [1, 1]}
+    >>> crops = {"pixel_values": torch.zeros(2, 3, 8, 8), "crops": torch.zeros(5, 3, 8, 8), "num": torch.tensor([2, 3])}
+    >>> rows_of_images(crops, "pixel_values", None)
+    {'pixel_values': [1, 1], 'crops': [2, 3], 'num': [1, 1]}
     """
     sizes, samples = arguments.get(grid) if grid else None, arguments.get("batch_num_images")
     images = len(arguments[pixels]) if sizes is None else len(sizes)
     patches = [] if sizes is None else torch.as_tensor(sizes).prod(-1).tolist()
+    told = [patches, *_counts(arguments, images)]
     rows: dict[str, list[int]] = {}
     for name, value in arguments.items():
         if name == "batch_num_images" or not _has_entries(value):
             continue
-        own = next((counts for counts in ([1] * images, patches) if len(value) == sum(counts)), None)
+        own = next((counts for counts in ([1] * images, *told) if len(value) == sum(counts)), None)
         if own is None:
             return f"{name} has {len(value)} entries, {grid or pixels} {images}"
         rows[name] = own
@@ -55,6 +60,12 @@ def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) 
         return f"batch_num_images has {sum(counts)} images, {pixels} {images}"
     by_sample = {name: [sum(part) for part in _split(own, counts)] for name, own in rows.items()}
     return by_sample | {"batch_num_images": [1] * len(counts)}
+
+
+def _counts(arguments: Mapping[str, Any], images: int) -> list[list[int]]:
+    """What may tell how many entries of another argument each image has, such as crops (num_local_patches)."""
+    counts = [x for x in arguments.values() if isinstance(x, Tensor) and x.shape == (images,)]
+    return [x.tolist() for x in counts if x.dtype in (torch.int32, torch.int64)]
 
 
 def _has_entries(value: Any) -> bool:
@@ -68,6 +79,23 @@ def _split(values: list[int], counts: list[int]) -> list[list[int]]:
     """Neighbouring values, so many in each part."""
     ends = [0, *accumulate(counts)]
     return [values[start:stop] for start, stop in pairwise(ends)]
+
+
+def empty_parts(rows: Mapping[str, list[int]], group: Group) -> str:
+    """Which argument would have no entries on a rank, as where only other ranks' images have crops; or nothing."""
+    shards = shard_tokens(len(next(iter(rows.values()))), group.size)
+    taken = [shards.range(rank) or range(1) for rank in range(group.size)]
+    empty = (name for name, counts in rows.items() for part in taken if not sum(counts[part.start : part.stop]))
+    return "".join(f"{name} is empty on a rank" for name in list(empty)[:1])
+
+
+def bounds(arguments: Mapping[str, Any], rows: Mapping[str, list[int]], pixels: str, packed: bool) -> tuple[int, ...]:
+    """The shape of the pixels, of all arguments that hold some; where patches are packed, (patches, channels)."""
+    shape = tuple(arguments[pixels].shape)
+    if packed:
+        return (shape[0], math.prod(shape[1:]))
+    shapes = [tuple(arguments[name].shape) for name in rows if getattr(arguments[name], "ndim", 0) == len(shape)]
+    return (sum(shape[0] for shape in shapes), *map(max, zip(*[shape[1:] for shape in shapes], strict=True)))
 
 
 def take_images(

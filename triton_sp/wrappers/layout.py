@@ -44,7 +44,9 @@ class TextCall(Call):
         mask: the attention_mask that the model around the decoder gets, to notice one that makes another.
         needed: how many features each rank's placeholders need, by the method that makes them.
         by_layer_type: the streams of layers that attend in other segments than `stream`'s.
+        whole: the mask and the positions of the whole batch, likewise.
         positions: this rank's positions, and the longest of the batch, once its tokens have been cut.
+        routes: whether each rank is sent the features that its placeholders need.
         records_routers: whether the decoder returns the logits of its routers.
     """
 
@@ -57,7 +59,9 @@ class TextCall(Call):
     by_layer_type: Mapping[str | None, Stream] = field(default_factory=dict)
     positions: Tensor | None = None
     longest: Tensor | None = None
+    whole: Mapping[str, Tensor | None] = field(default_factory=dict)
     records_routers: bool = False
+    routes: bool = False
     tally: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ class TowerPass:
         streams: the stream of tokens inside of the blocks, in the segments of each kind of block.
         mask: the mask that the first block got; all others must get the same.
         proof: verifies a layer in this call, or None.
+        taps: where in memory what a block but the last has returned lies, and that, while it lives.
         last_output: what the block before returned, while the forward runs.
     """
 
@@ -51,6 +53,7 @@ class TowerPass:
     streams: Streams | None = None
     mask: Tensor | None = None
     last_output: Tensor | None = None
+    taps: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
     _tables: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _scopes: dict[Stream, AttentionScope] = field(default_factory=dict)
 
@@ -85,6 +88,14 @@ class TowerPass:
     def enter(self, hidden: Tensor) -> Tensor:
         """What the blocks run on, from the hidden states outside."""
         return self.shape.local(self.placement.enter(self.shape.flat(hidden), self.stream()))
+
+    def whole(self, x: Any) -> Any:
+        """Lists of what blocks have returned (DeepStack's levels), as they are outside of the blocks."""
+        if isinstance(x, list | tuple) and x and all(isinstance(part, Tensor) for part in x):
+            taps = [self.taps.get(part.data_ptr()) for part in x]
+            if all(tap is not None and tap() is part for tap, part in zip(taps, x, strict=True)):
+                return type(x)(map(self.leave, x))
+        return x
 
     def leave(self, local: Tensor) -> Tensor:
         """The hidden states outside, from what a block returned."""

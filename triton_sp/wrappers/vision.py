@@ -8,6 +8,7 @@ hidden state) is brought there when it is read.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -94,6 +95,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     with active(tower), bound_checkpoints(stack.module), guard, kept_on_cpu(installation):
         out = override.original(*args, **{**kwargs, **placement.arguments})
     tower.last_output = None
+    tower.taps.clear()
     check_tally(tower.tally, len(stack.attention if stack.by_interface else stack.blocks), stack.name)
     if tower.streams is not None:
         installation.last_calls[stack.name] = LastCall(tower.streams.choice, tower.streams.describe())
@@ -133,6 +135,8 @@ def _run_block(attention: list[nn.Module], override: Override, *args: Any, **kwa
         out = opaque.run_block(override, tower, hidden, arguments)
     local = out[0] if isinstance(out, tuple) else out
     tower.last_output = None if last else local.detach()
+    if not last:
+        tower.taps[local.data_ptr()] = weakref.ref(local)
     if last:
         local = tower.leave(local)
     return (local, *out[1:]) if isinstance(out, tuple) else local
@@ -207,6 +211,8 @@ def _run_outside(override: Override, *args: Any, **kwargs: Any) -> Any:
                     found="one that reads them between blocks",
                     remedy="this tower cannot be sharded: report the model",
                 )
+    if tower is not None and before is None and tower.taps:
+        args, kwargs = tuple(map(tower.whole, args)), {name: tower.whole(value) for name, value in kwargs.items()}
     return override.original(*args, **kwargs)
 
 

@@ -31,7 +31,9 @@ INTRODUCTION = (
     "*refused*: by an error that names the part. *not built*: the tiny model does not run in one process with the",
     "configuration or the batch made for it, so nothing is known of it. Dropout and jitter are 0: what is drawn at",
     "random has no one answer. Models that may be decoders or not are decoders. What differs by more than rounding",
-    "explains is computed once more with float64 where the model asks for float32.",
+    "explains is computed once more with float64 where the model asks for float32. What has routers or masks that hold",
+    "only float32 is compared in it. *attention gathered*: what is token-wise runs on a rank's tokens, and every rank",
+    "computes all of the layers of attention.",
 )
 COLUMNS = ["model_type", "class", "verdict", "tower", "features", "decoder", "ranks", "worst error or reason"]
 NAMES = [field.name for field in fields(Verdict)]

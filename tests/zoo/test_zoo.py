@@ -37,8 +37,8 @@ def test_what_cannot_be_judged_is_told(ranks) -> None:
         assert found.verdict == "not built" and found.reason
     for found in ranks.run(judge, "mobilevit", "MobileViTModel", "vision", 2, ranks=2):
         assert found.verdict == "refused" and "no attention" in found.reason
-    for found in ranks.run(judge, "mvp", "MvpForCausalLM", "causal", 2, ranks=2):  # its positions are a shard's
-        assert found.verdict == "refused" and "hidden states of the unsharded model" in found.reason
+    for found in ranks.run(judge, "cpmant", "CpmAntForCausalLM", "causal", 2, ranks=2):  # it reads ids on its way
+        assert found.verdict == "refused" and "this rank's part of the tokens" in found.reason
     # Its recurrence is not known, which is told before anything runs.
     with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
         find_parts(build("mamba", "MambaForCausalLM", "causal"))

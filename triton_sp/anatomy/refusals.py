@@ -32,6 +32,8 @@ _TOKEN_WISE = (
     "Router",
     "Identity",
     "GELU",
+    "Gelu",
+    "Softcap",
     "SiLU",
 )
 _BLOCK_PARAMETERS = {

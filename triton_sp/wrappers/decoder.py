@@ -218,9 +218,10 @@ def _run_positions(override: Override, *args: Any, **kwargs: Any) -> Any:
     stack = override.installation.anatomy.decoder
     if stack is not None and not takes_positions(stack.module):
         arguments = override.bind(args, kwargs)
-        arguments["position_ids"] = call.positions.reshape(arguments["position_ids"].shape)
+        given = arguments.get("position_ids")  # or the table numbers them itself, a row (MVP)
+        arguments["position_ids"] = call.positions.reshape((-1,) if given is None else given.shape)
         args, kwargs = (), arguments
     memory = (call.positions.data_ptr(), call.positions.numel())
-    given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    call.tally["position embedding"] += any((x.data_ptr(), x.numel()) == memory for x in given)
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    call.tally["position embedding"] += any((x.data_ptr(), x.numel()) == memory for x in tensors)
     return override.original(*args, **kwargs)

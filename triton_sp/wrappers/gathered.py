@@ -132,15 +132,15 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
         return _nothing(override, arguments, arguments[hidden])
     if scope is None:
         refuse_lost_scope(override)
-        return override.original(**arguments)
+        return override.original(*args, **kwargs)
     given = scope.given[id(override.module)]
     arguments |= {name: _chosen(arguments.get(name), value, scope) for name, value in given.items()}
-    own = {x.untyped_storage().data_ptr() for x in _tensors(arguments) if x.shape[:2] == (1, _tokens(scope))}
-    whole = {x.untyped_storage().data_ptr() for x in _tensors(given)}
+    noted = {id(x) for x in _tensors(given)}
+    whole = {x.untyped_storage().data_ptr() for x in _tensors(arguments) if id(x) in noted}
     before = scope.tally["gathered"]
     # A reentrant checkpoint sees only the gradients of what comes without a name.
     unnamed = [arguments.pop(name) for name in list(override.__signature__.parameters)[: len(args)]]
-    with active(replace(scope, memory=frozenset(whole - own))):
+    with active(replace(scope, memory=frozenset(whole))):
         out = override.original(*unnamed, **arguments)
     scope.tally[_key(override.module)] += scope.tally["gathered"] - before
     return out

@@ -102,8 +102,8 @@ def unwrapped(case: AttentionCase) -> Layer:
     """What a model calls without triton_sp."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        states = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = F.scaled_dot_product_attention(*states, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads)
         return out[0].transpose(0, 1)
 
     return attend
@@ -140,6 +140,7 @@ class Found:
     direction: str
     times: list[float]
     note: str = ""
+    case: str = ""  # what the case is called besides
 
 
 def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Found]:
@@ -160,7 +161,7 @@ def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Fo
 
 
 def before_attention(case: AttentionCase) -> dict[tuple[str, str, str], Callable[[], float]]:
-    """What a model's own code does to q and k, which ours leaves to it."""
+    """What a model's own code does to q and k, where nothing of it is left to the pack."""
 
     def step(states: tuple[Tensor, ...], function: Callable[..., Any]) -> None:
         found = function(*states)
@@ -192,7 +193,8 @@ def in_turns(
 
 def stages_of(case: AttentionCase, stream: Stream) -> dict[tuple[str, str], Callable[[], Any]]:
     """What each stage of the layer is on the host, by (stage, direction)."""
-    q, k, v = states = tuple(torch.randn(TOKENS, h, case.dim) for h in (case.heads, case.kv_heads, case.kv_heads))
+    q, k, v = (torch.randn(TOKENS, h, case.dim) for h in (case.heads, case.kv_heads, case.kv_heads))
+    states = (q, k, v)
     factors = {"softmax_scale": case.dim**-0.5, "softcap": 0.0}
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, case.causal, None)
@@ -260,13 +262,14 @@ def sweep(settings: Settings) -> int:
     ]
     for case, ranks, plan, find in tqdm(jobs, desc="host", disable=None):
         columns = {**case.columns(), **settings.columns(), "case": f"{case.name}, plan {plan}"}
-        stage = "layer" if find is measure else "model"
-        base = Row(stage, OURS, clock="cpu", kind="modelled", ranks=ranks, **columns)
+        stage, layers = ("layer", 1) if find is measure else ("model", host_models.LAYERS)
+        base = Row(stage, OURS, clock="cpu", kind="modelled", ranks=ranks, layers=layers, **columns)
         if settings.over or report.status(base) is not None:
             continue
         report.add(
             replace(
                 base, stage=found.stage, provider=found.provider, direction=found.direction, note=found.note,
+                case=base.case + found.case,
                 layers=host_models.LAYERS if found.stage == "model" else 1, **statistics(found.times),
             )
             for found in find(case, ranks, plan, repeats)

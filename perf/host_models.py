@@ -8,6 +8,7 @@ plan, the features of a layer (host.py) and the edges of the stack.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from perf.host import Found
 
 LAYERS = 4
+ROTATED_BY_THE_MODEL = ", rotated by the model"  # without a trial no rotation is left to the pack
 ROUNDS = 2
 
 
@@ -70,22 +72,31 @@ def decoder(case: AttentionCase, tokens: int, documents: int) -> tuple[nn.Module
 def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Found]:
     """A forward, and one with its backward, of the wrapped model and of the same one on one rank's part of the batch.
 
-    Every rank is given the same number of tokens, whole segments of them where the plan is "segments".
+    Every rank is given the same number of tokens, whole segments of them where the plan is "segments". A decoder is
+    wrapped twice: q and k are rotated where they are packed, or by its own code.
     """
     from perf import host
 
     build = decoder if case.causal else tower
-    wrapped, batch = build(case, host.TOKENS * ranks, ranks if plan == "segments" else 1)
-    plain, part = build(case, host.TOKENS, 1)
+    options: dict[str, Any] = {"check": "off", "plan": plan, "link": "nvlink", "single": True}
+    configs = {host.OURS: triton_sp.SPConfig(**options)}
+    if case.causal:
+        configs[ROTATED_BY_THE_MODEL] = triton_sp.SPConfig(**options, trial="off")
+    wrapped = {name: build(case, host.TOKENS * ranks, ranks if plan == "segments" else 1) for name in configs}
     with alone_among(ranks, 0), host.without_launches() as launched, mock.patch.object(F, "linear", _Launch.apply):
-        config = triton_sp.SPConfig(check="off", plan=plan, link="nvlink", single=True)
-        triton_sp.wrap(wrapped, config=config)
+        for name, (model, _) in wrapped.items():
+            triton_sp.wrap(model, config=configs[name])
         runs = {
-            ("model", name, direction): partial(host.timed, _run(model, inputs, backward), ROUNDS)
-            for name, model, inputs in ((host.OURS, wrapped, batch), (host.UNWRAPPED, plain, part))
+            ("model", name, direction): partial(host.timed, _run(*model, backward), ROUNDS)
+            for name, model in {**wrapped, host.UNWRAPPED: build(case, host.TOKENS, 1)}.items()
             for direction, backward in (("forward", False), (host.BOTH, True))
         }
-        return host.in_turns(runs, repeats, launched, ROUNDS)
+        found = host.in_turns(runs, repeats, launched, ROUNDS)
+    own = [x for x in found if x.provider == ROTATED_BY_THE_MODEL]  # a case of its own, beside the same unwrapped model
+    beside = [x for x in found if x.provider == host.UNWRAPPED and own]
+    pack = [x for x in found if x.provider != ROTATED_BY_THE_MODEL]
+    own = [replace(x, provider=host.OURS) for x in own]
+    return pack + [replace(x, case=ROTATED_BY_THE_MODEL) for x in own + beside]
 
 
 def rotations(case: AttentionCase, tokens: int) -> dict[str, tuple[tuple[Tensor, ...], Callable[..., Any]]]:

@@ -30,7 +30,8 @@ class SPConfig:
             of later batches; other ids, labels or pixels of the same shape are not noticed. "off" compares nothing.
         trial: "first" compares a model that is accepted by its structure alone (see `explain`) with the unsharded model
             before the first batch of each kind, by two forwards without gradients. One of them runs all tokens on every
-            rank: let a first batch be short. "off" trusts the structure.
+            rank: let a first batch be short. "off" trusts the structure. The rotary embeddings of a layer are done
+            where q and k are packed if a trial in the first forward finds that to be the same; with "off" never.
         plan: "auto" uses the plan that the cost model finds fastest for each stream, see cost.py. "heads", "segments"
             and (for vision towers) "replicate" force a plan; if it is not possible for a stream, "auto" decides.
         recurrence: how recurrent layers (gated delta nets, state space models) are divided among ranks. "auto" uses

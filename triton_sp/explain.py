@@ -18,6 +18,7 @@ from triton_sp.wrappers.generation import describe_prefill
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.opaque import method_of
+from triton_sp.wrappers.rotation import describe_rotations
 from triton_sp.wrappers.tiled_mlp import mlps
 from triton_sp.wrappers.trial import GATHERED
 from triton_sp.wrappers.verification import describe_verification
@@ -87,6 +88,7 @@ class Explanation:
         verified: how often `SPConfig(verify=...)` verifies a layer, and the last result.
         memory: what `SPConfig(tiled_mlp, offload)` do; empty if they are not asked for.
         needs: what a step on the batch that was given would need; empty if none was.
+        rotations: what rotates q and k by their positions; empty if the model is not wrapped, or rotates none.
     """
 
     title: str
@@ -97,6 +99,7 @@ class Explanation:
     verified: str = ""
     memory: str = ""
     needs: str = ""
+    rotations: str = ""
 
     @property
     def _words(self) -> set[str]:
@@ -110,6 +113,7 @@ class Explanation:
         computed = {
             "attention is computed by": self.attention,
             "the loss of a training step is computed by": self.loss,
+            "q and k are rotated by": self.rotations,
             "the prompt of generate is run by": self.prefill,
             "attention is verified in": self.verified,
             "memory is saved by": self.memory,
@@ -201,8 +205,11 @@ def _explain(model: nn.Module, ranks: int | None) -> Explanation:
         rows.append(_row(anatomy.decoder, "decoder", ranks, unchanged))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
+    rotations = describe_rotations(anatomy)
     rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
-    return Explanation(title, tuple(rows), attention, loss, prefill, verified, _memory(installation))
+    return Explanation(
+        title, tuple(rows), attention, loss, prefill, verified, _memory(installation), rotations=rotations
+    )
 
 
 def _memory(installation: Installation | None) -> str:

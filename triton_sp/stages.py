@@ -24,6 +24,7 @@ from torch import Tensor
 from triton_sp.ops import varlen
 from triton_sp.ops.backends.choice import Choice
 from triton_sp.ops.differentiable import once_differentiable
+from triton_sp.ops.pack import Rotate, Rotation
 from triton_sp.plan.route import HeadRoute, States
 from triton_sp.plan.shards import Shards, moves
 from triton_sp.plan.stream import Stream, chunks
@@ -76,15 +77,17 @@ def attention(
     softcap: float | None = None,
     softmax_scale: float | None = None,
     sinks: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """Attention over the whole stream from this rank's tokens: two exchanges, a fair share of the heads each; no
     exchange where shards end with segments.
 
     Args:
         states: q (T, H, D), k (T, K, D) and v (T, K, V), this rank's tokens, all heads, in one dtype; position
-            embeddings applied.
+            embeddings applied, but for `rotation`.
         sinks: (H,), the learned sinks of all heads, the same on every rank. Their gradient is this rank's share, to be
             summed over ranks as that of every replicated parameter.
+        rotation: rotary embeddings of this rank's tokens, by which q and k are rotated where they are packed.
 
     Returns:
         (T, H, V), this rank's tokens, all heads.
@@ -95,9 +98,11 @@ def attention(
     layer = Layer(causal, window, softcap or 0.0, scale, dims, stream.attention)
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, causal, window)
+        if rotation is not None:
+            states = (*Rotate.apply(*states[:2], rotation), v_TKD)
         return varlen.attend_eagerly(states if sinks is None else (*states, sinks), mask, **layer.factors)
     with torch.autocast(q_THD.device.type, enabled=False):
-        return note_backward(ExchangeHeads.apply(*states, sinks, stream, layer))
+        return note_backward(ExchangeHeads.apply(*states, sinks, stream, layer, rotation))
 
 
 class ExchangeHeads(torch.autograd.Function):
@@ -109,13 +114,21 @@ class ExchangeHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, stream: Stream, layer: Layer
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        stream: Stream,
+        layer: Layer,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         group, parts = stream.group, _parts(layer.widen((q, k, v)), stream, layer)
         needed, kept, returning = any(ctx.needs_input_grad), [], []
 
         def send(part: _Part) -> Pending:  # pack, exchange
-            return begin_all_to_all(part.route.pack(part.states), part.route.sent, part.route.received, group)
+            flat = part.route.pack(part.states, rotation)
+            return begin_all_to_all(flat, part.route.sent, part.route.received, group)
 
         arriving = send(parts[0])
         for part, following in zip_longest(parts, parts[1:]):
@@ -134,7 +147,7 @@ class ExchangeHeads(torch.autograd.Function):
         result = q.new_empty(*q.shape[:2], layer.dims[1])
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack(finish(coming), result[:, part.heads])  # unpack
-        ctx.stream, ctx.layer, ctx.shapes = stream, layer, (q.shape, k.shape, v.shape)
+        ctx.stream, ctx.layer, ctx.rotation, ctx.shapes = stream, layer, rotation, (q.shape, k.shape, v.shape)
         ctx.save_for_backward(sinks, *kept)
         return result
 
@@ -170,8 +183,8 @@ class ExchangeHeads(torch.autograd.Function):
             flat = route.join_gradients(buffer, places)
             returning.append(begin_all_to_all(flat, route.received, route.sent, group))  # of the exchange
         for part, coming in zip(parts, returning, strict=True):
-            part.route.unpack_gradients(finish(coming), part.states)  # of pack
-        return *layer.narrow(grads), dsinks, None, None
+            part.route.unpack_gradients(finish(coming), part.states, ctx.rotation)  # of pack
+        return *layer.narrow(grads), dsinks, None, None, None
 
 
 class _Part(NamedTuple):

@@ -1,7 +1,8 @@
 """What pack, unpack and splice compile to, and the bytes that a launch moves: tests/data/moves_compiled.csv.
 
 A launch of a rank of 8, of a stream of 65,536 tokens: 16 heads of 72 as Qwen3-VL's tower has them, 32 and 8 of 128 as
-its decoder. Every number is read once and written once; `lanes` is how many the programs have places for, over that.
+its decoder. Every number is read once and written once; a rotated one is read once more for the other half of its
+head. `lanes` is how many the programs have places for, over that.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 from compiling import GRIDS, TARGETS, Table, accesses, compiling_for, measure
 
 from triton_sp.kernels import boxes, pack, splice
+from triton_sp.kernels.mask import Rotation
 
 FIELDS = [
     "triton", "target", "kernel", "dim", "registers", "spill_bytes", "stack_bytes", "shared_bytes", "accesses", "bytes",
@@ -35,7 +37,11 @@ def rows_for(target: str, dim: int) -> list[dict[str, Any]]:
         table = torch.empty(3 * RANKS, 7, dtype=torch.int32)
         text = torch.empty(TOKENS, WIDTH, dtype=torch.bfloat16)
         index = torch.empty(TOKENS, dtype=torch.int64)
-    compiled: dict[str, Any] = {}
+        rotation = Rotation(*torch.empty(2, TOKENS, dim, dtype=torch.bfloat16))
+    rotated: dict[str, Any] = {}
+    with compiling_for(target, rotated):
+        pack.unpack(pack.pack(xs, RANKS, rotation), xs, RANKS, rotation.adjoint)
+    compiled: dict[str, Any] = {f"{name}_rotated": kernel for name, kernel in rotated.items()}
     with compiling_for(target, compiled):
         flat = pack.pack(xs, RANKS)
         pack.unpack(flat, xs, RANKS)
@@ -45,7 +51,10 @@ def rows_for(target: str, dim: int) -> list[dict[str, Any]]:
     # q alone travels by boxes here: of three launches, one.
     numbers = {"pack_heads": flat.numel(), "splice_rows": text.numel()}
     numbers |= {"unpack_heads": numbers["pack_heads"], "pack_boxes": xs[0].numel(), "unpack_boxes": xs[0].numel()}
+    tables = dict.fromkeys((f"{name}_rotated" for name in rotated), 2 * TOKENS * dim)
+    numbers |= dict.fromkeys(tables, flat.numel())
     tiles = {"pack_heads": pack.UNITS * 8, "unpack_heads": pack.UNITS * 8, "splice_rows": splice.ROWS * splice.COLUMNS}
+    tiles |= dict.fromkeys(tables, pack.ROTATED * math.gcd(8, dim // 2))  # half of a head is whole units
     found = []
     for kernel, binary in compiled.items():
         of_it = measure(binary, target)
@@ -53,7 +62,7 @@ def rows_for(target: str, dim: int) -> list[dict[str, Any]]:
         found.append({
             "triton": triton.__version__, "target": target, "kernel": kernel, "dim": "" if "splice" in kernel else dim,
             **{name: of_it[name] for name in FIELDS[4:8]}, "accesses": accesses(binary, target),
-            "bytes": 2 * 2 * numbers[kernel], "lanes": lanes and round(lanes, 3),
+            "bytes": 2 * 2 * numbers[kernel] + 2 * tables.get(kernel, 0), "lanes": lanes and round(lanes, 3),
         })  # fmt: skip
     return found
 

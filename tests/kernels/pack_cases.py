@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import dispatch, pack, reference
 from triton_sp.plan.boxes import route
 from triton_sp.plan.heads import assign_heads
@@ -86,6 +87,44 @@ def test_whole_heads(counts: list[int], ranks: int, dim: int, dtype: torch.dtype
     reference.unpack_heads(packed.cpu(), expected, ranks)
     for one, other in zip(back, expected, strict=True):
         torch.testing.assert_close(one.cpu(), other)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "dim", "rotary", "dtype"),
+    [
+        ([4, 1, 1], 2, 80, 32, torch.float64),
+        pytest.param([4, 2, 2], 2, 72, 72, torch.float32, marks=LONG),
+        pytest.param([3, 1], 1, 64, 24, torch.float16, marks=LONG),
+        pytest.param([6, 1, 1], 3, 20, 10, torch.float32, marks=LONG),
+        pytest.param([4, 4, 4], 2, 128, 128, torch.float16, marks=LONG),
+    ],
+)
+def test_rotation(counts: list[int], ranks: int, dim: int, rotary: int, dtype: torch.dtype) -> None:
+    """q and k are rotated on the way, v and what lies past the rotated numbers is not; the way back is what autograd
+    makes of the rotation. The halves of the tables differ, as nothing says that they are alike."""
+    xs, wide = states(13, counts, dim, dtype), torch.promote_types(dtype, torch.float32)
+    rotation = Rotation(*torch.randn(2, 13, rotary, device=DEVICE, dtype=wide))
+    leaves = [x.double().requires_grad_() for x in xs]
+    turned = [formula(x, rotation) for x in leaves[:2]] + leaves[2:]
+    tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    packed = pack.pack_heads(xs, ranks, rotation)
+    expected = reference.pack_heads([x.detach().cpu() for x in turned], ranks)
+    torch.testing.assert_close(packed.cpu().double(), expected, **tolerance)
+    back = states(13, counts, dim, dtype)
+    pack.unpack_heads(packed, back, ranks, rotation.adjoint)
+    sums = [torch.empty_like(x, device="cpu") for x in leaves]
+    reference.unpack_heads(packed.cpu().double(), sums, ranks)
+    expected = torch.autograd.grad(turned, leaves, [x.to(DEVICE) for x in sums])
+    for one, other in zip(back, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, **tolerance)
+
+
+def formula(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    """The rotation as transformers' models write it."""
+    d = rotation.cos.shape[-1]
+    cos, sin = (table.double()[:, None] for table in rotation[:2])
+    first, second = x[..., :d].chunk(2, -1)
+    return torch.cat([x[..., :d] * cos + torch.cat([-second, first], -1) * sin, x[..., d:]], -1)
 
 
 def test_empty() -> None:

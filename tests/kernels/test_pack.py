@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.interpreter import interpret, needs_triton
 
+from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import pack
 from triton_sp.plan.boxes import route
 from triton_sp.plan.heads import assign_heads
@@ -74,6 +75,12 @@ def test_compiled(target: str, dim: int, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR", str(tmp_path)))
     xs = list(torch.zeros(32, 12, dim, dtype=torch.bfloat16).split(4, 1))
     flat = torch.zeros(32 * 12, dim, dtype=torch.bfloat16)
+    rotation = Rotation(*torch.zeros(2, 32, dim, dtype=torch.bfloat16))
+    rotated: dict = {}
+    with ct.compiling_for(target, rotated):
+        pack.unpack(pack.pack(xs, 2, rotation), xs, 2, rotation.adjoint)
+    for kernel in rotated.values():
+        ct.assert_no_spill(kernel, target)
     compiled: dict = {}
     with ct.compiling_for(target, compiled):
         pack.pack(xs, 2)

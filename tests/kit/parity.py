@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 import triton_sp
 from triton_sp.testing import RankPool, relative_error
 from triton_sp.wrappers.install import installation_of
+from triton_sp.wrappers.rotation import ROTATOR, Rotator
 
 transformers.logging.set_verbosity_error()
 CHECKPOINTING = {"none": None, "reentrant": True, "non_reentrant": False}
@@ -190,7 +191,8 @@ def _run(case: tiny.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Mod
         prepare(model)
     set_checkpointing(model, plan.checkpointing)
     triton_sp.wrap(model, config=plan.config)
-    out = model(**batch)
+    with known_rotations(model, plan.config):
+        out = model(**batch)
     loss = loss_of(out, None)
     loss.backward()
     on_some = on_some_ranks(model)
@@ -210,6 +212,25 @@ def _run(case: tiny.Case, plan: Plan, reference: Path, prepare: Callable[[nn.Mod
         tuple(float(x) for x in losses),
         on_some,
     )
+
+
+_tried: dict[tuple[str, ...], Rotator] = {}
+
+
+@contextmanager
+def known_rotations(model: nn.Module, config: triton_sp.SPConfig) -> Iterator[None]:
+    """What a run has found out about the rotations of a model is known in the next run of this process: its first
+    forward has the pack rotate, as the second one of a training has."""
+    found = {
+        (type(model).__name__, name, type(module).__name__): module.__dict__[ROTATOR]
+        for name, module in model.named_modules()
+        if ROTATOR in module.__dict__
+    }
+    for key, rotator in found.items():
+        if key in _tried and config.trial != "off":
+            rotator.__dict__.update(_tried[key].__dict__, since=0)
+    yield
+    _tried.update(found)
 
 
 def weights_error(weights: Mapping[str, Tensor], reference: nn.Module, before: Mapping[str, Tensor]) -> float:

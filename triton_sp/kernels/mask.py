@@ -80,3 +80,25 @@ class Grads(NamedTuple):
     dk: Tensor
     dv: Tensor
     dsinks: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """Rotary embeddings of q and k by the positions of their rows, see `ops.reference.turn`.
+
+    Attributes:
+        cos, sin: (T, d), for the first d of the numbers of each head.
+        back: the adjoint instead.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    back: bool = False
+
+    def rows(self, count: int) -> Rotation:
+        """That of the first rows."""
+        return self if len(self.cos) == count else self._replace(cos=self.cos[:count], sin=self.sin[:count])
+
+    @property
+    def adjoint(self) -> Rotation:
+        """What the gradients of rotated rows go through."""
+        return self._replace(back=not self.back)

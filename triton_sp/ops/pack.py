@@ -8,20 +8,24 @@ pack: pack reads a key/value head for every rank that needs it, unpack adds up w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import dispatch, reference
+from triton_sp.ops.differentiable import once_differentiable
 
 
-def pack_heads(xs: Sequence[Tensor], ranks: int) -> Tensor:
+def pack_heads(xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> Tensor:
     """Sort heads by the rank that will attend with them.
 
     Args:
         xs: up to three tensors (T, heads, D) of one dtype, strided in any way but along D. `ranks` divides the heads,
             or these divide the ranks: each of P / heads neighbouring ranks then gets the same head.
         ranks: P.
+        rotation: what the first two tensors are rotated by on the way, in fp32 or wider.
 
     Returns:
         (P * T * n, D), n the heads of a rank, of all tensors: rank after rank, token by token.
@@ -31,15 +35,15 @@ def pack_heads(xs: Sequence[Tensor], ranks: int) -> Tensor:
     [0.0, 0.0, 2.0, 2.0, 1.0, 0.0, 3.0, 2.0]
     """
     if dispatch.portable(xs[0].device) == "reference":
-        return reference.pack_heads(xs, ranks)
+        return reference.pack_heads(xs, ranks, rotation)
     from triton_sp.kernels import pack as kernels
 
-    return kernels.pack(list(xs), ranks)
+    return kernels.pack(list(xs), ranks, rotation)
 
 
-def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int) -> None:
+def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> None:
     """The adjoint of `pack_heads`, written to `xs`, which may be strided in any way but along D. Sums are formed in
-    fp32 or wider.
+    fp32 or wider, and `rotation` (of `pack_heads`, its adjoint) is applied to the sums.
 
     >>> q, k = torch.empty(2, 2, 1), torch.empty(2, 1, 1)
     >>> unpack_heads(torch.tensor([0.0, 0.0, 2.0, 2.0, 1.0, 0.0, 3.0, 2.0]).view(8, 1), [q, k], ranks=2)
@@ -47,10 +51,32 @@ def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int) -> None:
     ([[0.0, 1.0], [2.0, 3.0]], [0.0, 4.0])
     """
     if dispatch.portable(flat.device) == "reference":
-        return reference.unpack_heads(flat, xs, ranks)
+        return reference.unpack_heads(flat, xs, ranks, rotation)
     from triton_sp.kernels import pack as kernels
 
-    return kernels.unpack(flat, list(xs), ranks)
+    return kernels.unpack(flat, list(xs), ranks, rotation)
+
+
+def rotated(xs: Sequence[Tensor], rotation: Rotation) -> tuple[Tensor, ...]:
+    """The first two tensors rotated, all of them side by side in one buffer, where no rank is to be sorted for."""
+    packed = pack_heads(xs, 1, rotation).view(len(xs[0]), -1, xs[0].shape[-1])
+    return packed.split([x.shape[1] for x in xs], 1)
+
+
+class Rotate(torch.autograd.Function):
+    """q and k rotated, for layers that attend to what they have."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
+        """`rotated`."""
+        ctx.rotation = rotation
+        return rotated((q, k), rotation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        """Its adjoint."""
+        return *rotated((dq, dk), ctx.rotation.adjoint), None
 
 
 def box_table(boxes: Sequence[Sequence[int]], device: torch.device) -> Tensor:

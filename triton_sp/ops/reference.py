@@ -12,27 +12,54 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triton_sp.kernels.mask import Rotation
 
-def pack_heads(xs: Sequence[Tensor], ranks: int) -> Tensor:
+
+def turn(x_THD: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary embeddings, half of the d rotated numbers turned with the other, in float32 or wider:
+
+        out[i] = x[i] cos[i] - x[i + d/2] sin[i],  out[i + d/2] = x[i + d/2] cos[i + d/2] + x[i] sin[i + d/2]
+
+    >>> quarter = Rotation(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 1.0]]))
+    >>> turned = turn(torch.tensor([[[1.0, 2.0, 3.0]]]), quarter)          # the third number is not rotated
+    >>> turned.tolist(), turn(turned, quarter.adjoint).tolist()
+    ([[[-2.0, 1.0, 3.0]]], [[[1.0, 2.0, 3.0]]])
+    """
+    wide = torch.promote_types(torch.promote_types(x_THD.dtype, rotation.cos.dtype), torch.float32)
+    cos, sin = (table[:, None].to(wide) for table in rotation[:2])
+    turned, whole = x_THD[..., : cos.shape[-1]].to(wide), x_THD.shape[-1] == cos.shape[-1]
+    if rotation.back:
+        first, second = (turned * sin).chunk(2, -1)
+        turned = turned * cos + torch.cat([second, -first], -1)
+    else:
+        first, second = turned.chunk(2, -1)
+        turned = turned * cos + torch.cat([-second, first], -1) * sin
+    return turned if whole else torch.cat([turned, x_THD[..., cos.shape[-1] :].to(wide)], -1)
+
+
+def pack_heads(xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> Tensor:
     """Each rank's heads of several tensors in one buffer; see `pack.pack_heads`."""
     rows, _, dim = xs[0].shape
     flat = xs[0].new_empty(ranks, rows, sum(_per_rank(x, ranks) for x in xs), dim)
-    for x, part in zip(xs, flat.split([_per_rank(x, ranks) for x in xs], 2), strict=True):
-        part.copy_(_by_rank(x, ranks).transpose(0, 1))
+    for i, (x, part) in enumerate(zip(xs, flat.split([_per_rank(x, ranks) for x in xs], 2), strict=True)):
+        states = x if rotation is None or i > 1 else turn(x, rotation)
+        part.copy_(_by_rank(states, ranks).transpose(0, 1))
     return flat.flatten(0, 2)
 
 
-def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int) -> None:
+def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> None:
     """The adjoint, written to `xs`; see `pack.unpack_heads`."""
     sizes = [_per_rank(x, ranks) for x in xs]
     parts = flat.view(ranks, len(xs[0]), sum(sizes), flat.shape[-1]).split(sizes, 2)
-    for x, part in zip(xs, parts, strict=True):
-        heads = x.shape[1]
-        if heads < ranks:
+    for i, (x, part) in enumerate(zip(xs, parts, strict=True)):
+        if x.shape[1] < ranks:  # (T, heads, 1, D)
             wide = torch.promote_types(flat.dtype, torch.float32)
-            x.copy_(part.unflatten(0, (heads, -1)).sum(1, dtype=wide).squeeze(2).transpose(0, 1))
-        else:
-            x.unflatten(1, (ranks, -1)).copy_(part.transpose(0, 1))
+            states = part.unflatten(0, (x.shape[1], -1)).sum(1, dtype=wide).transpose(0, 1)
+        else:  # (T, P, n, D)
+            states = part.transpose(0, 1)
+        if rotation is not None and i < 2:
+            states = turn(states.flatten(1, 2), rotation).view(states.shape)
+        x.unflatten(1, states.shape[1:3]).copy_(states)
 
 
 def _per_rank(x: Tensor, ranks: int) -> int:

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from triton_sp.kernels.mask import Mask, States
+from triton_sp.kernels.mask import Mask, Rotation, States
 from triton_sp.ops import pack
 from triton_sp.plan.boxes import Buffer, Route
 from triton_sp.plan.heads import Tasks
@@ -43,13 +43,13 @@ class WholeHeads:
         self.returned = tuple(size * len(self.task.q) for size in shards.sizes)
         self.results = (own * len(self.task.q),) * self.ranks
 
-    def pack(self, states: States) -> Tensor:
-        """This rank's q, k and v (T, heads, D) as the send buffer (vectors, D)."""
-        return pack.pack_heads(states, self.ranks)
+    def pack(self, states: States, rotation: Rotation | None = None) -> Tensor:
+        """This rank's q, k and v (T, heads, D), q and k rotated, as the send buffer (vectors, D)."""
+        return pack.pack_heads(states, self.ranks, rotation)
 
-    def unpack_gradients(self, flat: Tensor, grads: States) -> None:
+    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> None:
         """The adjoint of `pack`, written to `grads`."""
-        pack.unpack_heads(flat, grads, self.ranks)
+        pack.unpack_heads(flat, grads, self.ranks, rotation and rotation.adjoint)
 
     def states(self, received: Tensor) -> list[States]:
         """q, k and v of each task, from the receive buffer."""
@@ -113,13 +113,19 @@ class CutHeads:
     def _table(self, buffer: Buffer) -> Tensor:
         return pack.box_table(buffer.boxes, self.device)
 
-    def pack(self, states: States) -> Tensor:
-        """This rank's q, k and v as the send buffer."""
-        return pack.pack_boxes(states, self.inputs, sum(self.sent))
+    def pack(self, states: States, rotation: Rotation | None = None) -> Tensor:
+        """This rank's q, k and v, q and k rotated, as the send buffer."""
+        turned = states if rotation is None else pack.rotated(states, rotation)
+        return pack.pack_boxes(turned, self.inputs, sum(self.sent))
 
-    def unpack_gradients(self, flat: Tensor, grads: States) -> None:
+    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> None:
         """The adjoint of `pack`, written to `grads`."""
-        pack.unpack_boxes(flat, self.inputs, grads)
+        if rotation is None:
+            return pack.unpack_boxes(flat, self.inputs, grads)
+        counts, (rows, _, dim) = [x.shape[1] for x in grads], grads[0].shape
+        turned = flat.new_empty(rows, sum(counts), dim)
+        pack.unpack_boxes(flat, self.inputs, turned.split(counts, 1))
+        return pack.unpack_heads(turned.flatten(0, 1), grads, 1, rotation.adjoint)
 
     def states(self, received: Tensor) -> list[States]:
         """q, k and v of each task, from the receive buffer."""

@@ -8,7 +8,7 @@ a scope (generate, other models, direct calls).
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from triton_sp import stages
 from triton_sp.anatomy.families import expected_window, layer_type, numbers_its_tokens
 from triton_sp.errors import UnsupportedModelError
-from triton_sp.wrappers import graphs
+from triton_sp.wrappers import graphs, rotation
 from triton_sp.wrappers.install import Installation, Override, replaced
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, refuse_lost_scope
 
@@ -43,6 +43,7 @@ def redirect(attention: Sequence[nn.Module], installation: Installation) -> None
             copies[id(config)]._attn_implementation_internal = NAME
         # Looked up once: a graph that reads the number of a layer is one layer's, and torch makes 8 of a kind at most.
         installation.set(module, LAYER, (layer_type(module), expected_window(module)))
+        rotation.prepare(module, installation)
         run = partial(_run_attention, copies[id(config)], numbers_its_tokens(module))
         installation.override(module, run, traced=True)
 
@@ -54,11 +55,19 @@ def _run_attention(config: Any, numbers_tokens: bool, override: Override, *args:
         refuse_lost_scope(override)
         return override.original(*args, **kwargs)
     hidden = args[0] if args else kwargs.get("hidden_states")
+    run: Callable[..., Any] = override.original
+    if not (torch.compiler.is_compiling() or _is_verified(override.module, scope)):
+        run = partial(rotation.run_module, override, scope.forward)
     with replaced(override.module, "config", config):
         if numbers_tokens and scope.index is not None:
             with _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1)):
-                return _run_with_a_row(override, hidden, args, kwargs)
-        return _run_with_a_row(override, hidden, args, kwargs)
+                return _run_with_a_row(override, run, hidden, args, kwargs)
+        return _run_with_a_row(override, run, hidden, args, kwargs)
+
+
+def _is_verified(module: nn.Module, scope: AttentionScope) -> bool:
+    """Whether a layer is computed once more in this call, by a textbook that does not rotate."""
+    return scope.proof is not None and scope.proof.layer is module
 
 
 class _TrueIndex(TorchFunctionMode):
@@ -74,12 +83,14 @@ class _TrueIndex(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _run_with_a_row(override: Override, hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_with_a_row(
+    override: Override, run: Callable[..., Any], hidden: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """A rank without tokens attends with one row that counts for nothing: reshapes of the kind (0, -1, D) fail."""
     if not isinstance(hidden, Tensor) or hidden.numel():
-        return override.original(*args, **kwargs)
+        return run(*args, **kwargs)
     arguments = {name: _with_a_row(name, value) for name, value in override.bind(args, kwargs).items()}
-    out = override.original(**arguments)
+    out = run(**arguments)
     return (out[0][..., :0, :], *out[1:]) if isinstance(out, tuple) else out[..., :0, :]
 
 
@@ -126,10 +137,11 @@ def attention_forward(
     scope.tally["attention"] += 1
     tokens, stream = len(scope.stream.own), scope.stream_of(kind)
     q, k, v = (x[:tokens] for x in states)
-    masked: dict[str, Any] = {"causal": causal, "window": sliding_window}
-    proof = scope.proof
-    attend = proof.attend if proof is not None and proof.layer is module else stages.attention
-    out = attend((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling, sinks=s_aux)
+    masked: dict[str, Any] = {"causal": causal, "window": sliding_window, "sinks": s_aux}
+    if (tables := rotation.rotation_of(module, query, key)) is not None:
+        masked["rotation"] = tables.rows(tokens)
+    attend = scope.proof.attend if scope.proof is not None and _is_verified(module, scope) else stages.attention
+    out = attend((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling)
     if query.shape[2] > tokens:  # the row of `_with_a_row`
         out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - tokens))
     return out[None], None

@@ -81,6 +81,7 @@ def _run_decoder(not_told: tuple[nn.Module, ...], override: Override, *args: Any
         decoder=True,
         index=call.local_index % call.shape[1],
         proof=installation.proof,
+        forward=installation.forwards,
     ).traceable()
     if call.records_routers:
         arguments["output_router_logits"] = True

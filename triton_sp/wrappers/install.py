@@ -59,7 +59,7 @@ class Installation:
     offloaded: int = 0  # bytes that went to the CPU in the last call
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
     routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
-    forwards: int = 0  # that were counted for the next verification, see wrappers/verification.py
+    forwards: int = 0  # that have begun, those of recomputations not counted
     proof: Proof | None = None  # of the last forward
     verified: str = ""  # the last result
     state: ModelState = field(init=False)  # what the models of all ranks must have in common

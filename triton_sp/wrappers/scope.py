@@ -61,6 +61,7 @@ class AttentionScope:
         handle, local: of `traceable`: the number of this scope, and by the type of layer whether there is no exchange.
         methods: how the recurrent layers have run, see plan/recurrence.py.
         proof: verifies a layer in this call, or None.
+        forward: the number of the model's forward; a recomputation has that which it computes again.
         causal: where a model makes its masks itself, whether they are; where its modules know it, None.
     """
 
@@ -73,6 +74,7 @@ class AttentionScope:
     decoder: bool = False
     index: Tensor | None = None
     proof: Proof | None = None
+    forward: int = 0
     handle: Tensor | None = None
     local: Mapping[str | None, bool] = field(default_factory=dict)
 

@@ -39,6 +39,7 @@ class TowerPass:
         mask: the mask that the first block got; all others must get the same.
         proof: verifies a layer in this call, or None.
         taps: where in memory what a block but the last has returned lies, and that, while it lives.
+        forward: the number of the model's forward.
         last_output: what the block before returned, while the forward runs.
     """
 
@@ -47,6 +48,7 @@ class TowerPass:
     placement: Placement
     joined: Tensor | None = None
     proof: Proof | None = None
+    forward: int = 0
     tally: Counter[str] = field(default_factory=Counter)
     shape: HiddenShape = field(init=False)
     dense: bool = field(init=False)
@@ -82,7 +84,9 @@ class TowerPass:
         """The scope of a block's attention modules. Blocks of one stream share what graphs take it by, which would take
         30 us for each of them (measured)."""
         if stream not in self._scopes:
-            self._scopes[stream] = AttentionScope(stream, self.tally, proof=self.proof).traceable()
+            self._scopes[stream] = AttentionScope(
+                stream, self.tally, proof=self.proof, forward=self.forward
+            ).traceable()
         return replace(self._scopes[stream], attention=attention)
 
     def enter(self, hidden: Tensor) -> Tensor:

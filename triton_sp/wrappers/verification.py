@@ -34,9 +34,11 @@ def next_proof(installation: Installation) -> Proof | None:
     """What verifies a layer of the forward that begins, the same one on every rank; None in most forwards. A forward
     that runs again in a backward keeps what it had."""
     every = installation.config.verify
-    if not every or recomputing():
+    if recomputing():
         return installation.proof
     installation.forwards += 1
+    if not every:
+        return None
     layers = [layer for stack in installation.anatomy.stacks for layer in stack.attention or stack.blocks]
     layers = [layer for layer in layers if method_of(layer) != GATHERED]
     if installation.forwards % every or not layers:

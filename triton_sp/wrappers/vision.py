@@ -88,7 +88,7 @@ def _run_tower(override: Override, *args: Any, **kwargs: Any) -> Any:
     installation, stack = override.installation, _stack_of(override)
     # A copy: what is planned in one call of a tower is not another's.
     placement = replace(call.placement or Replicated(installation.group))
-    tower = TowerPass(stack, installation.config, placement, proof=installation.proof)
+    tower = TowerPass(stack, installation.config, placement, proof=installation.proof, forward=installation.forwards)
     if joins_images(stack):
         tower.joined = cu_seqlens_of_joined_images(stack, override.bind(args, kwargs))
     guard = without_dense_mask(tower) if stack.by_interface else no_fast_path()

@@ -1,0 +1,185 @@
+"""Rotary embeddings of attention modules, done where q, k and v are packed instead of by the model's own operators.
+
+A module rotates q and k by a global function of (q, k, cos, sin). Its own forward runs with another function behind
+that name: one that hands q and k on as they are, and leaves cos and sin to the pack. Whether that computes the same is
+tried on the first call, in which the model's own code still rotates: see rotation_trial.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from triton_sp.anatomy.parts import Anatomy
+from triton_sp.errors import UnsupportedModelError
+from triton_sp.ops.pack import Rotation
+from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.rotation_trial import LAYOUTS, Rotated, fit, is_view, tables, try_rotation, version
+
+ROTATOR = "_triton_sp_rotator"  # the attribute of an attention module
+FOLDED = "the launch that packs q, k and v"
+_GIVEN = ["q", "k", "cos", "sin"]
+_CACHES = ("cache", "past_key_values", "past_key_value")  # which hold rotated keys
+
+
+@dataclass(eq=False)
+class Rotator:
+    """What is known of how one attention module rotates.
+
+    Attributes:
+        since: the forward in which it was tried; None before. A recomputation of that one does as it did.
+        why: why its own code rotates; empty where the pack does.
+        layout: which of LAYOUTS it has.
+    """
+
+    since: int | None = None
+    why: str = "not called yet"
+    layout: int = 0
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run of an attention module.
+
+    Attributes:
+        folds: whether the pack is to rotate; else the module is tried.
+        calls: of its function that rotates, where it is tried.
+        left: q, k, cos and sin that are left to the pack.
+    """
+
+    module: nn.Module
+    rotator: Rotator
+    folds: bool
+    forward: int
+    calls: list[Rotated] = field(default_factory=list)
+    left: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def takes(self, q: Tensor, cos: Tensor, sin: Tensor) -> bool:
+        """Whether the pack can rotate by these tables."""
+        layout = LAYOUTS[self.rotator.layout]
+        return self.left is None and q.ndim == layout.dims and fit(q.shape[layout.tokens], q.shape[-1], cos, sin)
+
+
+_current: ContextVar[_Run | None] = ContextVar("triton_sp_rotation", default=None)
+
+
+def prepare(module: nn.Module, installation: Installation) -> None:
+    """Let a module be tried on its first call, if it is known where it rotates."""
+    functions, rotator = _functions(type(module)), Rotator()
+    if not functions and "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+        return
+    if installation.config.trial == "off":
+        rotator = Rotator(0, 'SPConfig(trial="off")')
+    elif len(functions) != 1 or _forward_of(type(module)) is None:
+        rotator = Rotator(0, "no one function of q, k, cos and sin")
+    installation.set(module, ROTATOR, rotator)
+
+
+def run_module(override: Override, forward: int, /, *args: Any, **kwargs: Any) -> Any:
+    """An attention module's own forward, in the model's forward of this number; the pack rotates q and k, if that was
+    found to be the same."""
+    rotator: Rotator | None = getattr(override.module, ROTATOR, None)
+    if rotator is None or (rotator.why and rotator.since is not None) or override.shadowed is not None:
+        return override.original(*args, **kwargs)
+    if any(kwargs.get(name) is not None for name in _CACHES):
+        return override.original(*args, **kwargs)
+    run = _Run(override.module, rotator, rotator.since is not None and forward > rotator.since, forward)
+    token = _current.set(run)
+    try:
+        return _forward_of(type(override.module))(override.module, *args, **kwargs)
+    finally:
+        _current.reset(token)
+
+
+def rotation_of(module: nn.Module, query: Tensor, key: Tensor) -> Rotation | None:
+    """What attention is to rotate q and k by, which are (1, H, T, D); None where the module has done it.
+
+    Raises:
+        UnsupportedModelError: q and k are not those that the module has left to be rotated.
+    """
+    run = _current.get()
+    if run is None or run.module is not module:
+        return None
+    if run.left is None:
+        if not run.folds and run.rotator.since is None:
+            run.rotator.since, (run.rotator.layout, run.rotator.why) = run.forward, try_rotation(run.calls, query, key)
+        return None
+    q, k, cos, sin = run.left
+    lay = LAYOUTS[run.rotator.layout].lay
+    if not (is_view(query, lay(q)) and is_view(key, lay(k))):
+        raise UnsupportedModelError(
+            type(module).__name__,
+            expected="attention of the q and k that its rotation has returned, as in its first call",
+            found="others",
+            remedy='let its own code rotate: SPConfig(trial="off"), and report the model',
+        )
+    return tables(cos, sin)
+
+
+def describe_rotations(anatomy: Anatomy) -> str:
+    """What rotates q and k in the attention modules of a model, for `explain`."""
+    found = [getattr(module, ROTATOR, None) for stack in anatomy.stacks for module in stack.attention]
+    told = [f"the model's own code ({rotator.why})" if rotator.why else FOLDED for rotator in found if rotator]
+    return ", ".join(f"{how} in {told.count(how)} layers" for how in dict.fromkeys(told))
+
+
+# --- the forward with another function behind a name ---------------------------------------------------------------
+
+
+def _functions(kind: type) -> dict[str, Callable[..., Any]]:
+    """The functions of (q, k, cos, sin, ...) that a class's forward calls by global names."""
+    forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
+    code = getattr(forward, "__code__", None)
+    named = {name: forward.__globals__.get(name) for name in code.co_names} if code else {}
+    return {
+        name: function
+        for name, function in named.items()
+        if inspect.isfunction(function) and list(inspect.signature(function).parameters)[:4] == _GIVEN
+    }
+
+
+@functools.cache
+def _forward_of(kind: type) -> Any:
+    """A class's forward, as it is, but that it looks up ours where it looks up the function that rotates. None if what
+    decorates it cannot be put around another function."""
+    names = {name: _left_to_the_pack(function) for name, function in _functions(kind).items()}
+    return _with_globals(kind.forward, names)  # type: ignore[attr-defined]
+
+
+def _with_globals(function: Any, names: dict[str, Any]) -> Any:
+    if not inspect.isfunction(function):
+        return None
+    inner, cells = getattr(function, "__wrapped__", None), function.__closure__ or ()
+    if inner is not None:
+        ours = _with_globals(inner, names)
+        around = [cell.cell_contents is inner for cell in cells]
+        if ours is None or not any(around):
+            return None
+        cells, names = tuple(CellType(ours) if it_is else cell for cell, it_is in zip(cells, around, strict=True)), {}
+    looked_up = {**function.__globals__, **names}
+    copied = FunctionType(function.__code__, looked_up, function.__name__, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    return copied
+
+
+def _left_to_the_pack(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands behind the name of a function that rotates."""
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        run = _current.get()
+        if run is not None and run.folds and run.takes(q, cos, sin):
+            run.left = q, k, cos, sin
+            return q, k
+        made = function(q, k, cos, sin, *args, **kwargs)
+        if run is not None and run.rotator.since is None:
+            run.calls.append(Rotated(function, (q, k, cos, sin, *args), kwargs, made, [version(x) for x in made]))
+        return made
+
+    return rotate

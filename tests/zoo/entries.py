@@ -71,4 +71,4 @@ ENTRIES |= VLM_ENTRIES | VISION_ENTRIES | {"t5gemma2": {"encoder.mm_tokens_per_i
 # Those that compute in float32, whatever their weights are in, or make masks of more than it holds.
 FLOAT32 = {"inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text", "kosmos-2"}
 # The classes whose configuration is that of a part.
-TEXT_CONFIGS = {"emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "musicgen", "musicgen_melody"}
+TEXT_CONFIGS = {"dots3_note", "emu3", "llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "musicgen", "musicgen_melody"}

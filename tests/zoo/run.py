@@ -110,12 +110,21 @@ def cells_of(rows: list[Verdict]) -> list[str]:
     return [row.model_type, row.name, row.verdict, row.tower, row.features, row.decoder, ranks, told]
 
 
+def joined(cells: list[str], before: list[str] | None) -> list[str]:
+    """A line, with the numbers of ranks on which the class was exact before; the worst of their errors."""
+    if before is None or not cells[2] == before[2] == "exact":
+        return cells
+    ranks = sorted({*cells[6].split(", "), *before[6].split(", ")})
+    return [*cells[:6], ", ".join(ranks), max(cells[7], before[7], key=float)]
+
+
 def write_table() -> None:
     """docs/models.md and tests/data/zoo_exact.txt, from the report and, where it has nothing, as they were."""
     judged: dict[tuple[str, str], list[Verdict]] = {}
     for row in read_report().values():
         judged.setdefault((row.kind, row.name), []).append(row)
-    lines = read_table() | {key: cells_of(rows) for key, rows in judged.items()}
+    lines = read_table()
+    lines |= {key: joined(cells_of(rows), lines.get(key)) for key, rows in judged.items()}
     before = set(EXACT.read_text().split()) if EXACT.exists() else set()
     exact = {name for (_, name), cells in lines.items() if cells[2] == "exact"}
     lost = sorted(before & {name for (_, name), cells in lines.items() if cells[2] != "exact"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -147,9 +148,11 @@ def contains(module: nn.Module, part: nn.Module) -> bool:
 def calls_attention_interface(module: nn.Module) -> bool:
     """Whether a module's own forward calls transformers' attention interface. Kosmos-2.5 asks it for an attribute,
     which it does not have, and so always gets a function of its own."""
-    names = code_names(type(module).forward)
-    asked = "get_interface" in names or "getattr" not in names
-    return hasattr(module, "config") and "ALL_ATTENTION_FUNCTIONS" in names and asked
+    function, interface = type(module).forward, "ALL_ATTENTION_FUNCTIONS"
+    if not hasattr(module, "config") or interface not in code_names(function):
+        return False
+    used = [i.argval for i in dis.get_instructions(inspect.unwrap(function)) if i.opname == "LOAD_GLOBAL"]
+    return ("getattr", interface) not in pairwise(used)
 
 
 def code_names(function: Any) -> set[str]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as hf
 from kit import zoo
 from promises import memory
 
 import triton_sp
 from triton_sp import cli
 from triton_sp.errors import InputError
+from triton_sp.forecast.alike import Alike
 from triton_sp.forecast.job import Job, make_batch
 from triton_sp.forecast.step import Forecast, forecast
 from triton_sp.ranks import collectives
@@ -74,6 +79,44 @@ def test_as_in_a_real_run(ranks, name: str) -> None:
         assert (row.sent, row.sent_in_step, row.plans, row.own_tokens) == (sent, sent_in_step, plans, tokens)
         assert abs(row.activations / saved - 1) < 0.05
         assert abs(max(row.forward_peak, row.backward_peak) / peak - 1) < 0.02
+
+
+def many_layers(name: str) -> Any:
+    """Of the tower some layers attend in whole images, the others in windows."""
+    text = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "num_hidden_layers": 7}
+    if name == "llama":
+        return hf.LlamaForCausalLM(hf.LlamaConfig(**text))
+    vision = {"depth": 8, "hidden_size": 32, "intermediate_size": 70, "num_heads": 4, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [2, 7]}
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    ids = {"image_token_id": 400, "video_token_id": 401, "vision_start_token_id": 402, "vision_end_token_id": 403}
+    config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
+    return hf.Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_layers_that_are_alike(name: str) -> None:
+    """Following some layers, and some chunks of logits, gives what following each of them does."""
+    picture = {"images": 2, "height": 48, "width": 32} if name == "qwen2_5_vl" else {}
+    other, times, tell = name == "qwen2_5_vl", list[int](), Alike._tell
+
+    def counted(*args: Any) -> Any:  # it keeps none of them alive
+        times.append(1)
+        return tell(*args)
+
+    job = Job(gpus=3, text=301, checkpointing=other, chunked_loss=other, **picture)
+    with torch.device("meta"):
+        model = many_layers(name)
+    with mock.patch("triton_sp.loss.CHUNK_ELEMENTS", 10_000):
+        forecast(model, job, [3])  # what is worked out once for all
+        with mock.patch.object(Alike, "_tell", counted):
+            (told,) = forecast(model, job, [3])
+        with mock.patch.object(Alike, "following", lambda *_: nullcontext()):
+            (whole,) = forecast(model, job, [3])
+    assert len(times) > 3
+    assert replace(told, activations=0) == replace(whole, activations=0)
+    assert abs(told.activations / whole.activations - 1) < 1e-4
 
 
 def test_flops() -> None:

@@ -98,6 +98,15 @@ def chunk_rows(vocabulary: int) -> int:
     return max(CHUNK_ELEMENTS // max(vocabulary, 1), 1)
 
 
+def slices(tokens: int, rows: int) -> list[slice]:
+    """So many tokens, cut into chunks.
+
+    >>> slices(5, 3)
+    [slice(0, 3, None), slice(3, 6, None)]
+    """
+    return [slice(start, start + rows) for start in range(0, tokens, rows)]
+
+
 class _CrossEntropy(torch.autograd.Function):
     """Saves the logits, which the head's caller holds anyway, and one number per token; only chunks are in fp32."""
 
@@ -107,8 +116,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits_TV.dtype, torch.float32)
         norm_T = torch.empty(tokens, dtype=wide, device=logits_TV.device)
         total = torch.zeros((), dtype=wide, device=logits_TV.device)
-        step = chunk_rows(vocabulary)
-        for own in (slice(start, start + step) for start in range(0, tokens, step)):
+        for own in slices(tokens, chunk_rows(vocabulary)):
             logits, targets = logits_TV[own].to(wide), targets_T[own]
             norm = norm_T[own] = logits.logsumexp(-1)
             losses = norm - logits.gather(1, targets.masked_fill(targets == IGNORE, 0)[:, None])[:, 0]
@@ -125,8 +133,8 @@ class _CrossEntropy(torch.autograd.Function):
         logits_TV, targets_T, norm_T = ctx.saved_tensors
         vocabulary = logits_TV.shape[1]
         grads_TV = torch.empty_like(logits_TV)
-        chunks = (x.split(chunk_rows(vocabulary)) for x in (logits_TV, targets_T, norm_T, grads_TV))
-        for logits, targets, norm, out in zip(*chunks, strict=True):
+        for own in slices(len(logits_TV), chunk_rows(vocabulary)):
+            logits, targets, norm, out = (x[own] for x in (logits_TV, targets_T, norm_T, grads_TV))
             share = (logits.to(norm.dtype) - norm[:, None]).exp_()
             if ctx.smoothing:
                 share -= ctx.smoothing / vocabulary

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from triton_sp.api import unwrap, wrap
 from triton_sp.config import SPConfig
 from triton_sp.errors import InputError, require
+from triton_sp.forecast.alike import Alike
 from triton_sp.forecast.hollow import Hollow
 from triton_sp.forecast.job import Job, make_batch
 from triton_sp.ops import varlen
@@ -111,16 +112,17 @@ def forecast_batch(
         weights = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
         with _with_weights(model, weights), _training(model, job):
             given = make_batch(model, job) if batch is None else {name: _on_cpu(x) for name, x in batch.items()}
-            wrap(model, config=SPConfig(**options))
-            hollow.flops, before, hollow.peak = 0, hollow.now, hollow.now
-            with saved_activations(model) as saved:
-                loss = model(**given).loss
-            require(loss is not None, InputError, "labels", "labels in the batch", "none", "a step needs a loss")
-            forward, hollow.peak, sent = hollow.peak - before, hollow.now, sum(_sent(ledger))
-            loss.backward()
-            backward = hollow.peak - before
-            installation = installation_of(model)
+            installation = installation_of(wrap(model, config=SPConfig(**options)))
             assert installation is not None
+            alike = Alike(hollow, ledger)
+            hollow.flops, before, hollow.peak = 0, hollow.now, hollow.now
+            with alike.following(installation):
+                with saved_activations(model) as saved:
+                    loss = model(**given).loss
+                require(loss is not None, InputError, "labels", "labels in the batch", "none", "a step needs a loss")
+                forward, hollow.peak, sent = hollow.peak - before, hollow.now, sum(_sent(ledger))
+                loss.backward()
+            backward = hollow.peak - before
             plans, own = _plans(installation)
             del loss
             unwrap(model)

@@ -100,6 +100,21 @@ def test_own_code(ranks, options: dict[str, Any], found: list[int], told: str) -
     assert ranks.run(step, options, ranks=1) == [(found, told)]
 
 
+def replace_forward() -> list[list[int]]:
+    """A step after a trial, and one after something else has replaced the forward of the class."""
+    case = zoo.CASES["llama"]
+    model, batch = triton_sp.wrap(case.model(), config=triton_sp.SPConfig(single=True)), case.batch("plain")
+    model(**batch)
+    found = [turns(model, batch, 1)]
+    own = modeling_llama.LlamaAttention.forward
+    with mock.patch.object(modeling_llama.LlamaAttention, "forward", lambda *args, **kwargs: own(*args, **kwargs)):
+        return [*found, turns(model, batch, 1)]
+
+
+def test_another_forward_runs_as_it_is(ranks) -> None:
+    assert ranks.run(replace_forward, ranks=1) == [[[2 * 4], [0]]]
+
+
 def autocast() -> float:
     """How far the gradients of the second step, rotated by the pack, are from those of the first."""
     model, batch = zoo.CASES["llama"].model().float(), zoo.CASES["llama"].batch("plain")

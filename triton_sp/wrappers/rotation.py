@@ -40,7 +40,7 @@ class Rotator:
     """
 
     since: int | None = None
-    why: str = "not called yet"
+    why: str = "not tried, as no eager forward has run"
     layout: int = 0
 
 
@@ -77,7 +77,7 @@ def prepare(module: nn.Module, installation: Installation) -> None:
         return
     if installation.config.trial == "off":
         rotator = Rotator(0, 'SPConfig(trial="off")')
-    elif len(functions) != 1 or _forward_of(type(module)) is None:
+    elif len(functions) != 1 or _forward_of(type(module))[1] is None:
         rotator = Rotator(0, "no one function of q, k, cos and sin")
     installation.set(module, ROTATOR, rotator)
 
@@ -88,12 +88,13 @@ def run_module(override: Override, forward: int, /, *args: Any, **kwargs: Any) -
     rotator: Rotator | None = getattr(override.module, ROTATOR, None)
     if rotator is None or (rotator.why and rotator.since is not None) or override.shadowed is not None:
         return override.original(*args, **kwargs)
-    if any(kwargs.get(name) is not None for name in _CACHES):
+    own, ours = _forward_of(type(override.module))
+    if own is not type(override.module).forward or any(kwargs.get(name) is not None for name in _CACHES):
         return override.original(*args, **kwargs)
     run = _Run(override.module, rotator, rotator.since is not None and forward > rotator.since, forward)
     token = _current.set(run)
     try:
-        return _forward_of(type(override.module))(override.module, *args, **kwargs)
+        return ours(override.module, *args, **kwargs)
     finally:
         _current.reset(token)
 
@@ -133,6 +134,7 @@ def describe_rotations(anatomy: Anatomy) -> str:
 # --- the forward with another function behind a name ---------------------------------------------------------------
 
 
+@functools.cache
 def _functions(kind: type) -> dict[str, Callable[..., Any]]:
     """The functions of (q, k, cos, sin, ...) that a class's forward calls by global names."""
     forward: Any = inspect.unwrap(kind.forward)  # type: ignore[attr-defined]
@@ -146,11 +148,12 @@ def _functions(kind: type) -> dict[str, Callable[..., Any]]:
 
 
 @functools.cache
-def _forward_of(kind: type) -> Any:
-    """A class's forward, as it is, but that it looks up ours where it looks up the function that rotates. None if what
-    decorates it cannot be put around another function."""
+def _forward_of(kind: type) -> tuple[Any, Any]:
+    """A class's forward, which others may replace later, and the same but that it looks up ours where it looks up the
+    function that rotates; None if what decorates it cannot be put around another function."""
+    own: Any = kind.forward  # type: ignore[attr-defined]
     names = {name: _left_to_the_pack(function) for name, function in _functions(kind).items()}
-    return _with_globals(kind.forward, names)  # type: ignore[attr-defined]
+    return own, _with_globals(own, names)
 
 
 def _with_globals(function: Any, names: dict[str, Any]) -> Any:

@@ -31,6 +31,13 @@ def test_is_exact(ranks, kind: str, model_type: str) -> None:
         assert found.verdict == "exact", found
 
 
+def test_numbers_of_tokens_are_not_those_of_heads_rows(ranks) -> None:
+    """Llama 4 numbers its tokens by an arange; on three ranks, of as many tokens as a head has rows there, ours had its
+    numbers too, and logits were off 1 %."""
+    for found in ranks.run(judge, "llama4", "Llama4ForConditionalGeneration", "vlm", 3, ranks=3):
+        assert found.verdict == "exact", found
+
+
 def test_what_cannot_be_judged_is_told(ranks) -> None:
     """And is no success: a model that does not run by itself, and one that is refused."""
     for found in ranks.run(judge, "pix2struct", "Pix2StructForConditionalGeneration", "vlm", 2, ranks=2):

@@ -26,6 +26,7 @@ from triton_sp.wrappers.scope import KEYWORD, AttentionScope, refuse_lost_scope
 
 NAME = "triton_sp"
 LAYER = "_triton_sp_layer"  # the attribute of an attention module with its type and its sliding window
+NUMBERING = "_triton_sp_numbering"  # the one that holds its `_TrueIndex`, while it runs
 # Arguments that change what attention computes and that we do not compute.
 _MEANINGFUL = ("position_bias", "head_mask", "layer_head_mask", "block_mask", "alibi")
 
@@ -60,7 +61,8 @@ def _run_attention(config: Any, numbers_tokens: bool, override: Override, *args:
         run = partial(rotation.run_module, override, scope.forward)
     with replaced(override.module, "config", config):
         if numbers_tokens and scope.index is not None:
-            with _TrueIndex(scope.index if len(scope.index) else scope.index.new_zeros(1)):
+            index = scope.index if len(scope.index) else scope.index.new_zeros(1)
+            with _TrueIndex(index) as numbering, replaced(override.module, NUMBERING, numbering):
                 return _run_with_a_row(override, run, hidden, args, kwargs)
         return _run_with_a_row(override, run, hidden, args, kwargs)
 
@@ -71,14 +73,15 @@ def _is_verified(module: nn.Module, scope: AttentionScope) -> bool:
 
 
 class _TrueIndex(TorchFunctionMode):
-    """Where attention numbers its tokens, it gets the numbers that they have in their rows."""
+    """Where attention numbers its tokens, it gets the numbers that they have in their rows: until it attends, because
+    what runs then counts heads' rows, which may be as many (on 3 ranks logits were off 1 %)."""
 
     def __init__(self, index: Tensor) -> None:
         super().__init__()
-        self.index = index
+        self.index, self.over = index, False
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is torch.arange and args == (len(self.index),):
+        if not self.over and func is torch.arange and args == (len(self.index),):
             return self.index
         return func(*args, **(kwargs or {}))
 
@@ -135,6 +138,8 @@ def attention_forward(
         how = (kind, local, causal, sliding_window, softcap or 0.0, scale)
         return graphs.sharded_attention(states + sinks, scope.handle, *how)[0][None], None
     scope.tally["attention"] += 1
+    if (numbering := module.__dict__.get(NUMBERING)) is not None:
+        numbering.over = True
     tokens, stream = len(scope.stream.own), scope.stream_of(kind)
     q, k, v = (x[:tokens] for x in states)
     masked: dict[str, Any] = {"causal": causal, "window": sliding_window, "sinks": s_aux}

@@ -6,14 +6,19 @@ The curves of 2 ranks must be as near to those of one process as that. And 2 ran
 second run.
 
 The task can be learnt: each word follows from the one before by a rule that a picture shows. Every step has new data.
+
+There are eight trainings. What each has found is kept in build/long_run until all are done, so that the command goes on
+where it stopped, unless the source has changed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +36,9 @@ from triton_sp import SPConfig
 from triton_sp.testing import RankPool
 
 ROOT = Path(__file__).parents[2]
+KEPT = ROOT / "build" / "long_run"
+SOURCES = [*sorted((ROOT / "triton_sp").rglob("*.py")), Path(__file__)]
+SOURCE = hashlib.sha256(b"".join(file.read_bytes() for file in SOURCES)).hexdigest()[:12]
 TABLE, FIGURE = ROOT / "tests" / "data" / "long_run.csv", ROOT / "docs" / "figures" / "long_run.png"
 STEPS, WINDOW, RATE = 2000, 50, 1e-3
 IMAGE, SIDE, PATCH, TEXT, WORDS, RULES = 1, 12, 4, 17, 29, 4
@@ -94,13 +102,31 @@ def train(steps: int, dtype: torch.dtype | None, attention: str = "sdpa") -> Run
     return Run(list(losses), [digest for digest in digests if digest])
 
 
+def kept(name: str, run: Callable[[], list[Run]]) -> list[Run]:
+    """The runs of a training that was finished before, by the same source; else they are made now."""
+    file = KEPT / SOURCE / f"{name}.json"
+    if not file.exists():
+        runs = run()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(runs))
+        print(f"{name}: done, the last loss is {runs[0].losses[-1]:.4f}", flush=True)
+    return [Run(*found) for found in json.loads(file.read_text())]
+
+
 def compare(steps: int, pool: RankPool, name: str) -> pd.DataFrame:
     """The losses of one process, of one process with other rounding, and of 2 ranks, which were run twice."""
-    dtype = DTYPES[name]
-    first, again = (pool.run(train, steps, dtype, ranks=2, timeout=36000) for _ in range(2))
+    dtype, title = DTYPES[name], f"{steps} steps in {name}"
+
+    def together() -> list[Run]:
+        return pool.run(train, steps, dtype, ranks=2, timeout=36000)
+
+    first, again = (kept(f"{title}, 2 ranks, {time} time", together) for time in ("first", "second"))
     assert first == again, f"{name}: two runs on 2 ranks differ"
     assert first[0] == first[1], f"{name}: the ranks differ"
-    alone, other = (train(steps, dtype, attention) for attention in ("sdpa", "eager"))
+    (alone,), (other,) = (
+        kept(f"{title}, {attention}", lambda attention=attention: [train(steps, dtype, attention)])
+        for attention in ("sdpa", "eager")
+    )
     columns = {"one": alone.losses, "rounded": other.losses, "ranks": first[0].losses}
     return pd.DataFrame({"dtype": name, "step": range(1, steps + 1), **columns})
 
@@ -152,6 +178,7 @@ def main() -> None:
         rows.to_csv(TABLE, index=False, float_format="%.8g")
         plot(rows, FIGURE)
     check(rows)
+    shutil.rmtree(KEPT)
 
 
 def check(rows: pd.DataFrame) -> None:

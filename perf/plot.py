@@ -121,13 +121,41 @@ def fuse_table(rows: pd.DataFrame) -> str:
 
 
 def agree_table(rows: pd.DataFrame) -> str:
-    """What a check costs: of each, the rank that waits longest."""
+    """What checks cost: of each number, the rank that has most of it."""
+    rows = rows[rows["case"] == "LLaVA-1.5-7B, narrow"]
+    most = rows.groupby(["ranks", "provider", "direction", "tokens"])[["median_ms", "sent_bytes"]].max()
+    before, lines = ("check before the forward", "check before the backward"), []
+    for ranks, check in rows[["ranks", "provider"]].drop_duplicates().itertuples(index=False):
+        found = most.loc[ranks, check]
+        if check == 'check="off"':
+            host = found["median_ms"]["step, cpu"].iloc[0]
+            continue
+        backward, wall = (found["median_ms"][f"{before[1]}, {clock}"].iloc[0] for clock in ("cpu", "wall"))
+        sent = found["sent_bytes"][f"{before[0]}, cpu"].iloc[0] + found["sent_bytes"][f"{before[1]}, cpu"].iloc[0]
+        for tokens, forward in found["median_ms"][f"{before[0]}, cpu"].items():
+            waited = found["median_ms"][f"{before[0]}, wall", tokens] + wall
+            numbers = [f"{forward:.1f} + {backward:.1f}", f"{(forward + backward) / host:.1%} of {host:.0f}"]
+            lines.append([f"`{check}`", str(ranks), f"{tokens:,}", f"{sent:.0f}", *numbers, f"{waited:.1f}"])
+    header = [
+        "setting",
+        "P",
+        "tokens of the batch",
+        "bytes a rank sends",
+        "CPU ms, forward + backward",
+        "of a step's CPU ms",
+    ]
+    return markdown([*header, "ms by the wall clock"], lines)
+
+
+def proof_table(rows: pd.DataFrame) -> str:
+    """What a verified layer adds to a step, on the rank that needs most."""
+    steps = rows[rows["case"] == "Llama LLM"].groupby(["tokens", "provider", "direction"])["median_ms"].max()
     lines = []
-    for (ranks, tokens, check), part in rows.groupby(["ranks", "tokens", "provider"], sort=False):
-        most = part.loc[part["median_ms"].idxmax()]
-        time = f"{most['median_ms']:.2f} ({most['p20_ms']:.2f}-{most['p80_ms']:.2f})"
-        lines.append([f"`{check}`", str(ranks), f"{tokens:,}", f"{most['sent_bytes']:,.0f}", time])
-    return markdown(["setting", "P", "tokens of the batch", "bytes a rank sends", "ms (p20-p80)"], lines)
+    for tokens in steps.index.unique("tokens"):
+        for clock in ("cpu", "wall"):
+            without, verified = (steps[tokens, f"verify={n}", f"step, {clock}"] for n in (0, 1))
+            lines.append([f"{tokens:,}", clock, f"{without:.0f}", f"{verified:.0f}", f"{verified - without:.0f}"])
+    return markdown(["tokens", "clock", "ms of a step", "with a verified layer", "the layer"], lines)
 
 
 def scale_table(rows: pd.DataFrame) -> str:
@@ -236,6 +264,7 @@ TABLES: dict[str, tuple[Callable[[pd.DataFrame], str], Callable[[], pd.DataFrame
     "exchange": (exchange_table, _cpu("exchange")),
     "fuse": (fuse_table, _cpu("fuse")),
     "agree": (agree_table, _cpu("agree")),
+    "proof": (proof_table, _cpu("agree")),
     "scale": (scale_table, _cpu("scale")),
     "single_rank": (single_rank_table, _cpu("single_rank")),
     "host": (host_table, _cpu("host")),

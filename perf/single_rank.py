@@ -32,7 +32,7 @@ from perf.contest import Settings, failure
 from perf.rows import Report, Row
 from triton_sp.forecast.hollow import Hollow
 from triton_sp.ops import dispatch
-from triton_sp.ranks import groups
+from triton_sp.ranks import collectives, groups
 
 RANKS = 8
 MILLION = 1 << 20
@@ -130,8 +130,8 @@ def video(shape: Shape, frames: int, device: torch.device) -> dict[str, Tensor]:
 def alone_among(ranks: int, rank: int) -> Iterator[None]:
     """A process group in which only this rank runs: what it would receive is a copy of what it has."""
 
-    def exchange(x: Tensor, receive: Any, send: Any, group: Any, tag: str = "") -> Tensor:
-        size = len(x) if receive is None else sum(receive)
+    def exchange(x: Tensor, receive: list[int], *_: Any) -> Tensor:
+        size = sum(receive)
         out = x.new_zeros(size, *x.shape[1:])
         out[: len(x)].copy_(x[:size])
         return out
@@ -139,6 +139,7 @@ def alone_among(ranks: int, rank: int) -> Iterator[None]:
     with (
         groups.fake_world(ranks, rank),
         mock.patch.object(funcol, "all_to_all_single", exchange),
+        mock.patch.object(collectives, "send_alike", exchange),
         mock.patch.object(funcol, "all_reduce", lambda x, *_: x.clone()),
         mock.patch.object(funcol, "wait_tensor", lambda x: x),
     ):

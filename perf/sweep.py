@@ -21,7 +21,7 @@ SWEEPS = {
     "exchange": "an attention layer on 1, 2 and 4 ranks, beside DeepSpeed's",
     "model": "whole models on 1, 2 and 4 ranks, beside DeepSpeed AutoSP and ALST",
     "fuse": "features on their way from tower to language model, routed and by gather-then-slice",
-    "agree": "what the comparison of the ranks' inputs costs",
+    "agree": "what comparing the ranks, and verifying a layer, cost a step",
     "scale": "what attention sends on 8, 64 and 1024 GPUs, by formula",
     "end_to_end": "steps of a few layers with what computes attention swapped, and a profile of each",
     "host": "what an attention layer and a whole forward cost the host, with launches and exchanges stubbed",

@@ -282,9 +282,17 @@ def _of_all(own: Tensor, group: Group) -> Tensor:
     """The n numbers of every rank, (P, n) on the CPU."""
     if group.size == 1:
         return own[None]
-    sizes = [len(own)] * group.size
     everyone = own.to(control_device(group)).repeat(group.size)
-    return _all_to_all(everyone, sizes, sizes, group, "agree").view(group.size, -1).cpu()
+    _note("agree", (group.size - 1) * own.nbytes)
+    with blaming(group):
+        arriving = send_alike(everyone, [len(own)] * group.size, group.process_group.group_name)
+    return _wait(arriving, group).view(group.size, -1).cpu()
+
+
+def send_alike(x: Tensor, sizes: list[int], group_name: str) -> Tensor:
+    """funcol's all-to-all without what torch does around it, which takes half of the host's time (0.2 ms of 0.44 where
+    ranks share 2 cores, measured): ranks compare what they have twice in a step."""
+    return torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
 
 
 def broadcast(x: Tensor, source: int, group: Group) -> Tensor:

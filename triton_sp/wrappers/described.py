@@ -140,11 +140,21 @@ def _digest(value: Tensor, most: int) -> str:
     if value.is_floating_point():
         if most == _ALWAYS_CHECKED:
             return ""
-        bits = value.view(_BITS[value.element_size()])
-        value = bits.flatten(1).sum(1) if bits.ndim > 1 else bits.sum()[None]
+        value = _row_sums(value)
     content: Any = value.cpu().contiguous().view(-1).numpy()
     # Processors have instructions for SHA-256: 1M ids take 6 ms, with BLAKE2 18 (measured).
     return " " + hashlib.sha256(content, usedforsecurity=False).hexdigest()[:12]
 
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+def _row_sums(value: Tensor) -> Tensor:
+    """The sum of the bits of each row, in the largest words that fill it. On a CPU 64 images of 336 x 336 take 6 ms in
+    words of 8 bytes, and 138 in words of 4, which are widened before they are added (measured)."""
+    rows = value.flatten(1) if value.ndim > 1 else value.reshape(1, -1)
+    words = max(size for size in _WORDS if rows.shape[1] * rows.element_size() % size == 0)
+    rows = rows.contiguous()
+    if rows.storage_offset() * rows.element_size() % words:
+        rows = rows.clone()
+    return rows.view(_WORDS[words]).sum(1)
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -17,7 +17,7 @@ ALONE = ("cross_entropy", "no_token_and_masked_words", "fp32_exists_by_the_chunk
 TOWERS = ("llava", "qwen2_5_vl", "llava_onevision")  # features of images, of patches, of frames
 PARITY = [f"tests/promises/test_parity.py::test_parity[{name}-3]" for name in TOWERS]
 MODULES: dict[str, list[str]] = {
-    "triton_sp/plan/shards.py": PLAN,
+    "triton_sp/plan/shards.py": ["tests/plan/test_shards.py"],
     "triton_sp/plan/segments.py": PLAN,
     "triton_sp/plan/heads.py": ["tests/plan/test_heads.py"],
     "triton_sp/plan/cost.py": ["tests/plan/test_cost.py"],
@@ -36,7 +36,7 @@ MODULES: dict[str, list[str]] = {
     "triton_sp/ranks/collectives.py": ["tests/ranks/test_buckets.py", "tests/ranks/test_agreement.py"],
     "triton_sp/ranks/agreement.py": ["tests/ranks/test_agreement.py"],
     "triton_sp/ranks/failures.py": ["tests/ranks/test_board.py"],
-    "triton_sp/ranks/waiting.py": ["tests/ranks/test_board.py"],
+    "triton_sp/ranks/waiting.py": ["tests/ranks/test_waiting.py", "tests/ranks/test_board.py"],
     "triton_sp/wrappers/layout.py": ["tests/wrappers/test_spans.py", "tests/wrappers/test_layout.py"],
     "triton_sp/wrappers/tower.py": ["tests/wrappers/test_rows.py", *PARITY],
     "triton_sp/wrappers/features.py": ["tests/wrappers/test_rows.py", *PARITY],

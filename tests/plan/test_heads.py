@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from triton_sp.ops import pack
 from triton_sp.plan.boxes import Route, route
-from triton_sp.plan.heads import Tasks, assign_heads, assign_whole_heads
+from triton_sp.plan.heads import HeadTask, Tasks, assign_heads, assign_whole_heads
 from triton_sp.plan.segments import Segments, Work
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.plan.stream import Stream
@@ -170,6 +170,13 @@ def test_what_is_sent_is_what_items_need(segments, mask, heads, ranks, generator
     for r in range(ranks):
         (out,) = unpacked([back[src][r] for src in range(ranks)], ways[r].results, [(shards.sizes[r], heads[0])])
         assert torch.equal(out, local[r][0])
+
+
+def test_queries_and_keys_of_the_same_tokens_travel_side_by_side() -> None:
+    task = HeadTask(range(2), range(1), range(2, 900), range(2, 900))
+    assert task.side_by_side
+    for rows, keys in ((range(3, 900), task.keys), (task.rows, range(2, 901))):
+        assert not replace(task, rows=rows, keys=keys).side_by_side
 
 
 def test_whole_heads_arrive_as_a_stream() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from triton_sp.errors import InputError, PeerError
-from triton_sp.ranks import failures, waiting
+from triton_sp.ranks import failures
 from triton_sp.ranks.failures import FailureBoard, reporting_failures, text_of
-from triton_sp.ranks.waiting import PATIENCE, Pulse, Sign, Waiter
+from triton_sp.ranks.waiting import Sign
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +97,10 @@ def test_a_rank_that_comes_later_is_told_what_closed_the_group() -> None:
     assert (second.explain(LOST).field, second.explain(LOST).found) == ("rank 0", "it failed: x")
 
 
-def test_all_that_fail_alike_go_on() -> None:
-    """And the notes of a round are removed when the next but one is over."""
+def test_all_that_fail_alike_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as all have left a note. The notes of a round are removed when the next but one is over."""
+    monkeypatch.setattr(failures, "GRACE", 20.0)
+    begin = time.monotonic()
     first, second = boards(2)
     for number in range(1, 5):
         together(lambda: first.failed("x"), lambda: second.failed("y"))
@@ -106,6 +108,7 @@ def test_all_that_fail_alike_go_on() -> None:
         kept = [round for round in range(number) if first.store.check([f"triton_sp/failed/{round}/0"])]
         assert kept == list(range(max(0, number - 1), number))
     assert first.wait(lambda: 3) == 3  # notes of rounds that are over alarm nobody
+    assert time.monotonic() < begin + 15
 
 
 def test_one_of_several_that_fail_while_another_waits_closes_the_group() -> None:
@@ -185,79 +188,18 @@ def test_who_waits_names_a_rank_that_has_stopped() -> None:
         while not ends.wait(0.05):
             third.beat()
 
-    first.heartbeat = 0.4
+    first.heartbeat, begin = 0.4, time.monotonic()
     thread = threading.Thread(target=third_lives)
     thread.start()
     with pytest.raises(PeerError) as raised:
         first.wait(release.wait)
+    assert time.monotonic() < begin + 7
     ends.set()
     release.set()
     thread.join()
     found = "no heartbeat for 0.4 s: it is stopped, or hangs; the last that it began: forward 7"
     assert (raised.value.field, raised.value.found) == ("rank 1", found)
     assert second.store.get("triton_sp/failed/0/0") == b"noticed"
-
-
-class Clock:
-    """A time that a test sets."""
-
-    now = 100.0
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: Clock.now)
-    monkeypatch.setattr(Clock, "now", 100.0)
-    return Clock
-
-
-def signs(beats: int, steps: int = 1, waits: bool = False, step: str = "forward 3") -> Sign:
-    return Sign(beats, steps, waits, step)
-
-
-def test_a_pulse_complains_about_a_stopped_rank(clock: type[Clock]) -> None:
-    pulse = Pulse(None, 100.0, 100.0)
-    assert pulse.complaint(signs(1), 2.0) is None
-    clock.now = 102.0
-    assert pulse.complaint(signs(1), 2.0) is None  # for so long exactly
-    clock.now = 102.1
-    assert pulse.complaint(signs(2), 2.0) is None  # a beat
-    clock.now = 104.2
-    complaint = pulse.complaint(signs(2), 2.0)
-    assert complaint == "no heartbeat for 2 s: it is stopped, or hangs; the last that it began: forward 3"
-
-
-@pytest.mark.parametrize(
-    ("sign", "text"),
-    [
-        (signs(1), "it is alive and has begun nothing with this group for 20 s; the last was: forward 3"),
-        (signs(1, step=""), "it is alive and has begun nothing with this group for 20 s; the last was: nothing"),
-        (signs(1, waits=True), "all ranks wait for one another; the last that it began: forward 3"),
-        (None, "no wrapped model there for 20 s"),
-    ],
-)
-def test_a_pulse_complains_about_a_rank_that_does_not_come(clock: type[Clock], sign: Sign | None, text: str) -> None:
-    pulse = Pulse(None, 100.0, 100.0)
-    for second in range(PATIENCE * 2 + 1):
-        clock.now = 100.0 + second
-        beaten = sign and Sign(second, sign.steps, sign.waits, sign.step)
-        assert pulse.complaint(beaten, 2.0) is None
-    clock.now += 0.1
-    assert pulse.complaint(sign and Sign(99, sign.steps, sign.waits, sign.step), 2.0) == text
-    if sign:  # a new step, and it is trusted again
-        assert pulse.complaint(Sign(100, sign.steps + 1, sign.waits, sign.step), 2.0) is None
-
-
-def test_a_waiter_makes_one_call_after_another_and_can_leave_one_behind() -> None:
-    waiter, order, release = Waiter(), [], threading.Event()
-    tasks = [waiter.start(lambda index=index: order.append(index)) for index in range(3)]
-    assert all(task.ready.wait(5) for task in tasks) and order == [0, 1, 2]
-    held = waiter.start(release.wait)
-    waiter.abandon()
-    assert waiter.start(threading.current_thread).result is not None
-    assert waiter.start(lambda: 7).ready.wait(5) and not held.ready.is_set()
-    release.set()
-    assert held.ready.wait(5) and held.result() is True
 
 
 # --- what is reported ----------------------------------------------------------------------------------------------

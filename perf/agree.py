@@ -75,10 +75,11 @@ class Stopwatch:
 def build(layers: tuple[int, int]) -> nn.Module:
     """The model."""
     torch.manual_seed(0)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    size: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     vision = hf.CLIPVisionConfig(image_size=2 * PATCH, patch_size=PATCH, num_hidden_layers=layers[0], **size)
     text = hf.LlamaConfig(vocab_size=64, num_hidden_layers=layers[1], use_cache=False, **size)
-    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    parts: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_id": IMAGE}
+    config = hf.LlavaConfig(**parts)
     return hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa").train()
 
 

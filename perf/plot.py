@@ -4,6 +4,10 @@ Every table of measurements in the documents stands between `<!-- table: name --
 from the CSVs; `--check` only says which do not agree with them. PNGs go beside the CSVs.
 """
 
+# What pandas returns is declared as the widest of what it can be.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import argparse

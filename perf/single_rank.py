@@ -188,6 +188,7 @@ def account(shape: Shape, run: Run, ranks: int = RANKS) -> Account:
 def replay(shape: Shape, run: Run, device: torch.device, ranks: int = RANKS) -> Found:
     """One step of the last rank, for real; on a GPU the second one, when kernels are compiled."""
     model, batch = build(shape, run, device), video(shape, run.frames, device)
+    begin = end = 0.0
     with alone_among(ranks, ranks - 1):
         triton_sp.wrap(model, config=CONFIG)
         for _ in range(2 if device.type == "cuda" else 1):

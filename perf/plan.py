@@ -1,8 +1,8 @@
 """What it costs the host to plan a batch of a million tokens, which each rank does by itself before its first layer.
 
-`lay out` is the stream of a packed batch, from its documents; `choose` the plan, shards at the ends of documents
-included, and `choose again` that of a layout that was there before; `route` the exchange of a layer whose heads do not
-divide; `agree` what is compared with the other ranks.
+`lay out` is the stream of a packed batch, from its documents, `lay out again` that of one like it; `choose` the plan,
+shards at the ends of documents included, and `choose again` that of a layout that was there before; `route` the
+exchange of a layer whose heads do not divide; `agree` what is compared with the other ranks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from unittest import mock
 
 import torch
 import transformers as hf
-from torch import Tensor
 from tqdm import tqdm
 
 import triton_sp
@@ -31,8 +30,9 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import resolve_group
 from triton_sp.wrappers import described
 from triton_sp.wrappers.batch import Batch
-from triton_sp.wrappers.install import installation_of
-from triton_sp.wrappers.layout import lay_out
+from triton_sp.wrappers.install import Layouts, installation_of
+from triton_sp.wrappers.kept import lay_out_again
+from triton_sp.wrappers.layout import TextCall, lay_out
 
 LAYERS = Layers(36, 4096, 4096, 1024, 128, 2, causal=True)  # Qwen3-VL-8B's decoder
 HEADS, KV_HEADS = 28, 4  # of Qwen2.5-VL-7B, which neither 8 nor 1024 ranks divide
@@ -65,13 +65,20 @@ def parts(batch: Batch, ranks: int) -> dict[str, Callable[[], Any]]:
     def choose_again() -> PlanChoice:
         return choose_plan(Segments(segments.starts), ranks, 1, LAYERS, LINKS["nvlink"], "auto", False)
 
-    def route() -> Tensor:
+    def route() -> Any:
         stream = Stream(group, even, call.stream.cu_seqlens, None, segments)
         way: Any = stream.route(HEADS, KV_HEADS, True, None)
         return way.inputs, way.arrivals, way.outputs, way.outcomes
 
+    kept = Layouts()
+
+    def lay_out_like() -> TextCall:
+        return lay_out_again(kept, "as ever", batch, None, group, planned)
+
+    lay_out_like()
     return {
         "lay out": lambda: lay_out(batch, None, group, planned),
+        "lay out again": lay_out_like,
         "choose": choose,
         "choose again": choose_again,
         "route": route,

@@ -234,15 +234,18 @@ def host_before_table(rows: pd.DataFrame) -> str:
     return markdown(["layer, P = 8", "direction", "before, us", "now, us", "of before", "over SDPA, us"], lines)
 
 
+_PLANNING = ("lay out", "lay out again", "choose", "choose again", "route", "agree")
+
+
 def plan_table(rows: pd.DataFrame) -> str:
     """What planning a batch costs the host."""
     lines = []
     for (case, _), part in rows.groupby(["case", "ranks"], sort=False):
         values = part.set_index("provider")["p20_ms"]
         first = part.iloc[0]
-        numbers = [f"{values[name]:.1f}" if name in values else "" for name in ("lay out", "choose", "route", "agree")]
+        numbers = [f"{values[name]:.1f}" if name in values else "" for name in _PLANNING]
         lines.append([str(case), f"{first['tokens']:,}", f"{first['segments']:,}", str(first["ranks"]), *numbers])
-    return markdown(["batch", "tokens", "segments", "P", "lay_out ms", "choose ms", "route ms", "agree ms"], lines)
+    return markdown(["batch", "tokens", "segments", "P", *(f"{name} ms" for name in _PLANNING)], lines)
 
 
 def kernels_table(rows: pd.DataFrame) -> str:

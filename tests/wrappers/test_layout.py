@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -12,9 +14,12 @@ from hypothesis import strategies as st
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
 from triton_sp.plan.cost import PlanChoice
+from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import ALONE
 from triton_sp.wrappers.batch import Batch
+from triton_sp.wrappers.install import Layouts
+from triton_sp.wrappers.kept import MOST, lay_out_again
 from triton_sp.wrappers.layout import TextCall, lay_out
 
 ROW = st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 3), st.lists(st.booleans(), min_size=12))
@@ -41,8 +46,12 @@ def one_by_one(batch: Batch) -> tuple[list[int], list[int], list[int]]:
     return index, [*starts, len(index)], used
 
 
+def whole(segments: Segments) -> PlanChoice:
+    return PlanChoice("heads", shard_tokens(segments.starts[-1], 1), "", {})
+
+
 def laid_out(batch: Batch) -> TextCall:
-    return lay_out(batch, None, ALONE, lambda s: PlanChoice("heads", shard_tokens(s.starts[-1], 1), "", {}))
+    return lay_out(batch, None, ALONE, whole)
 
 
 def batch_of(rows: list[tuple[int, int, int, list[bool]]], labelled: bool, packed: bool, masked: bool) -> Batch:
@@ -105,3 +114,26 @@ def test_a_label_behind_the_tokens_is_refused() -> None:
     batch = Batch(torch.zeros(1, 4), mask, None, None, None, labels, shift(labels), None)
     with pytest.raises(InputError, match="a label in row 0 at column 3, predicted from padding"):
         laid_out(batch)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.tuples(st.lists(ROW, min_size=1, max_size=3), *[st.booleans()] * 3), min_size=2, max_size=7))
+def test_a_layout_that_was_kept_is_that_of_its_batch(batches) -> None:
+    """Of batches one after another, each twice; and a layout of another device or dtype is forgotten."""
+    layouts = Layouts()
+    for number, (rows, *kinds) in enumerate(batches):
+        batch = batch_of(rows, *kinds)
+        if not one_by_one(batch)[0]:
+            continue
+        fresh = laid_out(batch)
+        how = "how" if number < 5 else "another"
+        first, second = (lay_out_again(layouts, how, batch, None, ALONE, whole) for _ in range(2))
+        assert first.stream is second.stream and first.tally is not second.tally
+        for kept in (first, second):
+            assert kept.mask is batch.mask and kept.shape == fresh.shape and kept.choice == fresh.choice
+            assert kept.index.tolist() == fresh.index.tolist()
+            assert kept.stream.segments == fresh.stream.segments and kept.stream.shards == fresh.stream.shards
+            keys, expected = kept.stream.seqused_k, fresh.stream.seqused_k
+            assert (None if keys is None else keys.tolist()) == (None if expected is None else expected.tolist())
+        assert 0 < len(layouts) <= MOST and {key[0] for key in layouts} == {how}
+    assert not copy.deepcopy(layouts) and not pickle.loads(pickle.dumps(layouts))

@@ -25,8 +25,8 @@ from triton_sp.wrappers.generation import Prompt, generating, prefill, prefills
 from triton_sp.wrappers.graphs import has_graphs
 from triton_sp.wrappers.head import HeadLoss, logit_transform
 from triton_sp.wrappers.install import Installation, Override
-from triton_sp.wrappers.layout import TextCall, gather_tokens, lay_out
-from triton_sp.wrappers.planning import plan_decoder
+from triton_sp.wrappers.kept import lay_out_batch
+from triton_sp.wrappers.layout import TextCall, gather_tokens
 from triton_sp.wrappers.routers import ARGUMENT, Balance, balance_of
 from triton_sp.wrappers.scope import Call, active
 from triton_sp.wrappers.scores import ScoreRequest, answer, requested
@@ -140,7 +140,7 @@ def _prepare(override: Override, arguments: dict[str, Any], decoder: Stack, prom
     if prompt is not None:
         batch = prompt.of(batch)
     kept = replace(batch, mask=None) if decoder.gathered else batch  # it is not known who sees padding there
-    call = lay_out(kept, decoder.spans, installation.group, partial(plan_decoder, installation, batch.device))
+    call = lay_out_batch(installation, decoder, kept)
     if fusion is not None and all(arguments.get(name) is None for name in fusion.gathered):
         needed = needed_rows(fusion, batch.tokens, call.index, call.stream.shards)
         call = replace(call, needed=needed, routes=bool(needed))

@@ -42,6 +42,13 @@ class LastCall:
     attended: tuple[str, ...]
 
 
+class Layouts(dict[Any, Any]):
+    """The layouts of the last batches, see wrappers/kept.py. Copies and pickles of a model begin without."""
+
+    def __reduce_ex__(self, _: Any) -> tuple[type[Layouts], tuple[()]]:
+        return Layouts, ()
+
+
 @dataclass(eq=False)
 class Installation:
     """One wrapped model: its group, settings and parts, and what was changed to wrap it."""
@@ -55,6 +62,7 @@ class Installation:
     last_calls: dict[str, LastCall] = field(default_factory=dict)  # by the name of the stack
     last_rows: dict[str, Shards] = field(default_factory=dict)  # features each rank got, by the method that makes them
     last_whole: dict[str, str] = field(default_factory=dict)  # why a method made them all on every rank, if it did
+    layouts: Layouts = field(default_factory=Layouts)
     front: Override | None = None  # that of the model's own forward
     offloaded: int = 0  # bytes that went to the CPU in the last call
     head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
@@ -123,6 +131,7 @@ class Installation:
                 )
             _put_back(module, name, old)
         self.edits.clear()
+        self.layouts.clear()
 
 
 @functools.cache

@@ -31,13 +31,25 @@ JOBS = {
     "qwen2_5_vl": Job(gpus=2, text=61, images=2, height=48, width=80),
     "llava": Job(gpus=2, text=40, images=3),
     "llama, checkpointed": Job(gpus=2, text=301, checkpointing=True),
+    "llama, tiled": Job(gpus=2, text=301, tiled_mlp=64),
+    "llama, offloaded": Job(gpus=2, text=301, checkpointing=True, tiled_mlp=64, offload=True),
 }
 
 
-def real(name: str) -> tuple[int, int, int, int, dict[str, str], int]:
+class Elsewhere:
+    """A memory in which no tensor lives."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.pack_hook = lambda x: x.numpy().copy()
+        self.unpack_hook = lambda kept: torch.from_numpy(kept).clone()
+
+
+def real(name: str) -> tuple[int, int, int, int, dict[str, str], int, int]:
     """Of a step: the bytes that a rank has saved and sent, in the forward and with the backward, and the most that
-    lived beside weights and gradients; the plans, and the rank's tokens."""
-    job, config = JOBS[name], triton_sp.SPConfig(link="nvlink", check="off", trial="off")
+    lived beside weights and gradients; the plans, the rank's tokens, and the bytes that were offloaded."""
+    job = JOBS[name]
+    switches = {"tiled_mlp": job.tiled_mlp, "offload": job.offload}
+    config = triton_sp.SPConfig(link="nvlink", check="off", trial="off", **switches)
     model: Any = zoo.CASES[name.split(",")[0]].model(torch.float32)
     if job.checkpointing:
         model.gradient_checkpointing_enable()
@@ -45,16 +57,18 @@ def real(name: str) -> tuple[int, int, int, int, dict[str, str], int]:
         parameter.grad = torch.zeros_like(parameter)
     batch = {key: x.float() if x.is_floating_point() else x for key, x in make_batch(model, job).items()}
     triton_sp.wrap(model, config=config)
-    with collectives.record() as ledger, memory.Peak() as peak:
+    away = mock.patch("triton_sp.wrappers.offload.save_on_cpu", Elsewhere)
+    with away, collectives.record() as ledger, memory.Peak() as peak:
         with saved_activations(model) as saved:
             loss = model(**batch).loss
         sent = sent_in(ledger)
         loss.backward()
     assert torch.isfinite(loss.detach())
-    calls = installation_of(model).last_calls
+    installation = installation_of(model)
+    calls = installation.last_calls
     plans = {part: call.choice.plan for part, call in calls.items()}
     own = calls[list(calls)[-1]].choice.shards.sizes[dist.get_rank()]
-    return saved[0], sent, sent_in(ledger), peak.bytes, plans, own
+    return saved[0], sent, sent_in(ledger), peak.bytes, plans, own, installation.offloaded
 
 
 def sent_in(ledger: Any) -> int:
@@ -74,8 +88,9 @@ def planned(name: str, rank: int) -> Forecast:
 @pytest.mark.parametrize("name", JOBS)
 def test_as_in_a_real_run(ranks, name: str) -> None:
     """On both ranks: plans, tokens and bytes exactly, what is saved within 5 %, and the peak within 2 %."""
-    for rank, (saved, sent, sent_in_step, peak, plans, tokens) in enumerate(ranks.run(real, name, ranks=2)):
+    for rank, (saved, sent, sent_in_step, peak, plans, tokens, away) in enumerate(ranks.run(real, name, ranks=2)):
         row = planned(name, rank)
+        assert row.offloaded == away and bool(away) == JOBS[name].offload
         assert (row.sent, row.sent_in_step, row.plans, row.own_tokens) == (sent, sent_in_step, plans, tokens)
         assert abs(row.activations / saved - 1) < 0.05
         assert abs(max(row.forward_peak, row.backward_peak) / peak - 1) < 0.02
@@ -105,7 +120,7 @@ def test_layers_that_are_alike(name: str) -> None:
         times.append(1)
         return tell(*args)
 
-    job = Job(gpus=3, text=301, checkpointing=other, chunked_loss=other, **picture)
+    job = Job(gpus=3, text=301, checkpointing=other, chunked_loss=other, offload=other, tiled_mlp=50, **picture)
     with torch.device("meta"):
         model = many_layers(name)
     with mock.patch("triton_sp.loss.CHUNK_ELEMENTS", 10_000):
@@ -115,8 +130,10 @@ def test_layers_that_are_alike(name: str) -> None:
         with mock.patch.object(Alike, "following", lambda *_: nullcontext()):
             (whole,) = forecast(model, job, [3])
     assert len(times) > 3
-    assert replace(told, activations=0) == replace(whole, activations=0)
-    assert abs(told.activations / whole.activations - 1) < 1e-4
+    for name in ("activations", "forward_peak", "backward_peak", "total"):  # but for some integers, 8 bytes a layer
+        assert abs(getattr(told, name) / getattr(whole, name) - 1) < 1e-4
+        told, whole = (replace(row, **{name: 0}) for row in (told, whole))
+    assert told == whole and bool(told.offloaded) == other
 
 
 def test_flops() -> None:

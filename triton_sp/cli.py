@@ -97,6 +97,8 @@ def _plan_options(plan: argparse.ArgumentParser) -> None:
     plan.add_argument("--engine", choices=job.ENGINES, default="ddp")
     plan.add_argument("--checkpointing", action="store_true", help="layers are recomputed in the backward")
     plan.add_argument("--chunked-loss", action="store_true", help="SPConfig(chunked_loss=True)")
+    plan.add_argument("--tiled-mlp", type=_tokens, default=0, help="SPConfig(tiled_mlp=...): tokens at a time")
+    plan.add_argument("--offload", action="store_true", help="SPConfig(offload=True)")
     plan.add_argument("--plot", help="a picture too, such as plan.png")
     plan.add_argument("--json", action="store_true", help="for programs: sizes in bytes")
 
@@ -111,7 +113,7 @@ def _plan(asked: argparse.Namespace) -> None:
     height, width = (int(side) for side in asked.resolution.lower().split("x"))
     planned = job.Job(
         *(asked.gpus, asked.text, asked.images, height, width),
-        *(asked.engine, asked.checkpointing, asked.chunked_loss),
+        *(asked.engine, asked.checkpointing, asked.chunked_loss, asked.tiled_mlp, asked.offload),
     )
     ranks = [1 << i for i in range(asked.gpus.bit_length())]
     if asked.ranks:

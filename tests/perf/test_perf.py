@@ -169,7 +169,7 @@ def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
 def test_planning_is_measured(settings) -> None:
     assert plan.sweep(settings) == 0
     found = plot.read(settings.report("plan").path)
-    assert len(found) == 2 * 2 * 5 and (found["median_ms"] > 0).all()
+    assert len(found) == 2 * 2 * 6 and (found["median_ms"] > 0).all()
     assert plot.plan_table(found).count("\n") == 1 + 4 and plan.sweep(settings) == 0
 
 

@@ -42,10 +42,12 @@ class _Span(NamedTuple):
 
 class _Told(NamedTuple):
     """What one layer did, and so will those like it: the form of its result; the bytes that it keeps for the
-    backward beside its input; its forward, its backward, and how many attention layers came by."""
+    backward beside its input, and those that go to the CPU; its forward, its backward, and how many attention layers
+    came by."""
 
     out: Form
     kept: int
+    moved: int
     forward: _Span
     backward: _Span | None
     calls: Counter[str]
@@ -54,18 +56,18 @@ class _Told(NamedTuple):
 class Alike:
     """Follows a step of training within a `Hollow` and a ledger, and keeps both up."""
 
-    def __init__(self, hollow: Hollow, ledger: Ledger) -> None:
-        self.hollow, self.ledger = hollow, ledger
+    def __init__(self, hollow: Hollow, ledger: Ledger, installation: Installation) -> None:
+        self.hollow, self.ledger, self.installation = hollow, ledger, installation
         self.leaf = torch.zeros((), requires_grad=True)
         self.seen: set[Any] = set()
         self.told: dict[Any, _Told | None] = {}
         self.start, self.span = (0, 0, 0), _Span(0, 0, [])  # of the backward that is tried out
 
     @contextmanager
-    def following(self, installation: Installation) -> Iterator[None]:
-        """While a wrapped model runs: its layers, and the chunks of its loss."""
+    def following(self) -> Iterator[None]:
+        """While the wrapped model runs: its layers, and the chunks of its loss."""
         with ExitStack() as stack:
-            for blocks in (s.blocks for s in installation.anatomy.stacks if s.by_interface):
+            for blocks in (s.blocks for s in self.installation.anatomy.stacks if s.by_interface):
                 for block in blocks[1:-1]:
                     run = partial(self._run_layer, kind_of(block), block.forward)
                     stack.enter_context(replaced(block, "forward", run))
@@ -98,7 +100,7 @@ class Alike:
 
     def _try(self, forward: Callable[..., Any], hidden: Tensor, args: Sequence[Any]) -> _Told | None:
         """What a layer does, by itself; None if that is not known of its kind. Afterwards all is as before."""
-        hollow, tower, tally = self.hollow, current(TowerPass), _tally()
+        hollow, tower, tally, moved = self.hollow, current(TowerPass), _tally(), self.installation.offloaded
         peak, calls, last = hollow.peak, Counter(tally), tower and tower.last_output
         given: Any = hidden.detach()  # what is before it takes no part
         given = _End.apply(given, self.leaf, self) if hidden.requires_grad else given
@@ -107,9 +109,10 @@ class Alike:
         if tower is not None:
             tower.last_output = last
         span, grown = self.since(start), hollow.now - start[0]
+        gone, self.installation.offloaded = self.installation.offloaded - moved, moved
         told = None
         if isinstance(out, Tensor) and out.data_ptr() != hidden.data_ptr():
-            told = _Told(form_of(out), grown - out.untyped_storage().nbytes(), span, None, tally - calls)
+            told = _Told(form_of(out), grown - out.untyped_storage().nbytes(), gone, span, None, tally - calls)
             if out.requires_grad:
                 edge = get_gradient_edge(_Start.apply(out, self))
                 del out
@@ -122,9 +125,9 @@ class Alike:
         return told
 
     def _tell(self, told: _Told, hidden: Tensor) -> Any:
-        peak, now, tower = self.hollow.peak, self.hollow.now, current(TowerPass)
+        peak, now, tower, moved = self.hollow.peak, self.hollow.now, current(TowerPass), self.installation.offloaded
         out: Any = _Copy.apply(hidden, None if told.backward is None else self.leaf, told, self)
-        self.hollow.peak = peak
+        self.hollow.peak, self.installation.offloaded = peak, moved + told.moved
         self.add(told.forward, now)
         _tally().update(told.calls)
         if tower is not None:
@@ -159,8 +162,8 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        hidden = ctx.saved_tensors[0]
         ctx.alike.add(ctx.told.backward, ctx.alike.hollow.now)
+        hidden = ctx.saved_tensors[0]
         return torch.empty_like(hidden) if ctx.needs_input_grad[0] else None, None, None, None
 
 

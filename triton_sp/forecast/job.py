@@ -25,6 +25,8 @@ class Job:
         engine: one of ENGINES.
         checkpointing: whether layers are recomputed in the backward.
         chunked_loss: whether the loss is computed without all logits.
+        tiled_mlp: tokens that MLPs work on at a time, see SPConfig.
+        offload: whether what layers keep for the backward goes to CPU memory, see SPConfig.
     """
 
     gpus: int
@@ -35,6 +37,8 @@ class Job:
     engine: str = "ddp"
     checkpointing: bool = False
     chunked_loss: bool = False
+    tiled_mlp: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Raise an InputError for an engine that is none of the known ones."""

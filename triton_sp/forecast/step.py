@@ -22,12 +22,13 @@ from triton_sp.errors import InputError, require
 from triton_sp.forecast.alike import Alike
 from triton_sp.forecast.hollow import Hollow
 from triton_sp.forecast.job import Job, make_batch
+from triton_sp.forecast.likeness import Form, form_of
 from triton_sp.ops import varlen
 from triton_sp.plan.cost import find_link
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives, groups
 from triton_sp.testing import saved_activations
-from triton_sp.wrappers import features
+from triton_sp.wrappers import features, offload
 from triton_sp.wrappers.install import Installation, installation_of
 
 
@@ -41,10 +42,11 @@ class Forecast:
         plans: of each stack, by its name.
         parameters, gradients, optimizer: what the engine leaves on a rank, of AdamW. ZeRO's and FSDP's states are in
             fp32 beside a master copy, DDP's in the dtype of the parameters.
-        activations: what the forward saves for the backward.
+        activations: what the forward saves for the backward, without what is offloaded.
         forward_peak: activations, and the most that lives beside them while the forward runs.
         backward_peak: the same while the backward runs: what is still saved, what is recomputed, and the gradient of
             one weight at a time.
+        offloaded: what the forward saves in CPU memory instead (`SPConfig.offload`).
         total: parameters, gradients, optimizer and the larger of the peaks.
         sent: by this rank to others in the forward; `sent_in_step` with the backward. What the engine sends for weights
             and gradients, and what ranks compare, is in neither.
@@ -65,6 +67,7 @@ class Forecast:
     activations: int
     forward_peak: int
     backward_peak: int
+    offloaded: int
     total: int
     sent: int
     sent_in_step: int
@@ -105,8 +108,8 @@ def forecast_batch(
         batch: the arguments of the model's forward, `labels` among them; None makes one for the job.
     """
     options = asdict(config or SPConfig(link="nvlink")) | {"check": "off", "trial": "off", "single": True}
-    if job.chunked_loss:
-        options["chunked_loss"] = True
+    asked = {"chunked_loss": job.chunked_loss, "tiled_mlp": job.tiled_mlp, "offload": job.offload}
+    options |= {name: value for name, value in asked.items() if value}
     link = find_link(options["link"], "cuda", ranks)
     with Hollow() as hollow, _alone_among(ranks, rank, hollow), collectives.record() as ledger:
         weights = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
@@ -114,9 +117,9 @@ def forecast_batch(
             given = make_batch(model, job) if batch is None else {name: _on_cpu(x) for name, x in batch.items()}
             installation = installation_of(wrap(model, config=SPConfig(**options)))
             assert installation is not None
-            alike = Alike(hollow, ledger)
+            alike = Alike(hollow, ledger, installation)
             hollow.flops, before, hollow.peak = 0, hollow.now, hollow.now
-            with alike.following(installation):
+            with alike.following():
                 with saved_activations(model) as saved:
                     loss = model(**given).loss
                 require(loss is not None, InputError, "labels", "labels in the batch", "none", "a step needs a loss")
@@ -130,7 +133,7 @@ def forecast_batch(
     tokens = next(int(given[name].shape[:2].numel()) for name in ("input_ids", "inputs_embeds") if name in given)
     step = _sent(ledger)
     seconds = hollow.flops / link.compute + sum(step) / link.bandwidth + len(step) * link.latency
-    sizes = (saved[0], forward, backward, sum(states) + max(forward, backward), sent, sum(step))
+    sizes = (saved[0], forward, backward, installation.offloaded, sum(states) + max(forward, backward), sent, sum(step))
     row = Forecast(ranks, rank, tokens, own, plans, *states, *sizes, hollow.flops, seconds)
     return row, installation
 
@@ -214,6 +217,13 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Para
                 yield module, names[id(p)], key, p
 
 
+class _Elsewhere:
+    """In the place of torch's `save_on_cpu`: what is in CPU memory takes none of a GPU's."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.pack_hook, self.unpack_hook = form_of, Form.new
+
+
 @contextmanager
 def _alone_among(ranks: int, rank: int, hollow: Hollow) -> Iterator[None]:
     """This process as one rank of a group whose other ranks do not exist: nothing arrives from them. Where images are
@@ -228,5 +238,6 @@ def _alone_among(ranks: int, rank: int, hollow: Hollow) -> Iterator[None]:
         mock.patch.object(varlen, "forward", hollow.attend),
         mock.patch.object(varlen, "backward", hollow.attend_backward),
         mock.patch.object(features, "made_by_all", made_by_all),
+        mock.patch.object(offload, "save_on_cpu", _Elsewhere),
     ):
         yield

@@ -10,7 +10,7 @@ from pathlib import Path
 from triton_sp.forecast.step import Forecast
 
 HELD = ("parameters", "gradients", "optimizer", "activations")
-SIZES = (*HELD, "forward_peak", "backward_peak", "total", "sent_in_step")
+SIZES = (*HELD, "forward_peak", "backward_peak", "offloaded", "total", "sent_in_step")
 
 
 def as_table(rows: Sequence[Forecast], gpu_memory: float | None = None) -> str:

@@ -11,7 +11,21 @@ import pytest
 import torch
 
 import triton_sp
-from perf import attention, contest, host, host_models, kernels, model, packs, plan, plot, rows, scale, single_rank
+from perf import (
+    attention,
+    contest,
+    host,
+    host_models,
+    kernels,
+    model,
+    packs,
+    plan,
+    plot,
+    rows,
+    scale,
+    single_rank,
+    tables,
+)
 from perf.attention import Peer
 from perf.cases import AttentionCase, attention_cases
 from perf.clock import Clock
@@ -154,42 +168,44 @@ def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
     monkeypatch.setattr(host, "CASES", host.CASES[:2])
     monkeypatch.setattr(host, "RANKS", (2,))
     assert host.sweep(settings) == 0
-    found = plot.read(settings.report("host").path)
+    found = rows.read(settings.report("host").path)
     notes = found.set_index(["stage", "provider", "direction", "case"])["note"]
     layer, case = "1 attend_forward, 1 pack_heads, 1 unpack_heads", "Qwen3-VL ViT, plan heads"
     assert notes["layer", "triton_sp", "forward", case] == layer
     assert notes["model", "triton_sp", "forward", case] == layer.replace("1", str(host_models.LAYERS))
     stages = found[found["stage"].isin(["pack", "exchange", "attend", "unpack"])]
     assert len(stages[stages["case"] == case]) == 8 and (found["median_ms"] >= 0).all()
-    assert plot.rotation_table(found).count("\n") == 1 + 3  # of a tower, and of a decoder with norms and without
-    table = plot.host_table(found)
-    assert table.count("\n") == 1 + 2 * 2 * 2 and f"| {case} | 2 |" in table and "nan" not in table
+    assert tables.rotation_table(found).count("\n") == 1 + 3  # of a tower, and of a decoder with norms and without
+    table = tables.host_table(found)
+    assert f"| {case} | 2 |" in table and "nan" not in table
+    # Of a tower and a decoder, by each of two plans, a layer and a model; the decoder also rotated by the model.
+    assert table.count("\n") == 1 + 2 * 2 * 2 + 2 and table.count("rotated by the model") == 2
 
 
 def test_planning_is_measured(settings) -> None:
     assert plan.sweep(settings) == 0
-    found = plot.read(settings.report("plan").path)
+    found = rows.read(settings.report("plan").path)
     assert len(found) == 2 * 2 * 6 and (found["median_ms"] > 0).all()
-    assert plot.plan_table(found).count("\n") == 1 + 4 and plan.sweep(settings) == 0
+    assert tables.plan_table(found).count("\n") == 1 + 4 and plan.sweep(settings) == 0
 
 
 def test_tables_follow_from_rows(settings) -> None:
     settings.report("scale").add(scale.rows())
-    found = plot.read(settings.report("scale").path)
+    found = rows.read(settings.report("scale").path)
     text = "before\n<!-- table: scale -->\nold\n<!-- end -->\nafter\n"
-    with mock.patch.dict(plot.TABLES, scale=(plot.scale_table, lambda: found)):
-        new = plot.written(text)
-        assert plot.written(new) == new and "old" not in new and new.endswith("<!-- end -->\nafter\n")
+    with mock.patch.dict(tables.TABLES, scale=(tables.scale_table, lambda: found)):
+        new = tables.written(text)
+        assert tables.written(new) == new and "old" not in new and new.endswith("<!-- end -->\nafter\n")
     assert "| LLM 28/4 heads of 128, 256k tokens | 8 | one level | 528.5 | 0.0 |" in new
     with pytest.raises(ValueError, match="nothing"):
-        plot.written("<!-- table: nothing -->\n<!-- end -->")
+        tables.written("<!-- table: nothing -->\n<!-- end -->")
 
 
 def test_plots_are_drawn(settings, tmp_path) -> None:
     base = Row("attend", "triton_sp", "x", dim=64, tflops=1.0, median_ms=1.0)
     points = [replace(base, tokens=n, provider=p) for n in (64, 128) for p in ("triton_sp", "SDPA")]
     settings.report("kernels").add([*points, Row("rate", "torch", "product of 8 x 8", tflops=2.0)])
-    plot.plot_kernels(plot.read(settings.report("kernels").path), tmp_path / "kernels.png")
+    plot.plot_kernels(rows.read(settings.report("kernels").path), tmp_path / "kernels.png")
     assert (tmp_path / "kernels.png").stat().st_size > 5000
 
 

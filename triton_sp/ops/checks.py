@@ -62,8 +62,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """One score for each query head, where q is."""
     if sinks is None:
         return
-    fits = sinks.shape == q.shape[1:2] and sinks.device == q.device and sinks.is_floating_point()
-    if not fits:
+    if sinks.shape != q.shape[1:2] or sinks.device != q.device or not sinks.is_floating_point():
         raise InputError(
             "sinks",
             expected=f"a floating dtype of shape ({q.shape[1]},) on {q.device}",

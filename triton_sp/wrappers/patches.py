@@ -72,8 +72,7 @@ class Patches(Placement):
         sizes = each[:, 1:].prod(-1)
         stops = sizes.cumsum(0)
         counts = stops.clamp(max=own.stop) - (stops - sizes).clamp(min=own.start)
-        each = each.index_fill(1, self.grid.new_zeros(1), 1)
-        return counts[counts > 0], each[counts > 0]
+        return counts[counts > 0], each.index_fill(1, self.grid.new_zeros(1), 1)[counts > 0]
 
     def pick(self, x: Tensor) -> Tensor:
         """This rank's rows of a tensor that has a row for each patch of the batch."""
@@ -82,10 +81,8 @@ class Patches(Placement):
     def deliver(self, rows: Tensor, needed: Shards) -> Tensor:
         """The merged rows that this rank's placeholders need, from those that were made of this rank's patches."""
         if self.streams.choice.plan == "replicate":
-            wanted = needed.range(self.group.rank)
-            if self.order is None:
-                return rows[wanted.start : wanted.stop]
-            return rows[torch.argsort(self.order)[wanted.start : wanted.stop].to(rows.device)]
+            order = None if self.order is None else torch.argsort(self.order)
+            return _pick(rows, needed.range(self.group.rank), order, 1)
         return stages.reshard(rows, self.streams.choice.shards.merged(self.merge), needed, self.group, self.order)
 
 

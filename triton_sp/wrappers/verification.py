@@ -31,8 +31,7 @@ from triton_sp.wrappers.verdict import Attended, compare, rows_of_all
 
 
 def next_proof(installation: Installation) -> Proof | None:
-    """What verifies a layer of the forward that begins, the same one on every rank; None in most forwards. A forward
-    that runs again in a backward keeps what it had."""
+    """What verifies a layer of the forward that begins, the same on every rank, or None; a recomputation keeps it."""
     every = installation.config.verify
     if recomputing():
         return installation.proof
@@ -60,8 +59,7 @@ def describe_verification(installation: Installation | None) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Proof:
-    """The verification of one layer in a forward, by its number, and its backward: `rank` computes it once more. All
-    ranks are told the result."""
+    """The verification of one layer in a forward, by its number, and its backward: `rank` does it, all are told."""
 
     layer: nn.Module
     name: str
@@ -74,12 +72,10 @@ class Proof:
         """`stages.attention`, verified.
 
         Raises:
-            VerificationError: on every rank, where the result or a gradient is further from the exact one than rounding
-                explains.
+            VerificationError: on every rank, where the result or a gradient is off by more than rounding explains.
         """
-        scale = options.get("softmax_scale")
-        formula = exact.Formula(states[0].shape[-1] ** -0.5 if scale is None else scale, options.get("softcap") or 0.0)
-        formula = formula._replace(sinks=None if sinks is None else sinks.detach())
+        scale = options.get("softmax_scale") or states[0].shape[-1] ** -0.5
+        formula = exact.Formula(scale, options.get("softcap") or 0.0, None if sinks is None else sinks.detach())
         heads = states[0].shape[1], states[1].shape[1]
         call = Attended(stream, options["causal"], options.get("window"), heads, formula)
         given, held = tuple(x.detach() for x in states), list[Tensor]()

@@ -12,9 +12,10 @@ import pandas as pd
 
 from perf.machine import ROOT
 from perf.rows import read
+from tools.marked import filled
 
 RESULTS = ROOT / "perf" / "results"
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- table: (\w+) -->\n")
 GIB = 2**30
 
 
@@ -278,11 +279,9 @@ def written(text: str) -> str:
     Raises:
         ValueError: a marker names no table.
     """
-
-    def table(match: re.Match[str]) -> str:
-        if match[2] not in TABLES:
-            raise ValueError(f"no table is called {match[2]!r}; there are {', '.join(TABLES)}")
-        make, rows = TABLES[match[2]]
-        return f"{match[1]}{make(rows())}\n{match[3]}"
-
-    return MARKED.sub(table, text)
+    for name in MARKER.findall(text):
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name!r}; there are {', '.join(TABLES)}")
+        make, rows = TABLES[name]
+        text = filled(text, f"table: {name}", make(rows()).split("\n"))
+    return text

@@ -24,6 +24,7 @@ from triton_sp.wrappers.batch import Batch
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.scope import Call, active
+from triton_sp.wrappers.trial import tensors_in
 
 # Mean relative errors of tokens. Sharding changes the order of sums only: 1e-6 in float32, and up to 0.02 after some
 # thirty layers in bfloat16. What is computed wrongly differs by 0.1 to 1.4.
@@ -150,11 +151,7 @@ def try_vision_model(override: Override, arguments: dict[str, Any], args: Any, k
 
 def _tensors(out: Any) -> list[Tensor]:
     """The floating-point tensors of an output."""
-    if isinstance(out, Tensor):
-        return [out] if out.is_floating_point() else []
-    if isinstance(out, Mapping):
-        out = list(out.values())
-    return [x for value in out for x in _tensors(value)] if isinstance(out, list | tuple) else []
+    return [x for x in tensors_in(out) if x.is_floating_point()]
 
 
 # --- either --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ kept, because it is not known who sees it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from triton_sp.wrappers.install import Installation, LastCall, Override
 from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.opaque import METHOD
 from triton_sp.wrappers.scope import Call, active, bound_checkpoints, current, refuse_lost_scope
-from triton_sp.wrappers.trial import GATHERED
+from triton_sp.wrappers.trial import GATHERED, tensors_in
 
 _RETURNS = "_triton_sp_returns"  # the attribute of a block with how many things it returns; 0 for one that is no tuple
 
@@ -135,8 +134,8 @@ def _run_block(override: Override, *args: Any, **kwargs: Any) -> Any:
         return override.original(*args, **kwargs)
     given = scope.given[id(override.module)]
     arguments |= {name: _chosen(arguments.get(name), value, scope) for name, value in given.items()}
-    noted = {id(x) for x in _tensors(given)}
-    whole = {x.untyped_storage().data_ptr() for x in _tensors(arguments) if id(x) in noted}
+    noted = {id(x) for x in tensors_in(given)}
+    whole = {x.untyped_storage().data_ptr() for x in tensors_in(arguments) if id(x) in noted}
     before = scope.tally["gathered"]
     # A reentrant checkpoint sees only the gradients of what comes without a name.
     unnamed = [arguments.pop(name) for name in list(override.__signature__.parameters)[: len(args)]]
@@ -208,12 +207,3 @@ def _run_layer(override: Override, *args: Any, **kwargs: Any) -> Any:
 
 def _tokens(call: TextCall) -> int:
     return len(call.local_index)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of containers."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | tuple | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from triton_sp.plan.cost import find_link
 from triton_sp.plan.recurrence import Shape, choose_method
 from triton_sp.wrappers import recurrence
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.lookups import with_globals
 from triton_sp.wrappers.rules import Recurrence
 from triton_sp.wrappers.scope import KEYWORD, AttentionScope, refuse_lost_scope
 
@@ -50,7 +50,8 @@ def _run_layer(override: Override, *args: Any, **kwargs: Any) -> Any:
     if not hidden.shape[1]:  # reshapes of the kind (0, -1, D) fail: one row that counts for nothing
         arguments["hidden_states"] = F.pad(hidden, (0, 0, 0, 1))
     functions = _Functions(scope, override.installation, override.module)
-    out = _forward_with(override.module, functions.by_name())(override.module, **arguments)
+    forward = with_globals(inspect.unwrap(type(override.module).forward), functions.by_name())
+    out = forward(override.module, **arguments)
     functions.check()
     scope.tally["recurrent"] += 1
     return out[:, : hidden.shape[1]]
@@ -64,20 +65,6 @@ def _padding(scope: AttentionScope, hidden: Tensor) -> Tensor | None:
     lengths = stream.cu_seqlens.diff()
     keep = torch.repeat_interleave(used > 0, lengths, output_size=stream.shards.total)
     return keep[stream.local][None]
-
-
-def _forward_with(layer: nn.Module, functions: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
-    """The forward of a layer's class, looking up these functions where it looks up those of its module."""
-    forward: Any = inspect.unwrap(type(layer).forward)
-    ours = FunctionType(
-        forward.__code__,
-        {**forward.__globals__, **functions},
-        forward.__name__,
-        forward.__defaults__,
-        forward.__closure__,
-    )
-    ours.__kwdefaults__ = forward.__kwdefaults__
-    return ours
 
 
 class _Functions:

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import CellType, FunctionType
+from types import CellType
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from triton_sp.anatomy.parts import Anatomy
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.ops.pack import Rotation
 from triton_sp.wrappers.install import Installation, Override
+from triton_sp.wrappers.lookups import with_globals
 from triton_sp.wrappers.rotation_trial import LAYOUTS, Rotated, fit, is_view, tables, try_rotation, version
 
 ROTATOR = "_triton_sp_rotator"  # the attribute of an attention module
@@ -153,23 +154,21 @@ def _forward_of(kind: type) -> tuple[Any, Any]:
     function that rotates; None if what decorates it cannot be put around another function."""
     own: Any = kind.forward  # type: ignore[attr-defined]
     names = {name: _left_to_the_pack(function) for name, function in _functions(kind).items()}
-    return own, _with_globals(own, names)
+    return own, _with_ours(own, names)
 
 
-def _with_globals(function: Any, names: dict[str, Any]) -> Any:
+def _with_ours(function: Any, names: dict[str, Any]) -> Any:
+    """`with_globals` of a function that may be decorated."""
     if not inspect.isfunction(function):
         return None
     inner, cells = getattr(function, "__wrapped__", None), function.__closure__ or ()
     if inner is not None:
-        ours = _with_globals(inner, names)
+        ours = _with_ours(inner, names)
         around = [cell.cell_contents is inner for cell in cells]
         if ours is None or not any(around):
             return None
         cells, names = tuple(CellType(ours) if it_is else cell for cell, it_is in zip(cells, around, strict=True)), {}
-    looked_up = {**function.__globals__, **names}
-    copied = FunctionType(function.__code__, looked_up, function.__name__, function.__defaults__, cells)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
+    return with_globals(function, names, cells)
 
 
 def _left_to_the_pack(function: Callable[..., Any]) -> Callable[..., Any]:

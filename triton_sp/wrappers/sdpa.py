@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +22,7 @@ from triton_sp import stages
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.plan.stream import Stream
 from triton_sp.wrappers.hidden import HiddenShape, SequencesShape
+from triton_sp.wrappers.lookups import with_globals
 
 if TYPE_CHECKING:
     from triton_sp.wrappers.verification import Proof
@@ -77,11 +77,8 @@ class ShardSDPA(TorchFunctionMode):
         elif func is F.multi_head_attention_forward:
             # torch switches the mode off inside its own functions, so this one is run with our attention in place
             # of the global name that it looks up; the function itself is not touched.
-            names = F.multi_head_attention_forward.__globals__ | {
-                "scaled_dot_product_attention": self.attend,
-                "has_torch_function": lambda _: False,
-            }
-            func = FunctionType(func.__code__, names, func.__name__, func.__defaults__)
+            names = {"scaled_dot_product_attention": self.attend, "has_torch_function": lambda _: False}
+            func = with_globals(func, names)
         return func(*args, **(kwargs or {}))
 
 

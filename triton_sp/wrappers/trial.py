@@ -5,7 +5,7 @@ The code of a module does not show that, so the module is run once both ways.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -108,6 +108,15 @@ def random_states(shape: torch.Size, like: Tensor) -> Tensor:
 def hidden_of(out: Any) -> Tensor:
     """The hidden states of what a block or an attention module returns."""
     return out[0] if isinstance(out, tuple) else out
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in a nest of mappings, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
 
 
 def shards_inside(total: int, length: int, ranks: int) -> Shards:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from triton_sp.anatomy.families import layer_config
 from triton_sp.anatomy.find import find_parts
-from triton_sp.anatomy.parts import Fusion, Stack, device_of
+from triton_sp.anatomy.parts import Anatomy, Fusion, Stack, device_of
 from triton_sp.errors import InputError, SPError, require
 from triton_sp.forecast.job import Job
 from triton_sp.forecast.step import Forecast, forecast_batch
@@ -27,6 +28,7 @@ FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 
 ATTENTION_GATHERED = "sharded, attention gathered"
 PROVEN, BY_STRUCTURE = "proven", "accepted by structure"
+BY_IMAGES, LEFT_WHOLE = "by images", "left whole"
 
 LEGEND = {
     PROVEN: "the tests compare a model of this kind with one process: its loss, and the gradient of every parameter.",
@@ -42,7 +44,9 @@ LEGEND = {
     FEATURES_GATHERED: "features and embeddings are whole on every rank; the decoder takes its part of them.",
     GATHERED: "this attention multiplies its matrices itself, so each rank gathers its input, computes all of it and "
     "keeps its own tokens. Calling torch.nn.functional.scaled_dot_product_attention instead would divide the work.",
-    "left whole": "every rank computes all of it, as without triton_sp.",
+    BY_IMAGES: "each rank runs it on images of its own, and on no other rank's. An image is not divided, so of fewer "
+    "images than ranks some ranks have none, and repeat another's to no effect.",
+    LEFT_WHOLE: "every rank computes all of it, as without triton_sp.",
     "refused": "wrap raises this error instead of computing something else.",
 }
 
@@ -57,8 +61,8 @@ class Row:
         layers: how many blocks it has.
         heads: the number of query heads, and after "/" that of key/value heads if these are fewer.
         heads_per_rank: the mean number of query heads that a rank attends with.
-        decision: "sharded", "left whole", "refused", or "unchanged" on one rank; for the fusion of vision and text
-            "features routed" or "features gathered".
+        decision: "sharded", "by images", "left whole", "refused", or "unchanged" on one rank; for the fusion of vision
+            and text "features routed" or "features gathered".
         why: the reason.
         last_batch: empty until the wrapped model has run. Then the plan of its last batch (or of the one given), the
             tokens of each rank, how the layers attended on this rank (in two ways if windows and whole images
@@ -206,7 +210,8 @@ def _explain(model: nn.Module, ranks: int | None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rotations = describe_rotations(anatomy)
-    rows += [Row(name, "other", None, "", "", "left whole", reason) for name, reason in anatomy.unsharded]
+    makers = anatomy.fusion.makers if anatomy.fusion is not None and not unchanged else ()
+    rows += _rows_beside(anatomy, makers, {} if installation is None else installation.last_whole)
     return Explanation(
         title, tuple(rows), attention, loss, prefill, verified, _memory(installation), rotations=rotations
     )
@@ -231,6 +236,19 @@ def _fusion_row(fusion: Fusion) -> Row:
     whole = [features.method for features in fusion.features if features.granularity == "whole"]
     why = "; ".join([PROVEN if fusion.proven else BY_STRUCTURE, *(f"{method} runs on every rank" for method in whole)])
     return Row(name, kind, None, "", "", FEATURES_ROUTED, why)
+
+
+def _rows_beside(anatomy: Anatomy, makers: tuple[str, ...], made_whole: Mapping[str, str]) -> list[Row]:
+    """What is in no stack that is sharded: it runs on a rank's own images where only such features are made of it,
+    unless those of the last batch were made on every rank."""
+    rows = list[Row]()
+    for name, reason in anatomy.unsharded or [(name, "") for name in makers if not anatomy.towers]:
+        by_images = any(f"{name}.".startswith(f"{maker}.") for maker in makers)
+        why = next((f"{method} of the last batch: {why}" for method, why in made_whole.items() if by_images), "")
+        decision = BY_IMAGES if by_images and not why else LEFT_WHOLE
+        kind = "other" if anatomy.unsharded else "vision"
+        rows.append(Row(name, kind, None, "", "", decision, "; ".join(filter(None, (reason, why)))))
+    return rows
 
 
 def _last_batch(part: str, installation: Installation) -> str:

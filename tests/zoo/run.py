@@ -27,7 +27,7 @@ INTRODUCTION = (
     '`plan="heads"` and more rows than ranks, against one process: the loss, and the gradient of every parameter, in',
     "float64. `make zoo` makes this page. Configurations are the default ones made small: what a released checkpoint",
     "switches on beside them is not in these figures. *routed*: no rank holds all features; *gathered*, *made whole*:",
-    "every rank does. A tower that is *left whole* runs on each rank's own images where features are routed.",
+    "every rank does. *by images*: of what makes features each rank runs its own images, and does not divide one.",
     "*refused*: by an error that names the part. *not built*: the tiny model does not run in one process with the",
     "configuration or the batch made for it, so nothing is known of it. Dropout and jitter are 0: what is drawn at",
     "random has no one answer. Models that may be decoders or not are decoders. What differs by more than rounding",

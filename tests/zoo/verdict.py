@@ -164,7 +164,7 @@ def _parts(model: nn.Module) -> dict[str, str]:
     parts = {"tower": "", "features": "", "decoder": ""}
     for row in explanation.rows:
         kind = row.kind.split(" ")[0]
-        key = {"vision": "tower", "blocks": "tower", "fusion": "features", "decoder": "decoder", "other": "tower"}[kind]
+        key = {"fusion": "features", "decoder": "decoder"}.get(kind, "tower")
         parts[key] = parts[key] or row.decision.removeprefix("features ")
     if installation is not None and installation.last_whole and parts["features"] == "routed":
         parts["features"] = "made whole"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from triton_sp.anatomy.families import FEATURE_METHODS, PROVEN_COMPOSITES
+from triton_sp.anatomy.makers import makers_of
 from triton_sp.anatomy.parts import FeatureMethod, Fusion, Stack, code_names, contains, is_hf
 
 MODALITIES = ("image", "video", "audio")
@@ -48,8 +49,9 @@ def find_fusion(decoder: Stack, towers: list[Stack], entry: nn.Module, names: di
         features = _features(composite, towers)
     except _Unconventional as reason:
         return Fusion(names[id(composite)], composite, (), why=str(reason)) if towers else None
-    gathered = _gathered(composite, {method.method for method in features})
-    return Fusion(names[id(composite)], composite, features, proven=kind in PROVEN_COMPOSITES, gathered=gathered)
+    name, gathered = names[id(composite)], _gathered(composite, {method.method for method in features})
+    makers = makers_of(composite, features, decoder, name)
+    return Fusion(name, composite, features, proven=kind in PROVEN_COMPOSITES, gathered=gathered, makers=makers)
 
 
 def _around(decoder: Stack, towers: list[Stack], entry: nn.Module) -> Any:

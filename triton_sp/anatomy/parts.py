@@ -96,6 +96,7 @@ class Fusion:
         features: empty where the fusion is not known; features and embeddings are whole on every rank then.
         why: the reason why they are not known.
         gathered: with one of these arguments all features and embeddings are whole on every rank.
+        makers: the names of parts that make features of each rank's own images only.
         proven: the tests compare such a composite with one process.
     """
 
@@ -105,6 +106,7 @@ class Fusion:
     why: str = ""
     proven: bool = False
     gathered: tuple[str, ...] = ()
+    makers: tuple[str, ...] = ()
 
     @property
     def visual_arguments(self) -> set[str]:

@@ -40,16 +40,23 @@ def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) 
     >>> crops = {"pixel_values": torch.zeros(2, 3, 8, 8), "crops": torch.zeros(5, 3, 8, 8), "num": torch.tensor([2, 3])}
     >>> rows_of_images(crops, "pixel_values", None)
     {'pixel_values': [1, 1], 'crops': [2, 3], 'num': [1, 1]}
+    >>> strip = {"pixel_values": torch.zeros(1, 3, 4, 48), "target_sizes": torch.tensor([[2, 2], [4, 2]])}
+    >>> rows_of_images(strip, "pixel_values", None)
+    {'pixel_values': [16, 32], 'target_sizes': [1, 1]}
     """
     sizes, samples = arguments.get(grid) if grid else None, arguments.get("batch_num_images")
+    strip = strip_of_patches(arguments, pixels) if sizes is None else []
     images = len(arguments[pixels]) if sizes is None else len(sizes)
     patches = [] if sizes is None else torch.as_tensor(sizes).prod(-1).tolist()
+    if strip:
+        images, patches = len(strip), [count * arguments[pixels].shape[-2] for count in strip]
     told = [patches, *_counts(arguments, images)]
     rows: dict[str, list[int]] = {}
     for name, value in arguments.items():
         if name == "batch_num_images" or not _has_entries(value):
             continue
-        own = next((counts for counts in ([1] * images, *told) if len(value) == sum(counts)), None)
+        entries = value.shape[-1] if strip and name == pixels else len(value)
+        own = next((counts for counts in ([1] * images, *told) if entries == sum(counts)), None)
         if own is None:
             return f"{name} has {len(value)} entries, {grid or pixels} {images}"
         rows[name] = own
@@ -60,6 +67,20 @@ def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) 
         return f"batch_num_images has {sum(counts)} images, {pixels} {images}"
     by_sample = {name: [sum(part) for part in _split(own, counts)] for name, own in rows.items()}
     return by_sample | {"batch_num_images": [1] * len(counts)}
+
+
+def strip_of_patches(arguments: Mapping[str, Any], pixels: str) -> list[int]:
+    """How many patches each image has, where they lie side by side in one strip (1, channels, height, width), and an
+    argument has the height and width of each image in patches (MiniCPM); or nothing."""
+    strip = arguments[pixels]
+    if strip.ndim != 4 or len(strip) != 1:
+        return []
+    for sizes in arguments.values():
+        if isinstance(sizes, Tensor) and sizes.ndim == 2 and sizes.shape[1] == 2 and not sizes.is_floating_point():
+            patches = sizes.prod(-1).tolist()
+            if len(patches) > 1 and sum(patches) * strip.shape[-2] == strip.shape[-1]:
+                return patches
+    return []
 
 
 def _counts(arguments: Mapping[str, Any], images: int) -> list[list[int]]:
@@ -92,6 +113,8 @@ def empty_parts(rows: Mapping[str, list[int]], group: Group) -> str:
 def bounds(arguments: Mapping[str, Any], rows: Mapping[str, list[int]], pixels: str, packed: bool) -> tuple[int, ...]:
     """The shape of the pixels, of all arguments that hold some; where patches are packed, (patches, channels)."""
     shape = tuple(arguments[pixels].shape)
+    if sum(rows[pixels]) != shape[0]:  # a strip of patches
+        return (shape[-1] // shape[-2], shape[-3] * shape[-2] ** 2)
     if packed:
         return (shape[0], math.prod(shape[1:]))
     shapes = [tuple(arguments[name].shape) for name in rows if getattr(arguments[name], "ndim", 0) == len(shape)]
@@ -104,6 +127,9 @@ def take_images(
     """The arguments with this rank's images, or with the first image if it has none, and whether it has any."""
     own = shard_tokens(len(next(iter(rows.values()))), group.size).range(group.rank)
     taken = own or range(1)
-    return {
-        name: arguments[name][sum(counts[: taken.start]) : sum(counts[: taken.stop])] for name, counts in rows.items()
-    }, bool(own)
+
+    def part(value: Any, counts: list[int]) -> Any:
+        start, stop = sum(counts[: taken.start]), sum(counts[: taken.stop])
+        return value[start:stop] if len(value) == sum(counts) else value[..., start:stop]  # of a strip
+
+    return {name: part(arguments[name], counts) for name, counts in rows.items()}, bool(own)

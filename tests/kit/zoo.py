@@ -225,8 +225,8 @@ def packed_cases() -> list[Case]:
 FEATURES_GATHERED: set[str] = set()
 if "image_newline" not in inspect.unwrap(hf.LlavaOnevisionModel.get_video_features).__code__.co_names:
     FEATURES_GATHERED.add("llava_onevision")
-# Their tower is not sharded at all: a merger between its blocks leaves fewer tokens, or its masks are of another kind.
-TOWER_WHOLE = ("minicpmv4_6", "mllama")
+# Their tower's blocks are not sharded: a merger between them leaves fewer tokens, or its masks are of another kind.
+TOWER_WHOLE = {"minicpmv4_6": "by images", "mllama": "left whole"}
 
 
 def odd_head_cases() -> list[Case]:
@@ -295,7 +295,7 @@ def joined_patches(counts: list[tuple[int, int]], count: int, dtype: torch.dtype
 
 
 def small_vlm_cases(conv: dict[str, Any], text: dict[str, Any]) -> list[Case]:
-    """LFM2-VL, whose features are gathered, and MiniCPM-V 4.6, whose tower stays whole."""
+    """LFM2-VL, and MiniCPM-V 4.6, whose tower runs on a rank's own images."""
     lfm2 = text_config("Lfm2", **conv).to_dict()
     vision = {"hidden_size": HEADS * 4, "num_attention_heads": HEADS, "intermediate_size": 64, "patch_size": PATCH}
     siglip2 = vision | {"model_type": "siglip2_vision_model", "num_hidden_layers": 2, "num_patches": GRID**2}

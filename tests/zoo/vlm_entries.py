@@ -93,6 +93,8 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
         "vision_config.projector_input_dim": WIDTH, "vision_config.projector_output_dim": WIDTH,
         "text_config.floor_scale": 5, "text_config.attn_scale": 0.7,
     },
+    # The merger runs behind a layer that there is; without it images would be read at each other's rows.
+    **{name: {"insert_layer_id": 1} for name in ("minicpm_ocr", "minicpmv4_6", "minicpmv4_7")},
     "mllama": {
         "vision_config.num_global_layers": 1, "vision_config.vision_output_dim": 2 * WIDTH,
         "vision_config.max_num_tiles": 2, "vision_config.intermediate_layers_indices": [0],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -210,8 +209,7 @@ def _explain(model: nn.Module, ranks: int | None) -> Explanation:
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
     rotations = describe_rotations(anatomy)
-    makers = anatomy.fusion.makers if anatomy.fusion is not None and not unchanged else ()
-    rows += _rows_beside(anatomy, makers, {} if installation is None else installation.last_whole)
+    rows += _rows_beside(anatomy, installation, unchanged)
     return Explanation(
         title, tuple(rows), attention, loss, prefill, verified, _memory(installation), rotations=rotations
     )
@@ -238,9 +236,11 @@ def _fusion_row(fusion: Fusion) -> Row:
     return Row(name, kind, None, "", "", FEATURES_ROUTED, why)
 
 
-def _rows_beside(anatomy: Anatomy, makers: tuple[str, ...], made_whole: Mapping[str, str]) -> list[Row]:
+def _rows_beside(anatomy: Anatomy, installation: Installation | None, unchanged: bool) -> list[Row]:
     """What is in no stack that is sharded: it runs on a rank's own images where only such features are made of it,
     unless those of the last batch were made on every rank."""
+    makers = anatomy.fusion.makers if anatomy.fusion is not None and not unchanged else ()
+    made_whole = {} if installation is None else installation.last_whole
     rows = list[Row]()
     for name, reason in anatomy.unsharded or [(name, "") for name in makers if not anatomy.towers]:
         by_images = any(f"{name}.".startswith(f"{maker}.") for maker in makers)

@@ -44,25 +44,36 @@ def rows_of_images(arguments: Mapping[str, Any], pixels: str, grid: str | None) 
     >>> rows_of_images(strip, "pixel_values", None)
     {'pixel_values': [16, 32], 'target_sizes': [1, 1]}
     """
-    sizes, samples = arguments.get(grid) if grid else None, arguments.get("batch_num_images")
-    strip = strip_of_patches(arguments, pixels) if sizes is None else []
-    images = len(arguments[pixels]) if sizes is None else len(sizes)
-    patches = [] if sizes is None else torch.as_tensor(sizes).prod(-1).tolist()
-    if strip:
-        images, patches = len(strip), [count * arguments[pixels].shape[-2] for count in strip]
-    told = [patches, *_counts(arguments, images)]
+    images, told, strip = _entries_by_image(arguments, pixels, grid)
     rows: dict[str, list[int]] = {}
     for name, value in arguments.items():
         if name == "batch_num_images" or not _has_entries(value):
             continue
         entries = value.shape[-1] if strip and name == pixels else len(value)
-        own = next((counts for counts in ([1] * images, *told) if entries == sum(counts)), None)
+        own = next((counts for counts in told if entries == sum(counts)), None)
         if own is None:
             return f"{name} has {len(value)} entries, {grid or pixels} {images}"
         rows[name] = own
-    if samples is None:
-        return rows
-    counts = torch.as_tensor(samples).tolist()
+    samples = arguments.get("batch_num_images")
+    return rows if samples is None else _rows_of_samples(rows, torch.as_tensor(samples).tolist(), pixels, images)
+
+
+def _entries_by_image(arguments: Mapping[str, Any], pixels: str, grid: str | None) -> tuple[int, list[list[int]], bool]:
+    """How many images there are; how many entries of an argument each may have: one, as many as it has patches or
+    columns of a strip, or as many as another argument says; and whether the pixels are a strip."""
+    sizes = arguments.get(grid) if grid else None
+    if sizes is not None:
+        images, patches, strip = len(sizes), torch.as_tensor(sizes).prod(-1).tolist(), False
+    else:
+        patches = [count * arguments[pixels].shape[-2] for count in strip_of_patches(arguments, pixels)]
+        images, strip = len(patches) or len(arguments[pixels]), bool(patches)
+    return images, [[1] * images, patches, *_counts(arguments, images)], strip
+
+
+def _rows_of_samples(
+    rows: Mapping[str, list[int]], counts: list[int], pixels: str, images: int
+) -> dict[str, list[int]] | str:
+    """The same by sample, of which each has so many images."""
     if sum(counts) != images:
         return f"batch_num_images has {sum(counts)} images, {pixels} {images}"
     by_sample = {name: [sum(part) for part in _split(own, counts)] for name, own in rows.items()}

@@ -30,10 +30,6 @@ from kit.tiny import (
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "v_head_dim": 6, "qk_nope_head_dim": 8}
 
 
-# Whose features every rank gets whole: images and videos have the same placeholder.
-GATHERED = {"molmo2"}
-
-
 def special(case: Case) -> Case:
     """Not in the suite of all families: these have a file of their own. What is done in float32 is done in float64."""
     return replace(case, suite=(), widened=True)

@@ -379,4 +379,3 @@ CASES = {
 }
 
 CASES |= {case.name: case for case in special.cases() if is_installed(case)}
-FEATURES_GATHERED |= special.GATHERED

@@ -1,19 +1,23 @@
 """Towers that are not sharded run on a rank's own images where features are routed: also where the patches of all
-images lie in one strip. `explain` says so, and of nothing that another method or the forward calls as well."""
+images lie in one strip, or are pointed at. `explain` says so, and not of what other methods or the forward call too."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from kit import parity, tiny, zoo
 from torch import Tensor, nn
+from zoo.batches import Batch, noise, text_batch
 from zoo.build import build
 
 import triton_sp
 from triton_sp.anatomy.makers import makers_of
 from triton_sp.anatomy.parts import FeatureMethod, Stack
 
+IMAGE = 3  # the placeholder of the zoo's models
 WIDTHS = [64, 32, 16, 32, 48]  # of the images of MiniCPM's batches, in patches
 
 
@@ -37,6 +41,41 @@ def test_each_rank_runs_its_own_part_of_a_strip(ranks) -> None:
     assert sum(patches for (patches,), _ in own) == sum(WIDTHS)
     lone = ranks.run(step_with_strips, "plain", ranks=3)  # an image, which two ranks run to no effect
     assert lone == [([64], "by images")] * 3, lone
+
+
+def pointing_batch() -> Batch:
+    """Images of one crop and of two, whose cells point at patches of all crops of the batch."""
+    whole = torch.tensor([0, 2, 4, 12, 14, 16, 24, 26, 28])[:, None] + torch.tensor([0, 1, 6, 7])
+    crop = torch.cat([whole[:4], torch.tensor([[8, 9, -1, -1], [20, 21, -1, -1]])])  # at its edge, padded
+    first = [0, 1, 3]  # the crop of each image
+    pointers = [whole, torch.cat([whole + 36, crop + 72 * (crop >= 0)]), whole + 3 * 36]
+    grids = torch.tensor([[3, 3, 0, 0], [3, 3, 2, 3], [3, 3, 0, 0]])
+    batch = text_batch(torch.Generator().manual_seed(1), [[IMAGE] * len(own) for own in pointers])
+    types = (batch["input_ids"] == IMAGE).long()
+    given = {"image_token_pooling": torch.cat(pointers), "image_grids": grids, "mm_token_type_ids": types}
+    return batch | given | {"pixel_values": noise(first[-1] + 1, 36, 48)}
+
+
+def step_with_pointers() -> tuple[list[int], float]:
+    """How many crops this rank's tower got, and the worst error of a gradient."""
+    model = build("molmo2", "Molmo2ForConditionalGeneration", "vlm")
+    wrapped, batch, crops = copy.deepcopy(model), pointing_batch(), list[int]()
+    expected = parity.exact_step(model, batch)
+    triton_sp.wrap(wrapped, config=parity.heads(dist.get_world_size()))
+    tower: Any = wrapped.get_submodule("model.vision_tower.patch_embedding")
+    tower.register_forward_pre_hook(lambda _, args: crops.append(len(args[0])))
+    found = parity.step(wrapped, batch)
+    fusion = next(row for row in triton_sp.explain(wrapped).rows if row.kind.startswith("fusion"))
+    assert fusion.decision == "features routed" and "all made on every rank" not in fusion.last_batch, fusion
+    return crops[-1:], parity.gradient_error(found[1], expected[1])[0]
+
+
+def test_pointers_into_all_patches_become_those_of_own_crops(ranks) -> None:
+    """In float64, but norms round to float32."""
+    for size, sizes in ((2, [3, 1]), (3, [1, 2, 1])):
+        found = ranks.run(step_with_pointers, ranks=size)
+        assert [crops for crops, _ in found] == [[own] for own in sizes], found
+        assert max(error for _, error in found) < 1e-6, found
 
 
 class Composite(nn.Module):

@@ -111,8 +111,9 @@ def cells_of(rows: list[Verdict]) -> list[str]:
 
 
 def joined(cells: list[str], before: list[str] | None) -> list[str]:
-    """A line, with the numbers of ranks on which the class was exact before; the worst of their errors."""
-    if before is None or not cells[2] == before[2] == "exact":
+    """A line, with the numbers of ranks on which the class was exact before; the worst of their errors, unless all were
+    judged again."""
+    if before is None or not cells[2] == before[2] == "exact" or {*before[6].split(", ")} <= {*cells[6].split(", ")}:
         return cells
     ranks = sorted({*cells[6].split(", "), *before[6].split(", ")})
     return [*cells[:6], ", ".join(ranks), max(cells[7], before[7], key=float)]

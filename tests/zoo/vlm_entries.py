@@ -115,6 +115,7 @@ VLM_ENTRIES: dict[str, dict[str, Any]] = {
         "text_config.indexer_n_heads": 2, "text_config.indexer_kv_heads": 1, "text_config.indexer_head_dim": 12,
         "text_config.indexer_budget": 512, "text_config.indexer_compress_ratio": 2,
     },
+    "vipllava": {"vision_feature_layers": [-2, 1]},
     "step3p7": {
         "text_config.sliding_window": 7, "text_config.num_sliding_attention_heads": 8,
         "text_config.share_expert_dim": WIDER,

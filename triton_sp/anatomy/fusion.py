@@ -137,9 +137,10 @@ def _placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
     """The attribute of the configuration that holds the placeholder's id of each kind of features, as
     `get_placeholder_mask` finds it (GLM-4V's videos stand where images do)."""
     ids = {f"{kind}_token_id": getattr(composite.config, f"{kind}_token_id", None) for kind in MODALITIES}
-    ids = {name: value for name, value in ids.items() if isinstance(value, int)}
-    if not ids or len(set(ids.values())) != len(ids):
-        raise _Unconventional("its configuration has no placeholder ids, or the same for different features")
+    ids = {value: name for name, value in reversed(ids.items()) if isinstance(value, int)}  # the first of equal ones
+    ids = {name: value for value, name in ids.items()}
+    if not ids:
+        raise _Unconventional("its configuration has no placeholder ids")
     placeholders = {}
     for kind in kinds:
         found = _find_placeholder(composite, kind, ids)
@@ -153,12 +154,14 @@ def _placeholders(composite: Any, kinds: Iterable[str]) -> dict[str, str]:
 def _find_placeholder(composite: Any, kind: str, ids: dict[str, int]) -> str | None:
     """Ask `get_placeholder_mask` which of these ids, one token each, stands for features of a kind. None if not one."""
     tokens = torch.tensor([list(ids.values())])
-    try:
-        marked = _mask_of(composite, kind, tokens, torch.zeros(1, 2), ids)
-    except Exception:  # a method of anybody's: whatever it raises, it is not the convention
-        return None
-    found = (marked[..., 0] if marked.ndim == 3 else marked)[0].nonzero().flatten().tolist()
-    return list(ids)[found[0]] if len(found) == 1 else None
+    for shape in ((1, 2), (1, 1, 2)):  # rows, or a tensor of images and their rows
+        try:
+            marked = _mask_of(composite, kind, tokens, torch.zeros(shape), ids)
+        except Exception:  # a method of anybody's: whatever it raises, it is not the convention
+            continue
+        found = (marked[..., 0] if marked.ndim == 3 else marked)[0].nonzero().flatten().tolist()
+        return list(ids)[found[0]] if len(found) == 1 else None
+    return None
 
 
 def _mask_of(composite: Any, kind: str, tokens: Tensor, features: Tensor, ids: dict[str, int]) -> Tensor:

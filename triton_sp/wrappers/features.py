@@ -27,6 +27,7 @@ from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall
 from triton_sp.wrappers.patches import cut_patches, merged_rows
 from triton_sp.wrappers.placement import Images
+from triton_sp.wrappers.pooled import pointed_at_own, pooled_rows
 from triton_sp.wrappers.scope import Call, active, current, refuse_lost_scope
 
 
@@ -140,12 +141,15 @@ def _from_images(features: FeatureMethod, override: Override, arguments: dict[st
     if features.per_sample and len(shape) == 5:
         taken, has_own = take_from_samples(pixels, arguments, group)
     else:
-        rows = rows_of_images(arguments, pixels, features.grid)
+        rows, pointers = pooled_rows(arguments, pixels)
+        rows = rows if pointers else rows_of_images(arguments, pixels, features.grid)
         reason = rows if isinstance(rows, str) else empty_parts(rows, group)
         if isinstance(rows, str) or reason:
             return _from_whole(features, override, arguments, needed, reason)
         shape = bounds(arguments, rows, pixels, packed=features.grid is not None)
         taken, has_own = take_images(rows, arguments, group)
+        if pointers:
+            taken[pointers] = pointed_at_own(taken[pointers], shape[1])
     # A rank without an image runs the first one to no effect: the model's own code needs one, and collectives that are
     # made on the way (the tower's, an engine's) need every rank. Of what it makes, no row counts.
     with active(Call(placement=Images(group, shape, stand_in=not has_own))):

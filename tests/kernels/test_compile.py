@@ -22,12 +22,14 @@ TABLE = ct.TABLE.read()
 
 
 def assert_good(row):
-    """No spill and no product in vain on the chip that the kernels are for; no load narrower than a tile makes it."""
+    """No spill, but for 8 registers a thread on sm_100, whose own matrix unit the kernels don't fit yet; no product in
+    vain on the chip that they are for; no load narrower than a tile makes it."""
     row = {name: str(value) for name, value in row.items()}
     assert int(row["shared_bytes"]) <= SHARED_LIMIT[row["target"]] and not row["warnings"] and row["matrix"], row
     parts = [ct.launch.split(int(row[name])) for name in ("dim", "v_dim")]
+    assert int(row["spill_bytes"]) <= (32 if row["target"] == "sm_100" else 0), row
     if row["target"] == "sm_90":
-        assert row["spill_bytes"] == row["stack_bytes"] == row["mma_sync"] == "0", row
+        assert row["mma_sync"] == row["stack_bytes"] == "0", row
         padded = max(sum(part) / int(row[name]) for part, name in zip(parts, ("dim", "v_dim"), strict=True))
         assert float(row["issued_over_useful"]) <= padded + 0.001, row
     if row["tier"] == "tl" and row["target"].startswith("sm"):
@@ -50,17 +52,23 @@ def test_compiled(target, case, tmp_path, monkeypatch):
             assert row["registers"] <= int(known["registers"]) + 8, (row, known)
 
 
-def test_table_has_what_decides_and_is_good():
-    """The head dims of the models that there are, for the oldest and the newest Triton, and no row that is bad."""
+def test_table_is_whole_and_good():
+    """Every case on every target for the newest Triton; for the oldest the head dims of the models that there are. And
+    no row that is bad."""
     versions = {version for version, *_ in TABLE}
     assert "3.6.0" in versions and len(versions) > 1, "the oldest and the newest Triton"
-    for version in versions:
-        for target in ("sm_80", "sm_90", "gfx942"):
-            found = {(key[3], key[4], key[7]) for key in TABLE if key[:3] == (version, target, "tl") and not key[6]}
-            for dim in ("64", "72", "80", "88", "96", "128", "256"):
-                dkv = ["dkv"] if int(dim) <= 128 else ["dkv_dk", "dkv_dv"]
-                assert {(dim, dim, kernel) for kernel in ("forward", "dq", *dkv)} <= found, (version, target, dim)
-        assert ("192", "128", "dkv_dk") in {(*key[3:5], key[7]) for key in TABLE if key[:2] == (version, "sm_90")}
+    newest = max(versions, key=lambda version: tuple(map(int, version.split("."))))
+    for target in TARGETS:
+        found = {key[3:8] for key in TABLE if key[:3] == (newest, target, "tl")}
+        for case in ct.CASES:
+            split = max(case.dim, case.v_dim) > 128
+            dkv = () if case.variant == "sinks" else ("dkv_dk", "dkv_dv") if split else ("dkv",)
+            assert {(*case.key, kernel) for kernel in ("forward", "dq", *dkv)} <= found, (target, case)
+    for target in ("sm_80", "sm_90", "gfx942"):
+        found = {(key[3], key[4], key[7]) for key in TABLE if key[:3] == ("3.6.0", target, "tl") and not key[6]}
+        for dim in ("64", "72", "80", "88", "96", "128", "256"):
+            dkv = ["dkv"] if int(dim) <= 128 else ["dkv_dk", "dkv_dv"]
+            assert {(dim, dim, kernel) for kernel in ("forward", "dq", *dkv)} <= found, (target, dim)
     assert {key[3] for key in TABLE if (key[0], key[2]) == ("3.6.0", "gluon")} == set(map(str, ct.hopper_attend.DIMS))
     for row in TABLE.values():
         assert_good(row)

@@ -1,5 +1,6 @@
 """What tests share: rank processes and reference runs, each made once for the whole run."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from triton_sp.testing import RankPool
+
+gc.set_threshold(50_000, 20)  # as in the ranks' processes
 
 
 @pytest.fixture(scope="session")

@@ -1,23 +1,13 @@
 """varlen_attention: the kernels in Triton's interpreter, and the choice between them and the reference."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kit.interpreter import interpret, needs_triton
 
 from triton_sp.errors import InputError
 from triton_sp.kernels.mask import Mask
 from triton_sp.ops import dispatch, varlen
-
-
-@needs_triton
-@pytest.mark.timeout(900)  # two minutes on a core of its own
-@pytest.mark.parametrize("file", ["attend_cases.py", "attend_properties.py"])
-def test_kernels_in_the_interpreter(file: str):
-    interpret(Path(__file__).parent, file)
 
 
 def test_cpu_runs_the_reference(monkeypatch):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kit.interpreter import interpret, needs_triton
+from kit.interpreter import needs_triton
 
 from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import pack
@@ -57,11 +56,6 @@ def test_whole_heads_are_the_boxes_of_a_route(rows: int, counts: tuple[int, int,
     pack.unpack_heads(y, found, ranks)
     pack.unpack_boxes(y, boxes, expected)
     torch.testing.assert_close(found, expected)
-
-
-@needs_triton
-def test_kernels_in_the_interpreter() -> None:
-    interpret(Path(__file__).parent, "pack_cases.py")
 
 
 @needs_triton

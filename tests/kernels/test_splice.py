@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from kit.interpreter import interpret, needs_triton
+from kit.interpreter import needs_triton
 
 from triton_sp.errors import InputError
 from triton_sp.ops import splice
@@ -39,11 +38,6 @@ def test_operator_is_sound() -> None:
 def test_what_does_not_fit_raises(text: torch.Tensor, visual: torch.Tensor, index: torch.Tensor) -> None:
     with pytest.raises(InputError):
         splice.splice(text, visual, index)
-
-
-@needs_triton
-def test_kernels_in_the_interpreter() -> None:
-    interpret(Path(__file__).parent, "splice_cases.py")
 
 
 @needs_triton

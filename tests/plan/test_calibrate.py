@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import torch
 
+from triton_sp import cli
 from triton_sp.plan import cost
 from triton_sp.plan.calibrate import measure_link
 from triton_sp.ranks import groups
@@ -22,10 +20,8 @@ def test_ranks_agree(ranks) -> None:
     assert links[0].latency > 0 and links[0].bandwidth > 0 and links[0].compute > 0
 
 
-def test_command(tmp_path, monkeypatch) -> None:
+def test_command(tmp_path, monkeypatch, capfd) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = [sys.executable, "-m", "triton_sp.cli", "calibrate", "--ranks", "2"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert "2 ranks on cpu" in run.stdout
+    cli.main(["calibrate", "--ranks", "2"])
+    assert "2 ranks on cpu" in capfd.readouterr().out
     assert cost.find_link("auto", "cpu", 2).name == "calibrated cpu"

@@ -61,6 +61,7 @@ RUNS = [
     ("bloom", "left_pad", "reentrant", 3),
     ("bloom", "right_pad", "non_reentrant", 2),
     ("minimax", "left_pad", "none", 2),
+    ("minimax", "right_pad", "none", 3),  # the first rank has no padding, and so no mask of its own
     ("paligemma", "left_pad", "non_reentrant", 2),
 ]
 

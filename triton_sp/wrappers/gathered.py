@@ -166,6 +166,9 @@ def _chosen(own: Any, whole: Any, call: TextCall) -> Any:
     """What a block gets: its own part of what runs along the tokens, which layers gather, else the whole batch's."""
     if isinstance(own, tuple) and isinstance(whole, tuple) and len(own) == len(whole):
         return tuple(_chosen(a, b, call) for a, b in zip(own, whole, strict=True))
+    if own is None and isinstance(whole, Tensor) and whole.shape[:2] == call.shape:
+        # A mask that tells nothing of this rank's tokens is None here, and gathered elsewhere (3 ranks waited forever).
+        return whole.flatten(0, 1)[call.local_index][None]
     if whole is None or not isinstance(own, Tensor) or not isinstance(whole, Tensor):
         return own if whole is None else whole
     rows, length = call.shape

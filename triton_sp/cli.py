@@ -53,12 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, text in CHECKOUT.items():
         commands.add_parser(name, help=text, add_help=False)
-    parsed, rest = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["launch"] and given[1:] not in (["-h"], ["--help"]):
+        _launch(given[1:])  # argparse would take `-m` and what follows apart
+        return
+    parsed, rest = parser.parse_known_args(given)
     if parsed.command in CHECKOUT:
         sys.exit(_from_checkout(f"perf.{parsed.command}", rest))
-    if parsed.command == "launch":
-        _launch([*parsed.script, *rest])
-        return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if parsed.command == "plan":

@@ -18,7 +18,7 @@ import trainer_jobs
 from kit import zoo
 from kit.parity import weights_error
 
-from triton_sp import SPConfig, launch
+from triton_sp import SPConfig, cli, launch
 from triton_sp.errors import GroupError, InputError
 from triton_sp.ranks import groups
 from triton_sp.testing import RankError
@@ -84,6 +84,16 @@ def test_command(tmp_path: Path, monkeypatch) -> None:
     command = [sys.executable, "-m", "triton_sp.cli", "launch", str(script), "--lr", "1", "-v"]
     subprocess.run(command, env=environment, check=True, timeout=120)
     assert json.loads(out.read_text()) == [[str(script), "--lr", "1", "-v"], "__main__", "train"]
+
+
+@pytest.mark.parametrize("script", [["train.py"], ["-m", "package.train"]])
+def test_arguments(monkeypatch, script: list[str]) -> None:
+    """None is taken for one of ours."""
+    ran: list[Any] = []
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(launch, "run", ran.append)
+    cli.main(["launch", *script, "--ranks", "1", "-v"])
+    assert ran == [[*script, "--ranks", "1", "-v"]]
 
 
 @pytest.mark.parametrize(

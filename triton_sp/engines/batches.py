@@ -23,7 +23,7 @@ from triton_sp.ranks.failures import text_of
 from triton_sp.ranks.groups import Group
 
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
-_NONE = object()  # stands for a batch where there is none
+NONE = object()  # stands for a batch where there is none
 _DESCRIPTION_LIMIT = 1 << 22  # bytes of JSON
 # The options of a DataLoader besides its dataset and its sampler.
 _OPTIONS = (
@@ -78,13 +78,13 @@ class SharedBatches(DataLoader[Any]):
         for step in count():
             source = 0 if self._streamed else step % self.group.size
             batch = from_source(lambda: next(own), source, self.group, self.limit)
-            if batch is _NONE:
+            if batch is NONE:
                 return
             yield batch
 
 
 def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
-    """The batch that `load` returns on rank `source`, on every rank; `_NONE` if there is none left."""
+    """The batch that `load` returns on rank `source`, on every rank; `NONE` if there is none left."""
     kind, text, tensors, failure = _END, b"", [], None
     if group.rank == source:
         try:
@@ -98,7 +98,7 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
     head = torch.tensor([kind, len(text), sum(map(room, tensors))])
     kind, length, size = collectives.broadcast(head, source, group).tolist()
     if kind == _END:
-        return _NONE
+        return NONE
     _check_size(length, size, limit)
     own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(length, dtype=torch.uint8)
     text = bytes(collectives.broadcast(own, source, group).tolist())

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from torch.utils.data import DataLoader
 
 from triton_sp.engines.batches import SharedBatches
+from triton_sp.engines.own import own_batches
 from triton_sp.engines.resuming import ResumableBatches
 from triton_sp.engines.rollouts import share_rollouts
 from triton_sp.errors import InputError
@@ -78,6 +79,9 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
         if wrapped is not None:
             wrapped.return_to_front()  # of the fused head that TRL's trainers put on the model
     _adapt(trainer.accelerator, group, limit)
+    if group.size > 1:
+        made = trainer.get_train_dataloader
+        trainer.get_train_dataloader = partial(own_batches, trainer.accelerator, group, limit, made)
     if group.size > 1 and hasattr(trainer, "_generate_single_turn"):
         share_rollouts(trainer, group, collectives.leaders(group), limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with

@@ -52,9 +52,39 @@ engines: .venv/.ready
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation 'deepspeed>=0.19.8'
 	$(BIN)/python -m pytest -m "long or not long" tests/engines
 
-# Long: trainers of other packages, in an environment of their own.
-adapters: .venv-adapters/.ready
-	.venv-adapters/bin/python -m pytest -m "long or not long" tests/adapters
+# Long: trainers of other packages, in environments of their own, because each asks for another transformers.
+adapters: .venv-adapters/.ready .venv-axolotl/.ready .venv-llamafactory/.ready .venv-swift/.ready
+	.venv-adapters/bin/python -m pytest -m "long or not long" tests/adapters/test_trl.py
+	for name in axolotl llamafactory swift; do \
+		.venv-$$name/bin/python -m pytest -m "long or not long" tests/adapters/test_$$name.py || exit 1; done
+
+# axolotl without what it takes for GPUs and for logging; LLaMA-Factory without torchvision, and with an empty torchaudio,
+# because both packages' wheels need CUDA.
+.venv-axolotl/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-axolotl/bin/python -m pip install --quiet --no-compile --no-deps axolotl==0.19.0 \
+		axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6
+	.venv-axolotl/bin/python -m pip install --quiet --no-compile torch==2.13.0 transformers==5.16.1 accelerate==1.13.0 \
+		datasets==4.8.4 trl==1.9.0 peft==0.20.0 pydantic==2.12.5 huggingface_hub==1.17.0 tokenizers==0.23.1 addict fire \
+		PyYAML requests einops colorama 'numba<1.0' typer scipy art python-dotenv fastcore schedulefree==1.4.1 \
+		posthog==6.7.11 pillow bitsandbytes==0.50.2 triton evaluate wandb pytest pytest-timeout
+	touch $@
+
+.venv-llamafactory/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-llamafactory
+	.venv-llamafactory/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-llamafactory/bin/python -m pip install --quiet --no-compile torch==2.13.0 torchvision==0.28.0 \
+		llamafactory==0.9.5 pytest pytest-timeout
+	.venv-llamafactory/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	touch $$(.venv-llamafactory/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchaudio.py
+	touch $@
+
+.venv-swift/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --no-compile torch==2.13.0
+	.venv-swift/bin/python -m pip install --quiet --no-compile torch==2.13.0 ms-swift==4.6.0 pytest pytest-timeout
+	touch $@
 
 .venv-adapters/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv-adapters
@@ -118,4 +148,4 @@ compile-table: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-adapters .venv-mutants build reports
+	rm -rf .venv .venv-adapters .venv-axolotl .venv-llamafactory .venv-swift .venv-mutants build reports

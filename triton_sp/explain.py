@@ -240,13 +240,16 @@ def _rows_beside(anatomy: Anatomy, installation: Installation | None, unchanged:
     """What is in no stack that is sharded: it runs on a rank's own images where only such features are made of it,
     unless those of the last batch were made on every rank."""
     makers = anatomy.fusion.makers if anatomy.fusion is not None and not unchanged else ()
-    made_whole = {} if installation is None else installation.last_whole
+    last_whole = {} if installation is None else installation.last_whole
+    made_whole = next((f"{method} of the last batch: {why}" for method, why in last_whole.items()), "")
+    parts = [(name, "other", reason) for name, reason in anatomy.unsharded]
+    if not parts and not anatomy.towers:
+        parts = [(name, "vision", "") for name in makers]
     rows = list[Row]()
-    for name, reason in anatomy.unsharded or [(name, "") for name in makers if not anatomy.towers]:
+    for name, kind, reason in parts:
         by_images = any(f"{name}.".startswith(f"{maker}.") for maker in makers)
-        why = next((f"{method} of the last batch: {why}" for method, why in made_whole.items() if by_images), "")
+        why = made_whole if by_images else ""
         decision = BY_IMAGES if by_images and not why else LEFT_WHOLE
-        kind = "other" if anatomy.unsharded else "vision"
         rows.append(Row(name, kind, None, "", "", decision, "; ".join(filter(None, (reason, why)))))
     return rows
 

@@ -82,8 +82,8 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
     if group.size > 1:
         made = trainer.get_train_dataloader
         trainer.get_train_dataloader = partial(own_batches, trainer.accelerator, group, limit, made)
-    if group.size > 1 and hasattr(trainer, "_generate_single_turn"):
-        share_rollouts(trainer, group, collectives.leaders(group), limit)
+        if hasattr(trainer, "_generate_single_turn"):
+            share_rollouts(trainer, group, collectives.leaders(group), limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
     if group.size > 1 and getattr(trainer.args, "predict_with_generate", None) is not None:
         trainer.evaluation_loop = partial(_evaluate, trainer, trainer.evaluation_loop)

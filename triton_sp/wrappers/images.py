@@ -65,7 +65,7 @@ def _entries_by_image(arguments: Mapping[str, Any], pixels: str, grid: str | Non
     if sizes is not None:
         images, patches, strip = len(sizes), torch.as_tensor(sizes).prod(-1).tolist(), False
     else:
-        patches = [count * arguments[pixels].shape[-2] for count in strip_of_patches(arguments, pixels)]
+        patches = [count * arguments[pixels].shape[-2] for count in _strip_of_patches(arguments, pixels)]
         images, strip = len(patches) or len(arguments[pixels]), bool(patches)
     return images, [[1] * images, patches, *_counts(arguments, images)], strip
 
@@ -80,7 +80,7 @@ def _rows_of_samples(
     return by_sample | {"batch_num_images": [1] * len(counts)}
 
 
-def strip_of_patches(arguments: Mapping[str, Any], pixels: str) -> list[int]:
+def _strip_of_patches(arguments: Mapping[str, Any], pixels: str) -> list[int]:
     """How many patches each image has, where they lie side by side in one strip (1, channels, height, width), and an
     argument has the height and width of each image in patches (MiniCPM); or nothing."""
     strip = arguments[pixels]

@@ -27,12 +27,11 @@ def pooled_rows(arguments: Mapping[str, Any], pixels: str) -> tuple[dict[str, li
     crops, found = arguments[pixels], _pointers_and_grids(arguments)
     if crops.ndim != 3 or found is None:
         return {}, ""
-    pointers, grids = found
-    cells = _cells(arguments[grids])
+    pointers, grids, cells = found
     starts = _first_crops(arguments[pointers], cells, crops.shape[1])
-    if starts[0] != 0 or any(first >= after for first, after in pairwise([*starts, len(crops)])):
-        return f"{pointers} does not point at crops of one image after another", pointers
     own = [after - first for first, after in pairwise([*starts, len(crops)])]
+    if starts[0] != 0 or min(own) <= 0:
+        return f"{pointers} does not point at crops of one image after another", pointers
     return {pixels: own, pointers: cells, grids: [1] * len(cells)}, pointers
 
 
@@ -47,22 +46,22 @@ def pointed_at_own(pointers: Tensor, patches: int) -> Tensor:
     return pointers.where(pointers < 0, pointers - first)
 
 
-def _pointers_and_grids(arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Two arguments of whole numbers: a row for each cell, and one of pairs of heights and widths for each image."""
+def _pointers_and_grids(arguments: Mapping[str, Any]) -> tuple[str, str, list[int]] | None:
+    """Two arguments of whole numbers: a row for each cell, and one of pairs of heights and widths for each image. And
+    how many cells each image has."""
     tables = {
         name: value
         for name, value in arguments.items()
         if isinstance(value, Tensor) and value.ndim == 2 and len(value) and not value.is_floating_point()
     }
     for grids, sizes in tables.items():
-        for pointers, rows in tables.items():
-            if pointers != grids and sizes.shape[1] == 4 and sum(_cells(sizes)) == len(rows):
-                return pointers, grids
+        if sizes.shape[1] != 4:
+            continue
+        cells = sizes.unflatten(1, (2, 2)).prod(-1).sum(-1).tolist()
+        pointers = next((name for name, rows in tables.items() if name != grids and len(rows) == sum(cells)), None)
+        if pointers is not None:
+            return pointers, grids, cells
     return None
-
-
-def _cells(grids: Tensor) -> list[int]:
-    return grids.unflatten(1, (-1, 2)).prod(-1).sum(-1).tolist()
 
 
 def _first_crops(pointers: Tensor, cells: list[int], patches: int) -> list[int]:

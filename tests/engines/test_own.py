@@ -67,3 +67,36 @@ def leaves_alone() -> bool:
 
 def test_what_is_shared_already(ranks) -> None:
     assert all(ranks.run(leaves_alone, ranks=2))
+
+
+def read_alike(numbers: list[int], epochs: int, size: int | None = None) -> list[list[int]]:
+    """A loader that gives every rank of a group all numbers, one after another."""
+    group = groups.resolve_group(groups.neighbours(size))
+    batches = [{"input_ids": torch.tensor([number]), "text": "a sentence"} for number in numbers]
+    loader = own_batches(SimpleNamespace(_dataloaders=[]), group, 1 << 20, lambda: batches)
+    return [[int(batch["input_ids"]) for batch in loader] for _ in range(epochs)]
+
+
+def test_loader_that_gives_all_ranks_the_same(ranks) -> None:
+    """They would train on each batch twice. In groups too: the other group's batches do not matter."""
+    with pytest.raises(RankError) as raised:
+        ranks.run(read_alike, [3, 4, 5], 1, ranks=2)
+    assert {rank: type(error) for rank, error in raised.value.errors.items()} == {0: InputError, 1: InputError}
+    assert all("triton_sp.share_batches(loader, group)" in str(error) for error in raised.value.errors.values())
+    with pytest.raises(RankError) as raised:
+        ranks.run(read_alike, [3, 4, 5], 1, 2, ranks=4)
+    assert {rank: type(error) for rank, error in raised.value.errors.items()} == dict.fromkeys(range(4), InputError)
+
+
+def read_partly_alike() -> list[int]:
+    """Divided by rank, and of the numbers the first two are equal."""
+    numbers = [7, 7, 8, 9, 1, 1, 2, 2][dist.get_rank() :: 2]
+    loader = own_batches(SimpleNamespace(_dataloaders=[]), groups.resolve_group(None), 1 << 20, lambda: numbers)
+    return list(loader)
+
+
+def test_data_that_repeats_itself(ranks) -> None:
+    """Equal batches tell nothing where there is one sample only, or where another batch differs."""
+    assert ranks.run(read_alike, [3, 3, 3], 2, ranks=2) == [[[3] * 6] * 2] * 2
+    assert ranks.run(read_alike, [3], 2, ranks=2) == [[[3] * 2] * 2] * 2
+    assert ranks.run(read_partly_alike, ranks=2) == [[7, 7, 8, 9, 1, 1, 2, 2]] * 2

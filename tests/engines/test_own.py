@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
+from triton_sp.engines.batches import Sharing
 from triton_sp.engines.loaders import share_batches
 from triton_sp.engines.own import BatchesOfRanks, own_batches
 from triton_sp.errors import DisagreementError, InputError
@@ -38,7 +39,7 @@ class OwnLoader:
 
 def read(broken: int = -1) -> tuple[int, list[int]]:
     group = groups.resolve_group(None)
-    loader = own_batches(SimpleNamespace(_dataloaders=[]), group, 1 << 20, OwnLoader, broken)
+    loader = own_batches(SimpleNamespace(_dataloaders=[]), Sharing(group, 1 << 20), OwnLoader, broken)
     assert loader.dataset == range(6) and not hasattr(loader, "batch_sampler")
     with pytest.raises(InputError, match="ignore_data_skip"):
         _ = loader.sampler
@@ -59,9 +60,9 @@ def leaves_alone() -> bool:
     """What accelerate or `share_batches` has made for groups."""
     group, prepared = groups.resolve_group(None), OwnLoader()
     shared = share_batches(DataLoader([1, 2]))
-    made = own_batches(SimpleNamespace(_dataloaders=[prepared]), group, 1 << 20, lambda: prepared)
+    made = own_batches(SimpleNamespace(_dataloaders=[prepared]), Sharing(group, 1 << 20), lambda: prepared)
     return made is prepared and not isinstance(
-        own_batches(SimpleNamespace(_dataloaders=[]), group, 1 << 20, lambda: shared), BatchesOfRanks
+        own_batches(SimpleNamespace(_dataloaders=[]), Sharing(group, 1 << 20), lambda: shared), BatchesOfRanks
     )
 
 
@@ -73,7 +74,7 @@ def read_alike(numbers: list[int], epochs: int, size: int | None = None) -> list
     """A loader that gives every rank of a group all numbers, one after another."""
     group = groups.resolve_group(groups.neighbours(size))
     batches = [{"input_ids": torch.tensor([number]), "text": "a sentence"} for number in numbers]
-    loader = own_batches(SimpleNamespace(_dataloaders=[]), group, 1 << 20, lambda: batches)
+    loader = own_batches(SimpleNamespace(_dataloaders=[]), Sharing(group, 1 << 20), lambda: batches)
     return [[int(batch["input_ids"]) for batch in loader] for _ in range(epochs)]
 
 
@@ -91,7 +92,9 @@ def test_loader_that_gives_all_ranks_the_same(ranks) -> None:
 def read_partly_alike() -> list[int]:
     """Divided by rank, and of the numbers the first two are equal."""
     numbers = [7, 7, 8, 9, 1, 1, 2, 2][dist.get_rank() :: 2]
-    loader = own_batches(SimpleNamespace(_dataloaders=[]), groups.resolve_group(None), 1 << 20, lambda: numbers)
+    loader = own_batches(
+        SimpleNamespace(_dataloaders=[]), Sharing(groups.resolve_group(None), 1 << 20), lambda: numbers
+    )
     return list(loader)
 
 

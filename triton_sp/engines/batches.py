@@ -2,25 +2,27 @@
 
 The ranks take turns: rank i % P reads and decodes the batch of step i, and sends it to the others as a description in
 JSON and the bytes of its tensors. Nothing is pickled, so a rank cannot be made to run code. Sizes are compared with a
-limit before memory is taken for them.
+limit before memory is taken for them. Pixels may be cut where they were loaded: then each rank is sent its own patches.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from triton_sp.engines.wire import describe, deserialise, rebuild, room, serialise
+from triton_sp.engines.wire import DTYPES, describe, deserialise, rebuild, room, serialise
 from triton_sp.errors import DisagreementError, InputError
 from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree
 from triton_sp.ranks.failures import text_of
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.patches import PixelShard
 
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
 NONE = object()  # stands for a batch where there is none
@@ -30,6 +32,20 @@ _OPTIONS = (
     *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
     *("generator", "prefetch_factor", "persistent_workers", "pin_memory_device", "in_order"),
 )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the ranks of a group share batches.
+
+    Attributes:
+        limit: the most bytes that a rank takes for a batch.
+        cut: the pixels of a batch of which each rank is sent a part; None if batches are sent whole.
+    """
+
+    group: Group
+    limit: int
+    cut: Callable[[Any], dict[str, PixelShard]] | None = None
 
 
 class _Turns:
@@ -48,10 +64,11 @@ class _Turns:
 class SharedBatches(DataLoader[Any]):
     """A DataLoader whose batches every rank of a group gets; see `loaders.share_batches`."""
 
-    def __init__(self, loader: DataLoader[Any], group: Group, limit: int) -> None:
+    def __init__(self, loader: DataLoader[Any], sharing: Sharing) -> None:
+        group = sharing.group
         options = {name: getattr(loader, name) for name in _OPTIONS if hasattr(loader, name)}
         streamed = isinstance(loader.dataset, IterableDataset)
-        self.group, self.limit = group, limit
+        self.sharing = sharing
         super().__init__(**self.outer(loader, options))
         turns: dict[str, Any] = self._sampled(loader)
         turns |= {name: _Turns(sampler, group) for name, sampler in turns.items() if name.endswith("sampler")}
@@ -73,24 +90,30 @@ class SharedBatches(DataLoader[Any]):
         return options | {"dataset": loader.dataset} | self._sampled(loader)
 
     def __iter__(self) -> Any:
-        agree(self.group, lambda: f"streamed={self._streamed}\nlimit={self.limit}", step="reading shared batches")
+        sharing, streamed = self.sharing, self._streamed
+        told = f"streamed={streamed}\nlimit={sharing.limit}\npixels are cut={sharing.cut is not None}"
+        agree(sharing.group, lambda: told, step="reading shared batches")
         own = iter(()) if self._parts is None else iter(self._parts)
         for step in count():
-            source = 0 if self._streamed else step % self.group.size
-            batch = from_source(lambda: next(own), source, self.group, self.limit)
+            batch = from_source(lambda: next(own), 0 if streamed else step % sharing.group.size, sharing)
             if batch is NONE:
                 return
             yield batch
 
 
-def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) -> Any:
+def from_source(load: Callable[[], Any], source: int, sharing: Sharing) -> Any:
     """The batch that `load` returns on rank `source`, on every rank; `NONE` if there is none left."""
+    group, cut = sharing.group, dict[str, PixelShard]()
     kind, text, tensors, failure = _END, b"", [], None
     if group.rank == source:
         try:
             batch = load()
-            text, kind = json.dumps(describe(batch, tensors, "batch")).encode(), _BATCH
-            _check_size(len(text), sum(map(room, tensors)), limit)
+            if sharing.cut is not None:
+                cut = sharing.cut(batch)
+                batch = {**batch, **dict.fromkeys(cut)}
+            told = {name: _describe_cut(pixels) for name, pixels in cut.items()}
+            text, kind = json.dumps([describe(batch, tensors, "batch"), told]).encode(), _BATCH
+            _check_size(len(text), sum(map(room, tensors)) + _cut_bytes(told), sharing.limit)
         except StopIteration:
             pass
         except Exception as error:
@@ -99,7 +122,7 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
     kind, length, size = collectives.broadcast(head, source, group).tolist()
     if kind == _END:
         return NONE
-    _check_size(length, size, limit)
+    _check_size(length, size, sharing.limit)
     own = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(length, dtype=torch.uint8)
     text = bytes(collectives.broadcast(own, source, group).tolist())
     if failure is not None:
@@ -116,7 +139,34 @@ def from_source(load: Callable[[], Any], source: int, group: Group, limit: int) 
         serialise(tensors) if tensors else torch.empty(size, dtype=torch.uint8), source, group
     )
     sent = iter(tensors)
-    return rebuild(json.loads(text), (lambda *_: next(sent)) if group.rank == source else deserialise(payload))
+    described, told = json.loads(text)
+    _check_size(length, size + _cut_bytes(told), sharing.limit)
+    batch = rebuild(described, (lambda *_: next(sent)) if group.rank == source else deserialise(payload))
+    for name, told_of_one in told.items():
+        batch[name] = _deal(cut.get(name), told_of_one, source, group)
+    return batch
+
+
+def _describe_cut(pixels: PixelShard) -> list[Any]:
+    """Pixels of which each rank is sent a part, as JSON."""
+    return [str(pixels.rows.dtype)[6:], pixels.rows.shape[1], pixels.plan, pixels.sizes, pixels.digest]
+
+
+def _cut_bytes(told: dict[str, Any]) -> int:
+    """The bytes of all parts."""
+    return sum(sum(sizes) * width * DTYPES[dtype].itemsize for dtype, width, _, sizes, _ in told.values())
+
+
+def _deal(pixels: PixelShard | None, told: list[Any], source: int, group: Group) -> PixelShard:
+    """This rank's part of the pixels that rank `source` has whole."""
+    dtype, width, plan, sizes, digest = told
+    row_bytes = width * DTYPES[dtype].itemsize
+    if pixels is None:
+        whole = torch.empty(0, row_bytes, dtype=torch.uint8)
+    else:
+        whole = pixels.rows.contiguous().view(torch.uint8)
+    own = collectives.deal(whole, sizes, source, group)
+    return PixelShard(own.view(DTYPES[dtype]), plan, tuple(sizes), digest)
 
 
 def _check_size(description: int, tensors: int, limit: int) -> None:

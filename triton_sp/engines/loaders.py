@@ -11,21 +11,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from torch import nn
 from torch.utils.data import DataLoader
 
-from triton_sp.engines.batches import SharedBatches
+from triton_sp.engines.batches import SharedBatches, Sharing
 from triton_sp.engines.own import own_batches
 from triton_sp.engines.resuming import ResumableBatches
 from triton_sp.engines.rollouts import share_rollouts
 from triton_sp.errors import InputError
 from triton_sp.ranks import collectives, groups
-from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.install import installation_of
+from triton_sp.wrappers.pixels import cut_pixels, cuttable
 
 _T = TypeVar("_T")
 
 
-def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
+def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30, model: nn.Module | None = None) -> _T:
     """Give all ranks of a group the same batches, of which each rank decodes every P-th.
 
     Args:
@@ -34,6 +35,9 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
             all their loaders, and count each group once in metrics.
         group: the group that was passed to `wrap`.
         limit: the most bytes that a rank takes for a batch.
+        model: the wrapped model that the batches are for, a Qwen-VL or one like it. Each rank is then sent the patches
+            that its part of the tower runs, instead of all, and only the wrapped model takes such batches: in the place
+            of pixels they have this rank's, a `PixelShard`.
 
     Returns:
         For a DataLoader, another one of the same length; otherwise the same object. Batches are tensors, numbers and
@@ -41,7 +45,8 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
 
     Raises:
         InputError: `source` is none of these, or an Accelerator that divides batches itself. While batches are read,
-            on every rank: a batch that cannot be sent or is too large.
+            on every rank: a batch that cannot be sent or is too large. Or `model` needs all pixels on a rank.
+        GroupError: `model` is wrapped for other ranks.
         DisagreementError: while batches are read: reading failed on another rank.
 
     >>> import torch.distributed as dist
@@ -51,12 +56,14 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
     >>> dist.destroy_process_group()
     """
     resolved = groups.resolve_group(group)
+    cut = None if model is None or resolved.size == 1 else partial(cut_pixels, cuttable(model, resolved))
+    sharing = Sharing(resolved, limit, cut)
     if isinstance(source, DataLoader):
-        return source if resolved.size == 1 else SharedBatches(source, resolved, limit)  # type: ignore[return-value]
+        return source if resolved.size == 1 else SharedBatches(source, sharing)  # type: ignore[return-value]
     if hasattr(source, "prepare_data_loader"):
-        return _adapt(source, resolved, limit)
+        return _adapt(source, sharing)
     if hasattr(source, "accelerator"):
-        return _adapt_trainer(source, resolved, limit)
+        return _adapt_trainer(source, sharing)
     raise InputError(
         "source",
         expected="a torch DataLoader, an accelerate.Accelerator or a transformers.Trainer",
@@ -65,7 +72,8 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30) -> _T:
     )
 
 
-def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
+def _adapt_trainer(trainer: Any, sharing: Sharing) -> Any:
+    group = sharing.group
     installation = installation_of(trainer.model) if getattr(trainer, "label_smoother", None) else None
     if installation is not None and installation.group.size > 1 and not installation.config.gather_logits:
         raise InputError(
@@ -78,12 +86,12 @@ def _adapt_trainer(trainer: Any, group: Group, limit: int) -> Any:
         wrapped = None if model is None else installation_of(model)
         if wrapped is not None:
             wrapped.return_to_front()  # of the fused head that TRL's trainers put on the model
-    _adapt(trainer.accelerator, group, limit)
+    _adapt(trainer.accelerator, sharing)
     if group.size > 1:
         made = trainer.get_train_dataloader
-        trainer.get_train_dataloader = partial(own_batches, trainer.accelerator, group, limit, made)
+        trainer.get_train_dataloader = partial(own_batches, trainer.accelerator, sharing, made)
         if hasattr(trainer, "_generate_single_turn"):
-            share_rollouts(trainer, group, collectives.leaders(group), limit)
+            share_rollouts(trainer, group, collectives.leaders(group), sharing.limit)
     trainer.gather_function = trainer.accelerator.gather_for_metrics  # it keeps the one it was made with
     if group.size > 1 and getattr(trainer.args, "predict_with_generate", None) is not None:
         trainer.evaluation_loop = partial(_evaluate, trainer, trainer.evaluation_loop)
@@ -96,15 +104,15 @@ def _evaluate(trainer: Any, evaluation_loop: Callable[..., Any], *args: Any, **k
     return evaluation_loop(*args, **kwargs)
 
 
-def _adapt(accelerator: Any, group: Group, limit: int) -> Any:
+def _adapt(accelerator: Any, sharing: Sharing) -> Any:
     """Change an Accelerator in place: it prepares loaders for groups, and gathers metrics from one rank of each.
 
     Raises:
         InputError: a setting with which accelerate itself would divide batches among the ranks of a group.
     """
     _refuse(accelerator)
-    leaders = collectives.leaders(group)
-    accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, group, leaders, limit)
+    leaders = collectives.leaders(sharing.group)
+    accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, sharing, leaders)
     accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator, leaders)
     return accelerator
 
@@ -132,9 +140,8 @@ def _refuse(accelerator: Any) -> None:
 
 def _prepare_data_loader(
     accelerator: Any,
-    group: Group,
+    sharing: Sharing,
     leaders: list[int],
-    limit: int,
     data_loader: Any,
     device_placement: bool | None = None,
     slice_fn_for_dispatch: Any = None,
@@ -142,6 +149,7 @@ def _prepare_data_loader(
     """`Accelerator.prepare_data_loader`, where each group is one data-parallel rank."""
     from accelerate.data_loader import prepare_data_loader
 
+    group = sharing.group
     if getattr(data_loader, "_is_accelerate_prepared", False):
         return data_loader
     prepared: Any = prepare_data_loader(
@@ -159,7 +167,7 @@ def _prepare_data_loader(
     )
     if group.size > 1:
         shared = SharedBatches if prepared.device is None else ResumableBatches
-        prepared.base_dataloader = shared(prepared.base_dataloader, group, limit)
+        prepared.base_dataloader = shared(prepared.base_dataloader, sharing)
     accelerator._dataloaders.append(prepared)
     return prepared
 

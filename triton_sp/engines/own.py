@@ -9,18 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from triton_sp.engines.batches import NONE, SharedBatches, from_source
+from triton_sp.engines.batches import NONE, SharedBatches, Sharing, from_source
 from triton_sp.engines.wire import describe, serialise
 from triton_sp.errors import InputError
 from triton_sp.ranks import collectives
-from triton_sp.ranks.groups import Group
 
 
-def own_batches(accelerator: Any, group: Group, limit: int, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def own_batches(accelerator: Any, sharing: Sharing, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`Trainer.get_train_dataloader`: what `make` makes, for groups if accelerate has not made it so."""
     loader = make(*args, **kwargs)
     shared = isinstance(loader, SharedBatches) or any(loader is prepared for prepared in accelerator._dataloaders)
-    return loader if shared else BatchesOfRanks(loader, group, limit)
+    return loader if shared else BatchesOfRanks(loader, sharing)
 
 
 class BatchesOfRanks:
@@ -33,8 +32,8 @@ class BatchesOfRanks:
         InputError: on every rank, where the loader gives all ranks the same: each batch would be trained on P times.
     """
 
-    def __init__(self, loader: Any, group: Group, limit: int) -> None:
-        self._loader, self._group, self._limit = loader, group, limit
+    def __init__(self, loader: Any, sharing: Sharing) -> None:
+        self._loader, self._sharing, self._group = loader, sharing, sharing.group
         self._divided, self._alike = False, 0  # whether the ranks' batches differ, and which one did not
 
     def _compare(self, load: Callable[[], Any]) -> None:
@@ -66,7 +65,7 @@ class BatchesOfRanks:
             if not self._divided:
                 self._compare(load)
             for source in range(self._group.size):
-                batch = from_source(load, source, self._group, self._limit)
+                batch = from_source(load, source, self._sharing)
                 if batch is NONE:
                     return
                 yield batch

@@ -17,7 +17,7 @@ from weakref import WeakValueDictionary
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from triton_sp.engines.batches import SharedBatches, from_source
+from triton_sp.engines.batches import SharedBatches, Sharing, from_source
 from triton_sp.ranks.groups import Group
 
 _numbers = count()
@@ -52,8 +52,7 @@ class Turn:
         """The batch on every rank, on its device."""
         from accelerate.utils import send_to_device
 
-        sharing = _loaders[self.loader]
-        batch = from_source(self._load, self.source, sharing.group, sharing.limit)
+        batch = from_source(self._load, self.source, _loaders[self.loader].sharing)
         return send_to_device(batch, device, non_blocking=non_blocking)
 
     def _load(self) -> Any:
@@ -106,15 +105,15 @@ class ResumableBatches(SharedBatches):
         number: what `Turn` finds it by, in whichever process a turn was made.
     """
 
-    def __init__(self, loader: DataLoader[Any], group: Group, limit: int) -> None:
+    def __init__(self, loader: DataLoader[Any], sharing: Sharing) -> None:
         self.number = next(_numbers)
-        super().__init__(loader, group, limit)
+        super().__init__(loader, sharing)
         _loaders[self.number] = self
 
     def outer(self, loader: DataLoader[Any], options: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the loader that others see."""
         if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
             return super().outer(loader, options)
-        samples = SamplesInTurns(loader.dataset, options["collate_fn"], self.number, self.group)
+        samples = SamplesInTurns(loader.dataset, options["collate_fn"], self.number, self.sharing.group)
         numbered: Any = NumberedBatches(loader.batch_sampler)
         return options | {"dataset": samples, "collate_fn": samples.collate, "batch_sampler": numbered}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sp.engines.batches import from_source
+from triton_sp.engines.batches import Sharing, from_source
 from triton_sp.errors import InputError
 from triton_sp.ranks import groups
 from triton_sp.ranks.groups import Group
@@ -83,7 +83,7 @@ def _completions(generate: Any, group: Group, limit: int, *args: Any, **kwargs: 
         [torch.tensor(row) for row in ids],
         None if log_probs is None else [torch.tensor(row, dtype=torch.float64) for row in _numbers(log_probs)],
     ]
-    ids, log_probs = from_source(lambda: given, 0, group, limit)
+    ids, log_probs = from_source(lambda: given, 0, Sharing(group, limit))
     return [row.tolist() for row in ids], None if log_probs is None else [row.tolist() for row in log_probs]
 
 
@@ -93,4 +93,4 @@ def _numbers(rows: list[list[float | None]]) -> list[list[float]]:
 
 def _rewards(calculate: Any, group: Group, limit: int, *args: Any, **kwargs: Any) -> Tensor:
     own = calculate(*args, **kwargs)
-    return from_source(lambda: own, 0, group, limit).to(own.device)
+    return from_source(lambda: own, 0, Sharing(group, limit)).to(own.device)

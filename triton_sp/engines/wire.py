@@ -12,7 +12,7 @@ from torch import Tensor
 from triton_sp.errors import InputError
 
 _ALIGNMENT = 16  # bytes; views of any dtype start at a multiple of their item size
-_DTYPES = {
+DTYPES = {
     str(dtype)[6:]: dtype
     for dtype in (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -25,7 +25,7 @@ def describe(value: Any, tensors: list[Tensor], where: str) -> Any:
     """A batch as JSON. Of a tensor it has the dtype and shape; the tensor itself is appended to `tensors`."""
     if isinstance(value, Tensor):
         name = str(value.dtype)[6:]
-        if name in _DTYPES and value.layout == torch.strided:
+        if name in DTYPES and value.layout == torch.strided:
             tensors.append(value.detach())
             return ["tensor", name, list(value.shape)]
     elif value is None or isinstance(value, bool | int | float | str):
@@ -47,7 +47,7 @@ def rebuild(node: Any, take: Callable[[torch.dtype, list[int]], Tensor]) -> Any:
     """The batch from its description; `take` returns its tensors one after another."""
     kind, content, *shape = node
     if kind == "tensor":
-        return take(_DTYPES[content], shape[0])
+        return take(DTYPES[content], shape[0])
     if kind == "value":
         return content
     if kind == "dict":

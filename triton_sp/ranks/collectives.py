@@ -295,6 +295,17 @@ def send_alike(x: Tensor, sizes: list[int], group_name: str) -> Tensor:
     return torch.ops._c10d_functional.all_to_all_single(x, sizes, sizes, group_name)
 
 
+def deal(x: Tensor, sizes: Sequence[int], source: int, group: Group) -> Tensor:
+    """Of the rows of rank `source`, `sizes[p]` for each rank p, in rank order: this rank's. The others pass none.
+
+    The result is on the CPU if the group has a CPU backend, else on the GPU.
+    """
+    given = group.rank == source
+    send = list(sizes) if given else [0] * group.size
+    receive = [sizes[group.rank] if rank == source else 0 for rank in range(group.size)]
+    return _all_to_all(x.to(control_device(group)), send, receive, group, "deal")
+
+
 def broadcast(x: Tensor, source: int, group: Group) -> Tensor:
     """The tensor of rank `source` of the group, on every rank. The others pass one of the same size and dtype.
 

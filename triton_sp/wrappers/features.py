@@ -25,7 +25,8 @@ from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.images import bounds, empty_parts, rows_of_images, take_from_samples, take_images
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.layout import TextCall
-from triton_sp.wrappers.patches import cut_patches, merged_rows
+from triton_sp.wrappers.patches import merged_rows, patches_of
+from triton_sp.wrappers.pixels import refuse_shards
 from triton_sp.wrappers.placement import Images
 from triton_sp.wrappers.pooled import pointed_at_own, pooled_rows
 from triton_sp.wrappers.scope import Call, active, current, refuse_lost_scope
@@ -86,9 +87,11 @@ def make_features(features: FeatureMethod, override: Override, *args: Any, **kwa
     """A method that makes features, on this rank's pixels. It returns the rows that this rank's placeholders need."""
     call = current(TextCall)
     if current(Call) is None:  # a direct call
+        refuse_shards(override.bind(args, kwargs), "in this call a rank makes all features by itself")
         refuse_lost_scope(override)
     # Or a method that calls another of the kind, or a call whose features are gathered.
     if call is None or not call.routes:
+        refuse_shards(override.bind(args, kwargs), "every rank makes all features in this call")
         return override.original(*args, **kwargs)
     arguments, needed = override.bind(args, kwargs), call.needed[features.method]
     override.installation.last_rows[features.method] = needed
@@ -120,7 +123,7 @@ def _from_patches(features: FeatureMethod, override: Override, arguments: dict[s
     pixels, grids = next(iter(override.__signature__.parameters)), features.grid
     assert grids is not None
     grid = arguments[grids]
-    patches = cut_patches(stack, installation.config, group, grid, arguments[pixels].device)
+    patches = patches_of(stack, installation.config, group, grid, arguments[pixels])
     arguments[pixels] = patches.pick(arguments[pixels])
     # Only the tower needs the real grids, and it is given what it would have worked out of them. The method around it
     # merely splits the tower's rows by image, so it gets the grid of one image with as many rows as this rank makes.

@@ -9,7 +9,7 @@ and the tower's own forward runs on this rank's rows of the results, from the pa
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from triton_sp import stages
 from triton_sp.anatomy.parts import Stack
 from triton_sp.config import SPConfig
+from triton_sp.errors import InputError
+from triton_sp.plan.cost import PlanName
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.plan.stream import Stream
@@ -25,6 +27,34 @@ from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.hidden import HiddenShape
 from triton_sp.wrappers.placement import Placement, Streams
 from triton_sp.wrappers.planning import plan_stack
+
+
+@dataclass(frozen=True, eq=False)
+class PixelShard:
+    """This rank's patches of pixels that were cut before they were sent: what a batch has in their place. Its length is
+    that of the pixels of the whole batch.
+
+    Attributes:
+        rows: (own patches, channels), in the order in which the tower runs them.
+        plan: the name of the plan that they were cut by.
+        sizes: how many patches each rank has.
+        digest: of the pixels of the whole batch and the cut, the same on every rank.
+    """
+
+    rows: Tensor
+    plan: PlanName
+    sizes: tuple[int, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __str__(self) -> str:
+        return f"{self.digest} {self.plan} {len(self)} patches"
+
+    def to(self, *args: Any, **kwargs: Any) -> PixelShard:
+        """`Tensor.to`, of the rows."""
+        return replace(self, rows=self.rows.to(*args, **kwargs))
 
 
 @dataclass(eq=False)
@@ -74,9 +104,13 @@ class Patches(Placement):
         counts = stops.clamp(max=own.stop) - (stops - sizes).clamp(min=own.start)
         return counts[counts > 0], each.index_fill(1, self.grid.new_zeros(1), 1)[counts > 0]
 
-    def pick(self, x: Tensor) -> Tensor:
-        """This rank's rows of a tensor that has a row for each patch of the batch."""
-        return _pick(x, self.own, self.order, self.merge)
+    def pick(self, pixels: Tensor | PixelShard) -> Tensor:
+        """This rank's rows of pixels that have a row for each patch of the batch."""
+        return pixels.rows if isinstance(pixels, PixelShard) else _pick(pixels, self.own, self.order, self.merge)
+
+    def pick_of_all(self, pixels: Tensor) -> Tensor:
+        """The rows of pixels in the order of the tower: those of the first rank, then those of the second."""
+        return _pick(pixels, range(len(pixels)), self.order, self.merge)
 
     def deliver(self, rows: Tensor, needed: Shards) -> Tensor:
         """The merged rows that this rank's placeholders need, from those that were made of this rank's patches."""
@@ -96,6 +130,27 @@ def _pick(x: Tensor, own: range, order: Tensor | None, merge: int) -> Tensor:
 def merged_rows(grid: Tensor, stack: Stack) -> int:
     """How many rows a tower makes of patches with these (frames, height, width)."""
     return int(grid.prod(-1).sum()) // stack.unit
+
+
+def patches_of(stack: Stack, config: SPConfig, group: Group, grid: Tensor, pixels: Tensor | PixelShard) -> Patches:
+    """The patches of a batch, cut by the plan that was made for them here, or where they were sent.
+
+    Raises:
+        InputError: they were cut otherwise than they are by this model's plan of that name.
+    """
+    if isinstance(pixels, Tensor):
+        return cut_patches(stack, config, group, grid, pixels.device)
+    patches = cut_patches(stack, replace(config, plan=pixels.plan), group, grid, pixels.rows.device)
+    choice = patches.streams.choice
+    if (choice.plan, choice.shards.sizes) != (pixels.plan, pixels.sizes):
+        raise InputError(
+            "pixels",
+            expected=f"patches cut by the plan {choice.plan}, {choice.shards.sizes}",
+            found=f"by {pixels.plan}, {pixels.sizes}",
+            remedy="give share_batches the model that the batches are for, as it is wrapped now",
+        )
+    patches.streams.choice = replace(choice, why="as the rank decided that has loaded the batch")
+    return patches
 
 
 def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, device: torch.device) -> Patches:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from triton_sp.anatomy.parts import Anatomy, Fusion, is_hf
 from triton_sp.errors import InputError, require, shown
 from triton_sp.loss import IGNORE
+from triton_sp.wrappers.patches import PixelShard
 
 # What transformers' models hand on to their layers without naming it, and what is handled before the model runs.
 _HANDED_ON = {
@@ -57,6 +58,7 @@ def check_devices(arguments: Mapping[str, Any], device: torch.device) -> None:
     """Raise an InputError for a tensor without values, or on another device than the batch. Labels and tensors of a few
     numbers (grids, counts) may be on the CPU, as models have it."""
     for name, value in arguments.items():
+        value = value.rows if isinstance(value, PixelShard) else value
         if not isinstance(value, Tensor) or (value.device == device and device.type != "meta"):
             continue
         small = name == "labels" or value.ndim <= 1 or value.shape[-1] <= 3

@@ -28,7 +28,7 @@ def test_accelerate(ranks) -> None:
     assert max(ranks.run(trainer_jobs.accelerate, ranks=4)) < 1e-4
 
 
-@pytest.mark.parametrize("axis", ["sp_size", "cp_size", "tp_size"])
+@pytest.mark.parametrize("axis", ["sp_size", "tp_size"])
 def test_accelerate_that_divides_batches_itself(ranks, axis: str) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(trainer_jobs.accelerate_dividing, axis, ranks=2)

@@ -18,7 +18,7 @@ from triton_sp.engines.batches import SharedBatches, Sharing
 from triton_sp.engines.own import own_batches
 from triton_sp.engines.resuming import ResumableBatches
 from triton_sp.engines.rollouts import share_rollouts
-from triton_sp.errors import InputError
+from triton_sp.errors import InputError, require
 from triton_sp.ranks import collectives, groups
 from triton_sp.wrappers.install import installation_of
 from triton_sp.wrappers.pixels import cut_pixels, cuttable
@@ -111,6 +111,7 @@ def _adapt(accelerator: Any, sharing: Sharing) -> Any:
         InputError: a setting with which accelerate itself would divide batches among the ranks of a group.
     """
     _refuse(accelerator)
+    _take_axis(accelerator, sharing.group)
     leaders = collectives.leaders(sharing.group)
     accelerator.prepare_data_loader = partial(_prepare_data_loader, accelerator, sharing, leaders)
     accelerator.gather_for_metrics = partial(_gather_for_metrics, accelerator, leaders)
@@ -119,14 +120,13 @@ def _adapt(accelerator: Any, sharing: Sharing) -> Any:
 
 def _refuse(accelerator: Any) -> None:
     parallelism = getattr(accelerator, "parallelism_config", None)
-    for name in ("sp_size", "cp_size", "tp_size"):
+    for name in ("sp_size", "tp_size"):
         if getattr(parallelism, name, 1) > 1:
             raise InputError(
                 f"ParallelismConfig.{name}",
                 expected="1: triton_sp divides the tokens itself, of the whole batch",
                 found=f"{getattr(parallelism, name)}",
-                remedy="leave it out, and give the group to triton_sp.wrap; dp_replicate_size and dp_shard_size may "
-                "be used",
+                remedy="use cp_size in its place, whose axis of accelerate's mesh can be the group",
             )
     for name in ("dispatch_batches", "split_batches", "use_stateful_dataloader"):
         if getattr(accelerator, name, None):
@@ -136,6 +136,30 @@ def _refuse(accelerator: Any) -> None:
                 found="True",
                 remedy="leave it out: the ranks of a group take turns in loading",
             )
+
+
+def _take_axis(accelerator: Any, group: groups.Group) -> None:
+    """The axis `cp` of accelerate's mesh is the group's from here on: accelerate would cut the batch along it.
+
+    Raises:
+        InputError: the group is not that axis, or accelerate has changed a model for it already.
+    """
+    parallelism: Any = getattr(accelerator, "parallelism_config", None)
+    if getattr(parallelism, "cp_size", 1) == 1:
+        return
+    axis = accelerator.torch_device_mesh["cp"].mesh.tolist()
+    own = [groups.world_rank(rank, group) for rank in range(group.size)]
+    remedy = 'pass accelerator.torch_device_mesh["cp"] to wrap and to share_batches'
+    require(axis == own, InputError, "group", f"the axis cp of accelerate's mesh, ranks {axis}", f"{own}", remedy)
+    require(
+        not hasattr(accelerator, "_cp_context"),
+        InputError,
+        "accelerator",
+        "one that has prepared nothing yet",
+        "a model on which its own context parallelism is",
+        "call share_batches before accelerator.prepare",
+    )
+    parallelism.cp_size = 1  # its mesh stays, and FSDP2 shards parameters over all its ranks
 
 
 def _prepare_data_loader(

@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 import triton_sp
@@ -34,12 +35,13 @@ batch = {
     "mm_token_type_ids": 2 * (tokens == VIDEO),
     "labels": tokens.masked_fill(tokens >= 60, -100),
 }
+(batch,) = triton_sp.share_batches(DataLoader([batch], batch_size=None), model=model)  # each rank gets its patches
 with saved_activations(model) as kept:
     loss = model(**{name: x.to(device) for name, x in batch.items()}).loss
 loss.backward()
 if dist.get_rank() == 0:
     pixels, kept_mib = batch["pixel_values_videos"].nbytes / 2**20, kept[0] / 2**20
     print(f"P = {dist.get_world_size()}: loss {loss.item():.6f}", end="; ")
-    print(f"{kept_mib - pixels:.1f} MiB kept for the backward, and the batch's pixels, {pixels:.1f} MiB")
+    print(f"{kept_mib - pixels:.1f} MiB kept for the backward, and pixels, {pixels:.1f} MiB")
     print("\n".join(line for line in str(triton_sp.explain(model)).splitlines() if line.startswith("last batch")))
 dist.destroy_process_group()

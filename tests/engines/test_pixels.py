@@ -22,7 +22,7 @@ from triton_sp.testing import RankError
 from triton_sp.wrappers.patches import PixelShard
 
 PIXELS = ("pixel_values", "pixel_values_videos")
-WHY = "as the rank decided that has loaded the batch"
+WHY = "on the rank that loaded the batch as SPConfig.plan says"
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,10 @@ COLUMNS = ["model_type", "class", "verdict", "tower", "features", "decoder", "ra
 NAMES = [field.name for field in fields(Verdict)]
 
 
-def judge_on_ranks(pool: RankPool, model_type: str, name: str, kind: str, size: int) -> Verdict:
+def judge_on_ranks(pool: RankPool, model_type: str, name: str, kind: str, size: int, timeout: float) -> Verdict:
     """The verdict of all ranks: the first that is not exact."""
     try:
-        verdicts = pool.run(judge, model_type, name, kind, size, ranks=size, timeout=TIMEOUT)
+        verdicts = pool.run(judge, model_type, name, kind, size, ranks=size, timeout=timeout)
     except TimeoutError as error:
         return Verdict(model_type, name, kind, size, "hang", reason=str(error))
     except RankError as error:
@@ -61,7 +61,7 @@ def read_report() -> dict[tuple[str, str, int], Verdict]:
     return {(row.kind, row.name, row.ranks): row for row in rows}
 
 
-def run(kinds: list[str], sizes: list[int], only: list[str], again: set[str]) -> None:
+def run(kinds: list[str], sizes: list[int], only: list[str], again: set[str], timeout: float) -> None:
     """Judge what the report does not have yet, or has with one of these verdicts."""
     known, pool = read_report(), RankPool()
     REPORT.parent.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def run(kinds: list[str], sizes: list[int], only: list[str], again: set[str]) ->
                     before = known.get((kind, name, size))
                     if (only and model_type not in only) or (before is not None and before.verdict not in again):
                         continue
-                    verdict = judge_on_ranks(pool, model_type, name, kind, size)
+                    verdict = judge_on_ranks(pool, model_type, name, kind, size, timeout)
                     writer.writerow(asdict(verdict))
                     file.flush()
                     print(size, verdict.verdict, model_type, name, verdict.error, verdict.reason[:160], flush=True)
@@ -148,10 +148,11 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--only", nargs="+", default=[], metavar="MODEL_TYPE")
     parser.add_argument("--again", nargs="+", default=[], metavar="VERDICT")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds for a class on a number of ranks")
     parser.add_argument("--table", action="store_true", help="only make the table of the report")
     arguments = parser.parse_args()
     if not arguments.table:
-        run(arguments.kinds, arguments.ranks, arguments.only, set(arguments.again))
+        run(arguments.kinds, arguments.ranks, arguments.only, set(arguments.again), arguments.timeout)
     write_table()
 
 

@@ -149,24 +149,24 @@ def from_source(load: Callable[[], Any], source: int, sharing: Sharing) -> Any:
 
 def _describe_cut(pixels: PixelShard) -> list[Any]:
     """Pixels of which each rank is sent a part, as JSON."""
-    return [str(pixels.rows.dtype)[6:], pixels.rows.shape[1], pixels.plan, pixels.sizes, pixels.digest]
+    return [str(pixels.rows.dtype)[6:], pixels.rows.shape[1], pixels.sizes, pixels.plan, pixels.digest, pixels.why]
 
 
 def _cut_bytes(told: dict[str, Any]) -> int:
     """The bytes of all parts."""
-    return sum(sum(sizes) * width * DTYPES[dtype].itemsize for dtype, width, _, sizes, _ in told.values())
+    return sum(sum(sizes) * width * DTYPES[dtype].itemsize for dtype, width, sizes, *_ in told.values())
 
 
 def _deal(pixels: PixelShard | None, told: list[Any], source: int, group: Group) -> PixelShard:
     """This rank's part of the pixels that rank `source` has whole."""
-    dtype, width, plan, sizes, digest = told
+    dtype, width, sizes, plan, digest, why = told
     row_bytes = width * DTYPES[dtype].itemsize
     if pixels is None:
         whole = torch.empty(0, row_bytes, dtype=torch.uint8)
     else:
         whole = pixels.rows.contiguous().view(torch.uint8)
     own = collectives.deal(whole, sizes, source, group)
-    return PixelShard(own.view(DTYPES[dtype]), plan, tuple(sizes), digest)
+    return PixelShard(own.view(DTYPES[dtype]), plan, tuple(sizes), digest, why)
 
 
 def _check_size(description: int, tensors: int, limit: int) -> None:

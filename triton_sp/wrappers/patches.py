@@ -39,15 +39,22 @@ class PixelShard:
         plan: the name of the plan that they were cut by.
         sizes: how many patches each rank has.
         digest: of the pixels of the whole batch and the cut, the same on every rank.
+        why: why the rank that has cut them chose this plan, for `explain`.
     """
 
     rows: Tensor
     plan: PlanName
     sizes: tuple[int, ...]
     digest: str
+    why: str = ""
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of this rank's rows."""
+        return self.rows.nbytes
 
     def __str__(self) -> str:
         return f"{self.digest} {self.plan} {len(self)} patches"
@@ -149,7 +156,7 @@ def patches_of(stack: Stack, config: SPConfig, group: Group, grid: Tensor, pixel
             found=f"by {pixels.plan}, {pixels.sizes}",
             remedy="give share_batches the model that the batches are for, as it is wrapped now",
         )
-    patches.streams.choice = replace(choice, why="as the rank decided that has loaded the batch")
+    patches.streams.choice = replace(choice, why=f"on the rank that loaded the batch {pixels.why}")
     return patches
 
 

@@ -92,7 +92,7 @@ def cut_pixels(installation: Installation, batch: Any) -> dict[str, PixelShard]:
         told = f"{tuple(pixels.shape)} {pixels.dtype} {choice.plan} {choice.shards.sizes}".encode()
         content = told + row_sums(pixels.detach()).cpu().numpy().tobytes()
         digest = hashlib.sha256(content, usedforsecurity=False).hexdigest()[:12]
-        found[name] = PixelShard(patches.pick_of_all(pixels), choice.plan, choice.shards.sizes, digest)
+        found[name] = PixelShard(patches.pick_of_all(pixels), choice.plan, choice.shards.sizes, digest, choice.why)
     return found
 
 

@@ -148,7 +148,7 @@ def main(csv: Path) -> None:
     if gpu:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # float32 is compared with float32
-    dist.init_process_group("nccl" if gpu else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     rows: list[dict[str, Any]] = []
     todo = jobs()
     steps, first = 2 * len(todo) * STEPS, dist.get_rank() == 0

@@ -14,7 +14,7 @@ FRAMES, SIDE, START, END, VIDEO = 64, 8, 60, 61, 62  # Qwen3-VL joins two frames
 
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-dist.init_process_group("nccl" if on_gpu else "gloo")
+dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 stack = {"hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "num_attention_heads": 4, "num_hidden_layers": 4}
 vision = {**stack, "depth": 4, "out_hidden_size": 64, "deepstack_visual_indexes": [1], "num_position_embeddings": 64}
 text = {**stack, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 16}

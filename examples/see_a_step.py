@@ -11,7 +11,7 @@ import triton_sp
 
 on_gpu = torch.cuda.is_available()
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-dist.init_process_group("nccl" if on_gpu else "gloo")
+dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 model = triton_sp.wrap(tiny.model().to(device), config=triton_sp.SPConfig(plan="heads"))
 batch = {name: x.to(device) for name, x in default_collate(tiny.samples(32)).items()}
 model(**batch).loss.backward()  # the first step also prepares what later ones find

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import triton_sp
 
 device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 torch.manual_seed(0)  # adapters are drawn, the same on every rank
 model = get_peft_model(tiny.model().to(device), LoraConfig(r=8, target_modules="all-linear"))

@@ -14,6 +14,7 @@ from triton_sp.errors import InputError, SPError, require
 from triton_sp.forecast.job import Job
 from triton_sp.forecast.step import Forecast, forecast_batch
 from triton_sp.ops.dispatch import implementation
+from triton_sp.wrappers.described import describe_messages
 from triton_sp.wrappers.generation import describe_prefill
 from triton_sp.wrappers.head import loss_implementation
 from triton_sp.wrappers.install import Installation, installation_of
@@ -92,6 +93,7 @@ class Explanation:
         memory: what `SPConfig(tiled_mlp, offload)` do; empty if they are not asked for.
         needs: what a step on the batch that was given would need; empty if none was.
         rotations: what rotates q and k by their positions; empty if the model is not wrapped, or rotates none.
+        messages: by what ranks compare their batches; empty if the model is not wrapped.
     """
 
     title: str
@@ -103,6 +105,7 @@ class Explanation:
     memory: str = ""
     needs: str = ""
     rotations: str = ""
+    messages: str = ""
 
     @property
     def _words(self) -> set[str]:
@@ -118,6 +121,7 @@ class Explanation:
             "the loss of a training step is computed by": self.loss,
             "q and k are rotated by": self.rotations,
             "the prompt of generate is run by": self.prefill,
+            "ranks compare their batches by": self.messages,
             "attention is verified in": self.verified,
             "memory is saved by": self.memory,
             "a step needs": self.needs,
@@ -208,10 +212,14 @@ def _explain(model: nn.Module, ranks: int | None) -> Explanation:
         rows.append(_row(anatomy.decoder, "decoder", ranks, unchanged))
     if installation is not None:
         rows = [replace(row, last_batch=_last_batch(row.part, installation)) for row in rows]
-    rotations = describe_rotations(anatomy)
     rows += _rows_beside(anatomy, installation, unchanged)
     return Explanation(
-        title, tuple(rows), attention, loss, prefill, verified, _memory(installation), rotations=rotations
+        title,
+        tuple(rows),
+        attention,
+        *(loss, prefill, verified, _memory(installation)),
+        rotations=describe_rotations(anatomy),
+        messages=describe_messages(installation),
     )
 
 

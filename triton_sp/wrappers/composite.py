@@ -38,7 +38,11 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
         refuse_lost_scope(override)
     if call is None or not call.routes:
         return override.original(*args, **kwargs)
-    arguments = override.bind(args, kwargs)
+    arguments, fusion = override.bind(args, kwargs), override.installation.anatomy.fusion
+    assert fusion is not None
+    for features in fusion.features:
+        if features.granularity == "patches" and features.grid is not None:  # `cut_patches` works with numbers
+            arguments[features.grid] = _on_host(arguments.get(features.grid))
     if arguments.get("position_ids") is None:
         arguments["position_ids"] = _positions(override, arguments, call)
     given = arguments.get("mm_encoder_outputs")
@@ -52,17 +56,26 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
 
 
 def _positions(override: Override, arguments: dict[str, Any], call: TextCall) -> Tensor:
-    """The positions of all tokens, as the composite or its decoder would have made them."""
+    """The positions of all tokens, as the composite or its decoder would have made them.
+
+    The composite's method reads ids and grids one number after another, image by image. On a GPU each would be a wait
+    for the device (Qwen2.5-VL: 5 an image), so it gets them on the CPU.
+    """
     composite: Any = override.module
     if hasattr(composite, "compute_3d_position_ids"):
         method = composite.compute_3d_position_ids
-        positions = method(**{name: arguments.get(name) for name in inspect.signature(method).parameters})
+        given = {name: arguments.get(name) for name in inspect.signature(method).parameters}
+        positions = method(**{name: x if name == "inputs_embeds" else _on_host(x) for name, x in given.items()})
         if positions is not None:
-            return positions
+            return positions.to(call.index.device, non_blocking=True)
     decoder = override.installation.anatomy.decoder
     assert decoder is not None
     mask, length = arguments.get("attention_mask"), call.shape[1]
     return first_positions(decoder, None, mask, length, call.index.device) + first_position(composite)
+
+
+def _on_host(x: Any) -> Any:
+    return x.cpu() if isinstance(x, Tensor) else x
 
 
 def _part_of_outputs(given: Mapping[str, Any], call: TextCall, installation: Installation) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from triton_sp.anatomy.parts import device_of
 from triton_sp.errors import InputError
 from triton_sp.ops.dispatch import implementation
 from triton_sp.plan.cost import find_link
+from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree, hashed
 from triton_sp.ranks.backwards import Nodes
 from triton_sp.ranks.groups import Group
@@ -42,6 +43,18 @@ def bind_on_all(override: Override, args: tuple[Any, ...], kwargs: dict[str, Any
 
     prepare_on_all(override.installation, {}, refuse)
     raise failure
+
+
+def describe_messages(installation: Installation | None) -> str:
+    """How ranks tell one another what they were given, for `explain`."""
+    if installation is None or installation.idle:
+        return ""
+    if collectives.control_device(installation.group).type == "cpu":
+        return "the CPU"
+    return (
+        "the device, for which the host waits in each forward and backward; a group with a CPU backend too, "
+        'init_process_group("cpu:gloo,cuda:nccl"), does not, and notices ranks that fail'
+    )
 
 
 def prepare_on_all(

@@ -126,9 +126,10 @@ def _from_patches(features: FeatureMethod, override: Override, arguments: dict[s
     patches = patches_of(stack, installation.config, group, grid, arguments[pixels])
     arguments[pixels] = patches.pick(arguments[pixels])
     # Only the tower needs the real grids, and it is given what it would have worked out of them. The method around it
-    # merely splits the tower's rows by image, so it gets the grid of one image with as many rows as this rank makes.
+    # merely splits the tower's rows by image, so it gets the grid of one image with as many rows as this rank makes. It
+    # stays on the CPU: to split, the method reads it, which on a GPU would wait for the whole tower.
     merge = round(stack.unit**0.5)
-    arguments[grids] = grid.new_tensor([[1, merge, merge * (len(patches.own) // stack.unit)]])
+    arguments[grids] = torch.tensor([[1, merge, merge * (len(patches.own) // stack.unit)]], dtype=grid.dtype)
     for name in patches.arguments:
         arguments.pop(name, None)
     with active(Call(placement=patches)):

@@ -166,21 +166,22 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
     Args:
         grid: (images, 3), frames, height and width of each in patches.
         device: of the pixels.
+
+    All is worked out on the CPU: these are dozens of small operators for each image, and their results decide how large
+    things are. On a GPU each would be a launch, and each size a wait for all that was launched before.
     """
     from transformers import vision_utils
 
     tower: Any = stack.module
+    grid = grid.cpu()
     uses = inspect.unwrap(type(tower).forward).__code__.co_names
     merge = tower.spatial_merge_size
-    cu_seqlens = vision_utils.get_vision_cu_seqlens(grid)
     of_patches = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
-    arguments: dict[str, Any] = {"cu_seqlens": cu_seqlens}
-    segments, order = [cu_seqlens], None
+    segments, order = {"cu_seqlens": vision_utils.get_vision_cu_seqlens(grid)}, None  # those of the first block first
     if "get_vision_window_index" in uses:
         order, windows = vision_utils.get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
-        order = order.cpu()
-        arguments["cu_window_seqlens"] = windows
-        segments = [cu_seqlens, windows] if 0 in tower.fullatt_block_indexes else [windows, cu_seqlens]
+        in_windows = {"cu_window_seqlens": windows}
+        segments = segments | in_windows if 0 in tower.fullatt_block_indexes else in_windows | segments
     if "get_vision_interpolation_indices_and_weights" in uses:
         indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
             grid,
@@ -190,13 +191,15 @@ def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, devi
             spatial_merge_size=merge,
         )
         of_patches |= {"interp_indices": indices, "interp_weights": weights}
-    host = [Segments(tuple(cu.tolist())) for cu in segments]
+    host = {name: Segments(tuple(cu.tolist())) for name, cu in segments.items()}
     like = torch.empty(0, tower.patch_embed.embed_dim, dtype=next(tower.parameters()).dtype, device=device)
-    streams = Streams(group, plan_stack(stack, config, group, host[0], like))
-    for cu, values in zip(segments, host, strict=True):
-        streams.of(cu, values)
+    streams = Streams(group, plan_stack(stack, config, group, next(iter(host.values())), like))
+    arguments = {name: cu.to(device, non_blocking=True) for name, cu in segments.items()}
+    for name, values in host.items():
+        streams.of(arguments[name], values)
     own = streams.first.own
-    arguments |= {name: _pick(value, own, order, stack.unit) for name, value in of_patches.items()}
+    for name, value in of_patches.items():
+        arguments[name] = _pick(value, own, order, stack.unit).to(device, non_blocking=True)
     if order is not None:  # this rank's units come in the order of windows already
-        arguments["window_index"] = torch.arange(len(own) // stack.unit)
+        arguments["window_index"] = torch.arange(len(own) // stack.unit, device=device)
     return Patches(group, streams, order, stack.unit, grid, arguments=arguments)

@@ -14,6 +14,7 @@ Shape letters: T local tokens, S tokens of the whole stream, H heads, K key/valu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from triton_sp.ops import varlen
 from triton_sp.ops.backends.choice import Choice
 from triton_sp.ops.differentiable import once_differentiable
-from triton_sp.ops.pack import Rotate, Rotation
+from triton_sp.ops.pack import Rotate, Rotation, weights_gradients
 from triton_sp.plan.route import HeadRoute, States
 from triton_sp.plan.shards import Shards, moves
 from triton_sp.plan.stream import Stream, chunks
@@ -87,7 +88,8 @@ def attention(
             embeddings applied, but for `rotation`.
         sinks: (H,), the learned sinks of all heads, the same on every rank. Their gradient is this rank's share, to be
             summed over ranks as that of every replicated parameter.
-        rotation: rotary embeddings of this rank's tokens, by which q and k are rotated where they are packed.
+        rotation: rotary embeddings of this rank's tokens, by which q and k are rotated where they are packed, and the
+            norms of their heads before that. The gradients of the norms' weights are this rank's share, as of sinks.
 
     Returns:
         (T, H, V), this rank's tokens, all heads.
@@ -96,20 +98,21 @@ def attention(
     dims = q_THD.shape[-1], v_TKD.shape[-1]
     scale = dims[0] ** -0.5 if softmax_scale is None else softmax_scale
     layer = Layer(causal, window, softcap or 0.0, scale, dims, stream.attention)
+    weights = () if rotation is None or rotation.norm is None else rotation.norm.weights
     if stream.is_local:
         mask = stream.mask(stream.own, stream.own, causal, window)
         if rotation is not None:
-            states = (*Rotate.apply(*states[:2], rotation), v_TKD)
+            states = (*Rotate.apply(*states[:2], rotation, *weights), v_TKD)
         return varlen.attend_eagerly(states if sinks is None else (*states, sinks), mask, **layer.factors)
     with torch.autocast(q_THD.device.type, enabled=False):
-        return note_backward(ExchangeHeads.apply(*states, sinks, stream, layer, rotation))
+        return note_backward(ExchangeHeads.apply(*states, sinks, stream, layer, rotation, *weights))
 
 
 class ExchangeHeads(torch.autograd.Function):
     """The stages of one layer as one operator, and their adjoints in the opposite order.
 
     With `stream.chunks` heads are done in parts: one part travels while another is attended to. Kept for the backward
-    are the receive buffer (q, k and v of this rank's heads), the outputs and the log-sum-exp.
+    are the receive buffer (q, k and v of this rank's heads), the outputs and the log-sum-exp; of norms their inputs.
     """
 
     @staticmethod
@@ -122,6 +125,7 @@ class ExchangeHeads(torch.autograd.Function):
         stream: Stream,
         layer: Layer,
         rotation: Rotation | None = None,
+        *weights: Tensor,
     ) -> Tensor:
         group, parts = stream.group, _parts(layer.widen((q, k, v)), stream, layer)
         needed, kept, returning = any(ctx.needs_input_grad), [], []
@@ -148,14 +152,14 @@ class ExchangeHeads(torch.autograd.Function):
         for part, coming in zip(parts, returning, strict=True):
             part.route.unpack(finish(coming), result[:, part.heads])  # unpack
         ctx.stream, ctx.layer, ctx.rotation, ctx.shapes = stream, layer, rotation, (q.shape, k.shape, v.shape)
-        ctx.save_for_backward(sinks, *kept)
+        ctx.save_for_backward(sinks, *((q, k, *weights) if weights else [None] * 4), *kept)
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (sinks, *saved), stream, layer = ctx.saved_tensors, ctx.stream, ctx.layer
-        kept, dsinks = iter(saved), None
+        (sinks, q, k, *saved), stream, layer = ctx.saved_tensors, ctx.stream, ctx.layer
+        weights, kept, dsinks, dweights = saved[:2], iter(saved[2:]), None, None
         if sinks is not None:
             dsinks = torch.zeros_like(sinks, dtype=torch.promote_types(sinks.dtype, torch.float32))
         dq, dk, dv = grads = tuple(dout.new_empty(*shape[:2], max(layer.dims)) for shape in ctx.shapes)
@@ -183,8 +187,10 @@ class ExchangeHeads(torch.autograd.Function):
             flat = route.join_gradients(buffer, places)
             returning.append(begin_all_to_all(flat, route.received, route.sent, group))  # of the exchange
         for part, coming in zip(parts, returning, strict=True):
-            part.route.unpack_gradients(finish(coming), part.states, ctx.rotation)  # of pack
-        return *layer.narrow(grads), dsinks, None, None, None
+            rotation = part.before(ctx.rotation, q, k, weights)
+            summed = part.route.unpack_gradients(finish(coming), part.states, rotation)  # of pack
+            dweights = summed if dweights is None or summed is None else dweights + summed
+        return *layer.narrow(grads), dsinks, None, None, None, *weights_gradients(dweights, weights)
 
 
 class _Part(NamedTuple):
@@ -193,6 +199,13 @@ class _Part(NamedTuple):
     route: HeadRoute
     states: States
     heads: slice  # of the queries and the outputs
+    kv_heads: slice
+
+    def before(self, rotation: Rotation | None, q: Tensor, k: Tensor, weights: Sequence[Tensor]) -> Rotation | None:
+        """With q and k of all heads as they were before norms."""
+        if rotation is None or rotation.norm is None:
+            return rotation
+        return rotation.of(q[:, self.heads], k[:, self.kv_heads], *weights)
 
     def sinks(self, sinks: Tensor | None) -> list[Tensor | None]:
         """Those of each task, of all or of their gradients."""
@@ -207,9 +220,10 @@ def _parts(states: States, stream: Stream, layer: Layer) -> list[_Part]:
     heads, kv_heads = q.shape[1] // count, k.shape[1] // count
     route = stream.route(heads, kv_heads, layer.causal, layer.window)
     if count == 1:
-        return [_Part(route, (q, k, v), slice(None))]
+        return [_Part(route, (q, k, v), slice(None), slice(None))]
     parts = zip(q.split(heads, 1), k.split(kv_heads, 1), v.split(kv_heads, 1), strict=True)
-    return [_Part(route, states, slice(i * heads, (i + 1) * heads)) for i, states in enumerate(parts)]
+    own = [[slice(i * n, (i + 1) * n) for n in (heads, kv_heads)] for i in range(count)]
+    return [_Part(route, states, *slices) for states, slices in zip(parts, own, strict=True)]
 
 
 def gather(x: Tensor, stream: Stream, unit: int = 1) -> Tensor:

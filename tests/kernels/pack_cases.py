@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from triton_sp.kernels.mask import Rotation
+from triton_sp.kernels.mask import Norm, Rotation
 from triton_sp.ops import dispatch, pack, reference
 from triton_sp.plan.boxes import route
 from triton_sp.plan.heads import assign_heads
@@ -117,6 +117,52 @@ def test_rotation(counts: list[int], ranks: int, dim: int, rotary: int, dtype: t
     expected = torch.autograd.grad(turned, leaves, [x.to(DEVICE) for x in sums])
     for one, other in zip(back, expected, strict=True):
         torch.testing.assert_close(one.double(), other, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "dim", "rotary", "dtype"),
+    [
+        ([4, 1, 1], 2, 80, 32, torch.float64),
+        pytest.param([4, 2, 2], 2, 72, 72, torch.float32, marks=LONG),
+        pytest.param([3, 1], 1, 64, 24, torch.float16, marks=LONG),
+        pytest.param([6, 1, 1], 3, 20, 10, torch.float32, marks=LONG),
+        pytest.param([4, 4, 4], 2, 128, 128, torch.float16, marks=LONG),
+    ],
+)
+def test_norm(counts: list[int], ranks: int, dim: int, rotary: int, dtype: torch.dtype) -> None:
+    """q and k are normalised before they are rotated; the way back, and the sums for the weights, are what autograd
+    makes of that. Rows have other strides than their gradients. Sums are the same bits in each run."""
+    xs, wide = states(13, counts, dim, dtype), torch.promote_types(dtype, torch.float32)
+    weights = torch.randn(2, dim, device=DEVICE, dtype=wide).requires_grad_()
+    norm = Norm(tuple(weights), 2.0**-6, 1.0)  # type: ignore[arg-type]
+    rotation = Rotation(*torch.randn(2, 13, rotary, device=DEVICE, dtype=wide), norm=norm)
+    leaves = [x.double().requires_grad_() for x in xs]
+    turned = [formula(normalised(x, w, norm), rotation) for x, w in zip(leaves, weights.double(), strict=False)]
+    turned += leaves[2:]
+    tolerance = {"rtol": 16 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps}
+    with torch.no_grad():
+        packed = pack.pack_heads(xs, ranks, rotation)
+    expected = reference.pack_heads([x.detach().cpu() for x in turned], ranks)
+    torch.testing.assert_close(packed.cpu().double(), expected, **tolerance)
+    back, again = ([torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs] for _ in range(2))
+    adjoint = rotation.of(xs[0], xs[1], *norm.weights).adjoint
+    dweights = pack.unpack_heads(packed, back, ranks, adjoint)
+    sums = [torch.empty_like(x, device="cpu") for x in leaves]
+    reference.unpack_heads(packed.cpu().double(), sums, ranks)
+    *expected, expected_weights = torch.autograd.grad(turned, [*leaves, weights], [x.to(DEVICE) for x in sums])
+    for one, other in zip([*back, dweights], [*expected, expected_weights], strict=True):
+        size = float(other.abs().max())
+        torch.testing.assert_close(one.double() / size, other.double() / size, **tolerance)
+    assert dweights.dtype == wide and torch.equal(pack.unpack_heads(packed, again, ranks, adjoint), dweights)
+    frozen = norm._replace(weights=tuple(weights.detach()))
+    adjoint = rotation._replace(norm=frozen).of(xs[0], xs[1], *frozen.weights).adjoint
+    assert pack.unpack_heads(packed, again, ranks, adjoint) is None
+    assert all(torch.equal(one, other) for one, other in zip(again, back, strict=True))
+
+
+def normalised(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The norm as transformers' models write it."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps) * (norm.offset + weight)
 
 
 def formula(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

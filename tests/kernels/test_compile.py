@@ -70,22 +70,25 @@ def test_table_is_whole_and_good():
 
 def test_moves_are_whole():
     """pack, unpack and splice: no spill, a place for each number where heads divide, and 16 bytes at a time. Else
-    narrower are a box's numbers, one after another, and the rows of splice's index."""
+    narrower are a box's numbers, one after another, and the rows of splice's index. Normalised heads have a power of
+    two of places."""
     rows = MOVES.read()
-    assert {(row["target"], row["kernel"]) for row in rows.values()} >= {
-        (target, kernel) for target in ("sm_80", "sm_90", "gfx942")
+    assert {(row["triton"][:3], row["target"], row["kernel"]) for row in rows.values()} >= {
+        (version, target, kernel) for version in ("3.6", "3.9") for target in ("sm_80", "sm_90", "gfx942")
         for kernel in ("pack_heads", "unpack_heads", "pack_boxes", "unpack_boxes", "splice_rows",
-                       "pack_heads_rotated", "unpack_heads_rotated")
+                       "pack_heads_rotated", "unpack_heads_rotated", "pack_heads_normalised", "unpack_heads_normalised")
     }  # fmt: skip
     for row in rows.values():
         assert row["spill_bytes"] == row["stack_bytes"] == "0", row
         loads, stores = (set(re.findall(r"\*(\d+)", part)) for part in row["accesses"].split(","))
         whole = "16"
-        if row["kernel"].endswith("rotated"):
+        normalised = row["kernel"].endswith("normalised")
+        if normalised or row["kernel"].endswith("rotated"):
             # Half of a head of 72 is 36 numbers, 4 at a time; and AMD's warps have 64 threads for a tile of as many.
             whole = str((8 if row["dim"] == "72" else 16) // (1 + (row["target"] == "gfx942")))
-        assert whole in loads and stores == {whole}, row
-        assert float(row["lanes"] or 1) <= 1.001, row
+        sums = {"4"} if row["kernel"] == "unpack_heads_normalised" else set()  # of the weights' gradients, a tile's few
+        assert whole in loads and stores == {whole} | sums, row
+        assert float(row["lanes"] or 1) <= (128 / int(row["dim"]) if normalised else 1) + 0.001, row
         if "heads" in row["kernel"]:
             assert loads == {whole}, row
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kit.interpreter import needs_triton
 
-from triton_sp.kernels.mask import Rotation
+from triton_sp.kernels.mask import Norm, Rotation
 from triton_sp.ops import pack
 from triton_sp.plan.boxes import route
 from triton_sp.plan.heads import assign_heads
@@ -70,11 +70,14 @@ def test_compiled(target: str, dim: int, tmp_path, monkeypatch) -> None:
     xs = list(torch.zeros(32, 12, dim, dtype=torch.bfloat16).split(4, 1))
     flat = torch.zeros(32 * 12, dim, dtype=torch.bfloat16)
     rotation = Rotation(*torch.zeros(2, 32, dim, dtype=torch.bfloat16))
-    rotated: dict = {}
-    with ct.compiling_for(target, rotated):
-        pack.unpack(pack.pack(xs, 2, rotation), xs, 2, rotation.adjoint)
-    for kernel in rotated.values():
-        ct.assert_no_spill(kernel, target)
+    weight = torch.zeros(dim, dtype=torch.bfloat16, requires_grad=True)
+    for norm in (None, Norm((weight, weight), 1e-6)):
+        turned: dict = {}
+        with ct.compiling_for(target, turned):
+            asked = rotation._replace(norm=norm)
+            pack.unpack(pack.pack(xs, 2, asked), xs, 2, asked.of(xs[0], xs[1], weight, weight).adjoint)
+        for kernel in turned.values():
+            ct.assert_no_spill(kernel, target)
     compiled: dict = {}
     with ct.compiling_for(target, compiled):
         pack.pack(xs, 2)

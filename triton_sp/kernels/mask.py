@@ -82,8 +82,29 @@ class Grads(NamedTuple):
     dsinks: Tensor | None = None
 
 
+class Norm(NamedTuple):
+    """RMS norms of the heads of q and k, see `ops.reference.normalise`.
+
+    Attributes:
+        weights: (D,), that of q and that of k.
+        eps, offset: numbers of x / sqrt(mean(x^2) + eps) * (offset + weight).
+        rows: q and k as they were before, (T, heads, D), for the adjoint.
+    """
+
+    weights: tuple[Tensor, Tensor]
+    eps: float
+    offset: float = 0.0
+    rows: tuple[Tensor, ...] = ()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the weights have gradients."""
+        return any(weight.requires_grad for weight in self.weights)
+
+
 class Rotation(NamedTuple):
-    """Rotary embeddings of q and k by the positions of their rows, see `ops.reference.turn`.
+    """What q and k go through where they are packed: rotary embeddings by the positions of their rows, see
+    `ops.reference.turn`, and before that an RMS norm, where they have one.
 
     Attributes:
         cos, sin: (T, d), for the first d of the numbers of each head.
@@ -93,6 +114,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     back: bool = False
+    norm: Norm | None = None
 
     def rows(self, count: int) -> Rotation:
         """That of the first rows."""
@@ -102,3 +124,7 @@ class Rotation(NamedTuple):
     def adjoint(self) -> Rotation:
         """What the gradients of rotated rows go through."""
         return self._replace(back=not self.back)
+
+    def of(self, q: Tensor, k: Tensor, *weights: Tensor) -> Rotation:
+        """The one whose adjoint can be taken: it knows q and k, and the weights, where they are normalised."""
+        return self if self.norm is None else self._replace(norm=Norm(weights, *self.norm[1:3], rows=(q, k)))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_sp.kernels.mask import Norm as Norm
 from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import dispatch, reference
 from triton_sp.ops.differentiable import once_differentiable
@@ -25,7 +26,7 @@ def pack_heads(xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = Non
         xs: up to three tensors (T, heads, D) of one dtype, strided in any way but along D. `ranks` divides the heads,
             or these divide the ranks: each of P / heads neighbouring ranks then gets the same head.
         ranks: P.
-        rotation: what the first two tensors are rotated by on the way, in fp32 or wider.
+        rotation: what the first two tensors are normalised and rotated by on the way, in fp32 or wider.
 
     Returns:
         (P * T * n, D), n the heads of a rank, of all tensors: rank after rank, token by token.
@@ -41,9 +42,12 @@ def pack_heads(xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = Non
     return kernels.pack(list(xs), ranks, rotation)
 
 
-def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> None:
+def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> Tensor | None:
     """The adjoint of `pack_heads`, written to `xs`, which may be strided in any way but along D. Sums are formed in
     fp32 or wider, and `rotation` (of `pack_heads`, its adjoint) is applied to the sums.
+
+    Returns:
+        (2, D) in fp32 or wider, the gradients of the weights that q and k are normalised with, where these learn.
 
     >>> q, k = torch.empty(2, 2, 1), torch.empty(2, 1, 1)
     >>> unpack_heads(torch.tensor([0.0, 0.0, 2.0, 2.0, 1.0, 0.0, 3.0, 2.0]).view(8, 1), [q, k], ranks=2)
@@ -58,25 +62,39 @@ def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotat
 
 
 def rotated(xs: Sequence[Tensor], rotation: Rotation) -> tuple[Tensor, ...]:
-    """The first two tensors rotated, all of them side by side in one buffer, where no rank is to be sorted for."""
+    """The first two tensors as `rotation` says, all of them side by side in one buffer, where no rank is to be sorted
+    for."""
     packed = pack_heads(xs, 1, rotation).view(len(xs[0]), -1, xs[0].shape[-1])
     return packed.split([x.shape[1] for x in xs], 1)
 
 
 class Rotate(torch.autograd.Function):
-    """q and k rotated, for layers that attend to what they have."""
+    """q and k normalised and rotated, for layers that attend to what they have."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, ...]:
-        """`rotated`."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, rotation: Rotation, *weights: Tensor) -> tuple[Tensor, ...]:
+        """`rotated`; the weights are those of its norm."""
         ctx.rotation = rotation
+        ctx.save_for_backward(*((q, k, *weights) if weights else ()))
         return rotated((q, k), rotation)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         """Its adjoint."""
-        return *rotated((dq, dk), ctx.rotation.adjoint), None
+        if ctx.rotation.norm is None:
+            return *rotated((dq, dk), ctx.rotation.adjoint), None
+        q, k, *weights = ctx.saved_tensors
+        flat, grads = torch.cat([dq, dk], 1), (q.new_empty(q.shape), k.new_empty(k.shape))
+        dweights = unpack_heads(flat.flatten(0, 1), grads, 1, ctx.rotation.of(q, k, *weights).adjoint)
+        return *grads, None, *weights_gradients(dweights, weights)
+
+
+def weights_gradients(dweights: Tensor | None, weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """What `unpack_heads` has returned, for each weight in its dtype."""
+    if dweights is None:
+        return [None] * len(weights)
+    return [x.to(weight.dtype) for x, weight in zip(dweights, weights, strict=True)]
 
 
 def box_table(boxes: Sequence[Sequence[int]], device: torch.device) -> Tensor:

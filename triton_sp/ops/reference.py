@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triton_sp.kernels.mask import Rotation
+from triton_sp.kernels.mask import Norm, Rotation
 
 
 def turn(x_THD: Tensor, rotation: Rotation) -> Tensor:
@@ -37,19 +37,46 @@ def turn(x_THD: Tensor, rotation: Rotation) -> Tensor:
     return turned if whole else torch.cat([turned, x_THD[..., cos.shape[-1] :].to(wide)], -1)
 
 
+def normalise(x_THD: Tensor, weight: Tensor, norm: Norm) -> Tensor:
+    """RMS norms of heads, in float32 or wider: x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+    >>> norm = Norm((torch.ones(2), torch.ones(2)), eps=0.0, offset=1.0)
+    >>> normalise(torch.tensor([[[3.0, -3.0]]]), norm.weights[0], norm).tolist()
+    [[[2.0, -2.0]]]
+    """
+    x, scale = _scaled(x_THD, norm)
+    return x * scale * (norm.offset + weight.to(x.dtype))
+
+
+def normalise_adjoint(dy_THD: Tensor, x_THD: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The gradients of `x_THD` and of the weight, (D,)."""
+    x, scale = _scaled(x_THD, norm)
+    unit, dy = x * scale, dy_THD.to(x.dtype)
+    inner = dy * (norm.offset + weight.to(x.dtype))
+    return scale * (inner - unit * (unit * inner).mean(-1, keepdim=True)), (dy * unit).sum((0, 1))
+
+
+def _scaled(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """x in float32 or wider, and one over the root of its heads' mean squares."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x, torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)
+
+
 def pack_heads(xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> Tensor:
     """Each rank's heads of several tensors in one buffer; see `pack.pack_heads`."""
     rows, _, dim = xs[0].shape
     flat = xs[0].new_empty(ranks, rows, sum(_per_rank(x, ranks) for x in xs), dim)
     for i, (x, part) in enumerate(zip(xs, flat.split([_per_rank(x, ranks) for x in xs], 2), strict=True)):
-        states = x if rotation is None or i > 1 else turn(x, rotation)
-        part.copy_(_by_rank(states, ranks).transpose(0, 1))
+        if rotation is not None and i < 2:
+            x = x if rotation.norm is None else normalise(x, rotation.norm.weights[i], rotation.norm)
+            x = turn(x, rotation)
+        part.copy_(_by_rank(x, ranks).transpose(0, 1))
     return flat.flatten(0, 2)
 
 
-def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> None:
+def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotation | None = None) -> Tensor | None:
     """The adjoint, written to `xs`; see `pack.unpack_heads`."""
-    sizes = [_per_rank(x, ranks) for x in xs]
+    sizes, norm, dweights = [_per_rank(x, ranks) for x in xs], None if rotation is None else rotation.norm, []
     parts = flat.view(ranks, len(xs[0]), sum(sizes), flat.shape[-1]).split(sizes, 2)
     for i, (x, part) in enumerate(zip(xs, parts, strict=True)):
         if x.shape[1] < ranks:  # (T, heads, 1, D)
@@ -57,9 +84,15 @@ def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotat
             states = part.unflatten(0, (x.shape[1], -1)).sum(1, dtype=wide).transpose(0, 1)
         else:  # (T, P, n, D)
             states = part.transpose(0, 1)
+        groups = states.shape[1:3]
         if rotation is not None and i < 2:
-            states = turn(states.flatten(1, 2), rotation).view(states.shape)
-        x.unflatten(1, states.shape[1:3]).copy_(states)
+            states = turn(states.flatten(1, 2), rotation)
+            if norm is not None:
+                states, dweight = normalise_adjoint(states, norm.rows[i], norm.weights[i], norm)
+                dweights.append(dweight)
+            states = states.unflatten(1, groups)
+        x.unflatten(1, groups).copy_(states)
+    return torch.stack(dweights) if norm is not None and norm.learns else None
 
 
 def _per_rank(x: Tensor, ranks: int) -> int:

@@ -44,12 +44,12 @@ class WholeHeads:
         self.results = (own * len(self.task.q),) * self.ranks
 
     def pack(self, states: States, rotation: Rotation | None = None) -> Tensor:
-        """This rank's q, k and v (T, heads, D), q and k rotated, as the send buffer (vectors, D)."""
+        """This rank's q, k and v (T, heads, D), q and k as `rotation` says, as the send buffer (vectors, D)."""
         return pack.pack_heads(states, self.ranks, rotation)
 
-    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> None:
-        """The adjoint of `pack`, written to `grads`."""
-        pack.unpack_heads(flat, grads, self.ranks, rotation and rotation.adjoint)
+    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> Tensor | None:
+        """The adjoint of `pack`, written to `grads`; what `pack.unpack_heads` returns."""
+        return pack.unpack_heads(flat, grads, self.ranks, rotation and rotation.adjoint)
 
     def states(self, received: Tensor) -> list[States]:
         """q, k and v of each task, from the receive buffer."""
@@ -114,14 +114,15 @@ class CutHeads:
         return pack.box_table(buffer.boxes, self.device)
 
     def pack(self, states: States, rotation: Rotation | None = None) -> Tensor:
-        """This rank's q, k and v, q and k rotated, as the send buffer."""
+        """This rank's q, k and v, q and k as `rotation` says, as the send buffer."""
         turned = states if rotation is None else pack.rotated(states, rotation)
         return pack.pack_boxes(turned, self.inputs, sum(self.sent))
 
-    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> None:
-        """The adjoint of `pack`, written to `grads`."""
+    def unpack_gradients(self, flat: Tensor, grads: States, rotation: Rotation | None = None) -> Tensor | None:
+        """The adjoint of `pack`, written to `grads`; what `pack.unpack_heads` returns."""
         if rotation is None:
-            return pack.unpack_boxes(flat, self.inputs, grads)
+            pack.unpack_boxes(flat, self.inputs, grads)
+            return None
         counts, (rows, _, dim) = [x.shape[1] for x in grads], grads[0].shape
         turned = flat.new_empty(rows, sum(counts), dim)
         pack.unpack_boxes(flat, self.inputs, turned.split(counts, 1))

@@ -143,7 +143,7 @@ def attention_forward(
     tokens, stream = len(scope.stream.own), scope.stream_of(kind)
     q, k, v = (x[:tokens] for x in states)
     masked: dict[str, Any] = {"causal": causal, "window": sliding_window, "sinks": s_aux}
-    if (tables := rotation.rotation_of(module, query, key)) is not None:
+    if (tables := rotation.rotation_of(module, query, key, value)) is not None:
         masked["rotation"] = tables.rows(tokens)
     attend = scope.proof.attend if scope.proof is not None and _is_verified(module, scope) else stages.attention
     out = attend((q, k, v), stream, **masked, softcap=softcap, softmax_scale=scaling)

@@ -1,8 +1,9 @@
-"""Rotary embeddings of attention modules, done where q, k and v are packed instead of by the model's own operators.
+"""Norms and rotary embeddings of q and k, done where they are packed instead of by the model's own operators.
 
 A module rotates q and k by a global function of (q, k, cos, sin). Its own forward runs with another function behind
-that name: one that hands q and k on as they are, and leaves cos and sin to the pack. Whether that computes the same is
-tried on the first call, in which the model's own code still rotates: see rotation_trial.py.
+that name: one that hands q and k on as they are, and leaves cos and sin to the pack. Modules that have normalised the
+heads of q and k before return what they are given. Whether the pack computes the same is tried on the first call, in
+which the model's own code still does both: see rotation_trial.py and norm_trial.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from types import CellType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from triton_sp.anatomy.parts import Anatomy
@@ -22,10 +24,12 @@ from triton_sp.errors import UnsupportedModelError
 from triton_sp.ops.pack import Rotation
 from triton_sp.wrappers.install import Installation, Override
 from triton_sp.wrappers.lookups import with_globals
+from triton_sp.wrappers.norm_trial import HeadNorms, Made, is_rows, may_be_norm, try_norms
 from triton_sp.wrappers.rotation_trial import LAYOUTS, Rotated, fit, is_view, tables, try_rotation, version
 
 ROTATOR = "_triton_sp_rotator"  # the attribute of an attention module
 FOLDED = "the launch that packs q, k and v"
+NORMALISED = f"{FOLDED}, which normalises q and k too,"
 _GIVEN = ["q", "k", "cos", "sin"]
 _CACHES = ("cache", "past_key_values", "past_key_value")  # which hold rotated keys
 
@@ -38,11 +42,22 @@ class Rotator:
         since: the forward in which it was tried; None before. A recomputation of that one does as it did.
         why: why its own code rotates; empty where the pack does.
         layout: which of LAYOUTS it has.
+        norms: what the pack normalises heads of q and k by before; None if nothing does, or the module's own code, and
+            `why_own` that.
     """
 
     since: int | None = None
     why: str = "not tried, as no eager forward has run"
     layout: int = 0
+    norms: HeadNorms | None = None
+    why_own: str = ""
+
+    def __str__(self) -> str:
+        """What rotates, and what normalises."""
+        if self.why:
+            return f"the model's own code ({self.why})"
+        own = f" (norms by the model's own code: {self.why_own})" if self.why_own else ""
+        return NORMALISED if self.norms else FOLDED + own
 
 
 @dataclass(eq=False)
@@ -52,7 +67,9 @@ class _Run:
     Attributes:
         folds: whether the pack is to rotate; else the module is tried.
         calls: of its function that rotates, where it is tried.
+        made: by its children that may be norms, likewise.
         left: q, k, cos and sin that are left to the pack.
+        norms: modules that are to be left to the pack, and `rows` what they were given.
     """
 
     module: nn.Module
@@ -60,12 +77,38 @@ class _Run:
     folds: bool
     forward: int
     calls: list[Rotated] = field(default_factory=list)
+    made: list[Made] = field(default_factory=list)
     left: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    norms: tuple[Any, ...] = ()
+    rows: list[tuple[nn.Module, Tensor]] = field(default_factory=list)
 
     def takes(self, q: Tensor, cos: Tensor, sin: Tensor) -> bool:
         """Whether the pack can rotate by these tables."""
         layout = LAYOUTS[self.rotator.layout]
         return self.left is None and q.ndim == layout.dims and fit(q.shape[layout.tokens], q.shape[-1], cos, sin)
+
+    def try_both(self, states: tuple[Tensor, Tensor, Tensor]) -> None:
+        """The trial, by the q, k and v (1, H, T, D) that attention is given."""
+        rotator = self.rotator
+        rotator.since = self.forward
+        rotator.layout, rotator.why = try_rotation(self.calls, *states[:2])
+        if not rotator.why:
+            given, dim = self.calls[0].given[:2], states[2].shape[-1]
+            rotator.norms, rotator.why_own = try_norms(self.module, self.made, given, dim)
+
+    def rotation(self, query: Tensor, key: Tensor) -> Rotation | None:
+        """What is left to the pack; None if attention is not given what that is for."""
+        if self.left is None:
+            return None
+        q, k, cos, sin = self.left
+        lay, rotation = LAYOUTS[self.rotator.layout].lay, tables(cos, sin)
+        arrived = is_view(query, lay(q)) and is_view(key, lay(k))
+        if self.norms and self.rotator.norms:
+            rotation = rotation._replace(norm=self.rotator.norms.of_weights(self.norms))
+            expected = zip(self.norms, (q, k), strict=True)
+            rows = [any(m is norm and is_rows(x, of) for m, x in self.rows) for norm, of in expected]
+            arrived = arrived and all(rows) and len(self.rows) == len(rows)
+        return rotation if arrived else None
 
 
 _current: ContextVar[_Run | None] = ContextVar("triton_sp_rotation", default=None)
@@ -81,6 +124,9 @@ def prepare(module: nn.Module, installation: Installation) -> None:
     elif len(functions) != 1 or _forward_of(type(module))[1] is None:
         rotator = Rotator(0, "no one function of q, k, cos and sin")
     installation.set(module, ROTATOR, rotator)
+    for child in module.children() if rotator.since is None else ():
+        if may_be_norm(child):
+            installation.override(child, _run_norm, traced=True)
 
 
 def run_module(override: Override, forward: int, /, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +139,8 @@ def run_module(override: Override, forward: int, /, *args: Any, **kwargs: Any) -
     if own is not type(override.module).forward or any(kwargs.get(name) is not None for name in _CACHES):
         return override.original(*args, **kwargs)
     run = _Run(override.module, rotator, rotator.since is not None and forward > rotator.since, forward)
+    if run.folds and rotator.norms is not None:
+        run.norms = rotator.norms.of(override.module)
     token = _current.set(run)
     try:
         return ours(override.module, *args, **kwargs)
@@ -100,35 +148,47 @@ def run_module(override: Override, forward: int, /, *args: Any, **kwargs: Any) -
         _current.reset(token)
 
 
-def rotation_of(module: nn.Module, query: Tensor, key: Tensor) -> Rotation | None:
+def _run_norm(override: Override, /, *args: Any, **kwargs: Any) -> Any:
+    """The forward of what may be a norm of q or k."""
+    run = None if torch.compiler.is_compiling() else _current.get()
+    if run is None or kwargs or len(args) != 1:
+        return override.original(*args, **kwargs)
+    if any(override.module is norm for norm in run.norms):
+        run.rows.append((override.module, args[0]))
+        return args[0]
+    made = override.original(*args)
+    if run.rotator.since is None and isinstance(made, Tensor):
+        run.made.append(Made(override.module, args[0], made, version(made)))
+    return made
+
+
+def rotation_of(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Rotation | None:
     """What attention is to rotate q and k by, which are (1, H, T, D); None where the module has done it.
 
     Raises:
-        UnsupportedModelError: q and k are not those that the module has left to be rotated.
+        UnsupportedModelError: q and k are not those that the module has left to be rotated, or to be normalised.
     """
     run = _current.get()
     if run is None or run.module is not module:
         return None
-    if run.left is None:
+    if run.left is None and not run.rows:
         if not run.folds and run.rotator.since is None:
-            run.rotator.since, (run.rotator.layout, run.rotator.why) = run.forward, try_rotation(run.calls, query, key)
+            run.try_both((query, key, value))
         return None
-    q, k, cos, sin = run.left
-    lay = LAYOUTS[run.rotator.layout].lay
-    if not (is_view(query, lay(q)) and is_view(key, lay(k))):
+    if (rotation := run.rotation(query, key)) is None:
         raise UnsupportedModelError(
             type(module).__name__,
-            expected="attention of the q and k that its rotation has returned, as in its first call",
+            expected="attention of the q and k that its norms and its rotation have returned, as in its first call",
             found="others",
-            remedy='let its own code rotate: SPConfig(trial="off"), and report the model',
+            remedy='let its own code do both: SPConfig(trial="off"), and report the model',
         )
-    return tables(cos, sin)
+    return rotation
 
 
 def describe_rotations(anatomy: Anatomy) -> str:
     """What rotates q and k in the attention modules of a model, for `explain`."""
     found = [getattr(module, ROTATOR, None) for stack in anatomy.stacks for module in stack.attention]
-    told = [f"the model's own code ({rotator.why})" if rotator.why else FOLDED for rotator in found if rotator]
+    told = [str(rotator) for rotator in found if rotator]
     return ", ".join(f"{how} in {told.count(how)} layers" for how in dict.fromkeys(told))
 
 

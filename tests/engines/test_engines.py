@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_sp
+from triton_sp.wrappers.rotation import NORMALISED
 
 STEPS, RATE = 3, 0.1
 
@@ -74,10 +75,12 @@ def run(name: str, engine: str) -> float:
             triton_sp.wrap(model, mesh)
         train(model, mine)
 
+    assert (NORMALISED in triton_sp.explain(model).rotations) == (name == "qwen3_vl")
     return weights_error(model.state_dict(), reference, before)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("name", "size"), [("qwen3_vl", 2), ("qwen2_5_vl", 4)])
 @pytest.mark.parametrize("engine", ["loop", "ddp", "fsdp_before", "fsdp_after"])
-def test_weights_after_training(ranks, engine: str, size: int) -> None:
-    assert max(ranks.run(run, "qwen2_5_vl", engine, ranks=size)) < 2e-4
+def test_weights_after_training(ranks, engine: str, name: str, size: int) -> None:
+    """Windows of images, and norms that are done where q and k are packed, with weights that an engine gathers."""
+    assert max(ranks.run(run, name, engine, ranks=size)) < 2e-4

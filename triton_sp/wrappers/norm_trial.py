@@ -18,6 +18,7 @@ from torch.nn.modules import module as hooks
 from triton_sp.ops import reference
 from triton_sp.ops.pack import Norm
 from triton_sp.wrappers.install import Override
+from triton_sp.wrappers.rotation_trial import version
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OFFSETS = (0.0, 1.0)  # Gemma's weights are trained as differences from 1
@@ -33,7 +34,7 @@ class Made(NamedTuple):
 
     def why_not(self, dim: int) -> str:
         """What is wrong, where v has heads of this dim."""
-        if self.made._version != self.version or self.given.shape != self.made.shape:
+        if version(self.made) != self.version or self.given.shape != self.made.shape:
             return "q or k is changed after it is normalised"
         return "" if self.made.shape[-1] == dim else "heads of v are of another dim"
 
@@ -54,8 +55,8 @@ class HeadNorms:
 
     def of(self, module: nn.Module) -> tuple[Any, ...]:
         """Those of an attention module; none where they would do something else now."""
-        found: tuple[Any, ...] = tuple(getattr(module, name, None) for name in self.names)
-        return found if all(type(x) is self.kind[0] and not why_not(x) for x in found) else ()
+        found: tuple[Any, ...] = tuple(getattr(module, name) for name in self.names)
+        return found if all((type(x), type(x).forward) == self.kind and not why_not(x) for x in found) else ()
 
     def of_weights(self, norms: Sequence[Any]) -> Norm:
         """What the pack is told."""
@@ -71,8 +72,8 @@ def may_be_norm(module: nn.Module) -> bool:
 
 def why_not(norm: nn.Module) -> str:
     """Why a norm cannot be left out of its module's forward: something would see that, or miss it."""
-    forward, weight = norm.__dict__.get("forward"), norm.weight
-    override = getattr(forward, "__self__", None)
+    forward = norm.__dict__.get("forward")
+    override, weight = getattr(forward, "__self__", None), norm.weight
     if not isinstance(override, Override) or forward != override.__call__ or override.shadowed is not None:
         return "its forward is another's"
     if any(getattr(norm, name) for name in _HOOKS) or hooks._has_any_global_hook():  # pyright: ignore[reportPrivateUsage]
@@ -92,10 +93,10 @@ def try_norms(module: nn.Module, calls: Sequence[Made], given: Sequence[Tensor],
         return None, ""
     if [len(x) for x in found] != [1, 1]:
         return None, "not of q and k alike"
-    form, *others = forms = [_form(call, dim) for (call,) in found]
-    if why := next((why for *_, why in forms if why), "" if others == [form] else "not of one kind"):
-        return None, why
-    kind, eps, offset, _ = form
+    form, other = (_form(call, dim) for (call,) in found)
+    kind, eps, offset, why = form
+    if why or form != other:
+        return None, why or other[3] or "not of one kind"
     names = {id(child): name for name, child in module.named_children()}
     q, k = (names[id(call.module)] for (call,) in found)
     return HeadNorms((q, k), (kind, kind.forward), eps, offset), ""
@@ -134,8 +135,5 @@ def _compare(call: Made, eps: float, offset: float) -> bool:
 def is_rows(x: Tensor, of: Tensor) -> bool:
     """Whether two tensors are the same rows in memory, in any order: heads and tokens may have changed places."""
     same = x.data_ptr() == of.data_ptr() and x.dtype == of.dtype and x.shape[-1:] == of.shape[-1:]
-    return same and x.stride()[-1:] == of.stride()[-1:] and _axes(x) == _axes(of)
-
-
-def _axes(x: Tensor) -> list[tuple[int, int]]:
-    return sorted((step, size) for step, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    axes = [sorted(axis for axis in zip(y.stride(), y.shape, strict=True) if axis[1] > 1) for y in (x, of)]
+    return same and x.stride()[-1:] == of.stride()[-1:] and axes[0] == axes[1]

@@ -254,15 +254,14 @@ def sweep(settings: Settings) -> int:
         return 2
     report, repeats = settings.report("host"), 1 if settings.quick else 30
     jobs = [
-        (case, ranks, plan, find)
-        for find in (measure, host_models.measure)
-        for case in (CASES if find is measure else CASES[:2])
-        for ranks in RANKS
-        for plan in (("heads", "segments") if ranks > 1 else ("heads",))
-    ]
-    for case, ranks, plan, find in tqdm(jobs, desc="host", disable=None):
+        (case, partial(measure, case), ("layer", 1)) for case in CASES
+    ] + [
+        (model.case, partial(host_models.measure, model), ("model", host_models.LAYERS))
+        for model in host_models.models(*CASES)
+    ]  # fmt: skip
+    each = [(*job, ranks, plan) for job in jobs for ranks in RANKS for plan in ("heads", "segments")[: min(ranks, 2)]]
+    for case, find, (stage, layers), ranks, plan in tqdm(each, desc="host", disable=None):
         columns = {**case.columns(), **settings.columns(), "case": f"{case.name}, plan {plan}"}
-        stage, layers = ("layer", 1) if find is measure else ("model", host_models.LAYERS)
         base = Row(stage, OURS, clock="cpu", kind="modelled", ranks=ranks, layers=layers, **columns)
         if settings.over or report.status(base) is not None:
             continue
@@ -272,7 +271,7 @@ def sweep(settings: Settings) -> int:
                 case=base.case + found.case,
                 layers=host_models.LAYERS if found.stage == "model" else 1, **statistics(found.times),
             )
-            for found in find(case, ranks, plan, repeats)
+            for found in find(ranks, plan, repeats)
         )  # fmt: skip
     print(report.path)
     return 0

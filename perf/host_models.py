@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,8 +26,17 @@ if TYPE_CHECKING:
     from perf.host import Found
 
 LAYERS = 4
-ROTATED_BY_THE_MODEL = ", rotated by the model"  # without a trial no rotation is left to the pack
+BY_THE_MODEL = ", rotated by the model"  # without a trial no rotation, and no norm, is left to the pack
 ROUNDS = 2
+Build = Callable[[AttentionCase, int, int], tuple[nn.Module, dict[str, Tensor]]]
+
+
+class Model(NamedTuple):
+    """A model of LAYERS layers with the heads of a case, and a batch, of so many tokens in so many segments."""
+
+    case: AttentionCase
+    build: Build
+    rotates: bool = True
 
 
 class _Launch(torch.autograd.Function):
@@ -57,46 +66,73 @@ def tower(case: AttentionCase, tokens: int, images: int) -> tuple[nn.Module, dic
     return model, {"pixel_values": torch.randn(images, 3, 2 * side, 2 * side)}
 
 
-def decoder(case: AttentionCase, tokens: int, documents: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """A Llama with the heads of the case, on documents of so many tokens together."""
-    config = hf.LlamaConfig(
+def rotating_tower(case: AttentionCase, tokens: int, images: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A Qwen3-VL tower likewise."""
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as hub
+
+    config = hf.Qwen3VLConfig(
+        vision_config={
+            "hidden_size": case.heads * case.dim, "intermediate_size": 64, "depth": LAYERS, "num_heads": case.heads,
+            "patch_size": 2, "temporal_patch_size": 2, "out_hidden_size": 64, "deepstack_visual_indexes": [],
+            "num_position_embeddings": 64,
+        }
+    ).vision_config  # fmt: skip
+    model = hub.Qwen3VLVisionModel._from_config(config, attn_implementation="sdpa").train()
+    grid = torch.tensor([[1, 4, tokens // images // 4]] * images)
+    return model, {"hidden_states": torch.randn(tokens, 3 * 2 * 2 * 2), "grid_thw": grid}
+
+
+def decoder(kind: str, case: AttentionCase, tokens: int, documents: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A decoder of a kind, "Llama" or "Qwen3", with the heads of the case, on documents of so many tokens together."""
+    config = getattr(hf, f"{kind}Config")(
         hidden_size=4 * case.heads, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=case.heads,
         num_key_value_heads=case.kv_heads, head_dim=case.dim, vocab_size=64, use_cache=False,
     )  # fmt: skip
-    model = hf.LlamaForCausalLM._from_config(config, attn_implementation="sdpa").train()
+    model = getattr(hf, f"{kind}ForCausalLM")._from_config(config, attn_implementation="sdpa").train()
     ids = torch.randint(2, 64, (1, tokens))
     places = torch.arange(tokens // documents).repeat(documents)[None]
     return model, {"input_ids": ids, "position_ids": places}
 
 
-def measure(case: AttentionCase, ranks: int, plan: str, repeats: int) -> list[Found]:
+def models(vit: AttentionCase, llm: AttentionCase, normalised: AttentionCase) -> tuple[Model, ...]:
+    """With the heads of a tower, of a decoder, and of one with norms of q and k."""
+    turning = replace(vit, name=f"{vit.name} with its rotation")
+    return (
+        Model(vit, tower, rotates=False),
+        Model(turning, rotating_tower),
+        Model(llm, partial(decoder, "Llama")),
+        Model(normalised, partial(decoder, "Qwen3")),
+    )
+
+
+def measure(model: Model, ranks: int, plan: str, repeats: int) -> list[Found]:
     """A forward, and one with its backward, of the wrapped model and of the same one on one rank's part of the batch.
 
-    Every rank is given the same number of tokens, whole segments of them where the plan is "segments". A decoder is
-    wrapped twice: q and k are rotated where they are packed, or by its own code.
+    Every rank is given the same number of tokens, whole segments of them where the plan is "segments". What rotates is
+    wrapped twice: q and k are rotated, and normalised, where they are packed, or by its own code.
     """
     from perf import host
 
-    build = decoder if case.causal else tower
     options: dict[str, Any] = {"check": "off", "plan": plan, "link": "nvlink", "single": True}
     configs = {host.OURS: triton_sp.SPConfig(**options)}
-    if case.causal:
-        configs[ROTATED_BY_THE_MODEL] = triton_sp.SPConfig(**options, trial="off")
-    wrapped = {name: build(case, host.TOKENS * ranks, ranks if plan == "segments" else 1) for name in configs}
+    if model.rotates:
+        configs[BY_THE_MODEL] = triton_sp.SPConfig(**options, trial="off")
+    segments = ranks if plan == "segments" else 1
+    wrapped = {name: model.build(model.case, host.TOKENS * ranks, segments) for name in configs}
     with alone_among(ranks, 0), host.without_launches() as launched, mock.patch.object(F, "linear", _Launch.apply):
-        for name, (model, _) in wrapped.items():
-            triton_sp.wrap(model, config=configs[name])
+        for name, (module, _) in wrapped.items():
+            triton_sp.wrap(module, config=configs[name])
         runs = {
-            ("model", name, direction): partial(host.timed, _run(*model, backward), ROUNDS)
-            for name, model in {**wrapped, host.UNWRAPPED: build(case, host.TOKENS, 1)}.items()
+            ("model", name, direction): partial(host.timed, _run(*each, backward), ROUNDS)
+            for name, each in {**wrapped, host.UNWRAPPED: model.build(model.case, host.TOKENS, 1)}.items()
             for direction, backward in (("forward", False), (host.BOTH, True))
         }
         found = host.in_turns(runs, repeats, launched, ROUNDS)
-    own = [x for x in found if x.provider == ROTATED_BY_THE_MODEL]  # a case of its own, beside the same unwrapped model
+    own = [x for x in found if x.provider == BY_THE_MODEL]  # a case of its own, beside the same unwrapped model
     beside = [x for x in found if x.provider == host.UNWRAPPED and own]
-    pack = [x for x in found if x.provider != ROTATED_BY_THE_MODEL]
+    pack = [x for x in found if x.provider != BY_THE_MODEL]
     own = [replace(x, provider=host.OURS) for x in own]
-    return pack + [replace(x, case=ROTATED_BY_THE_MODEL) for x in own + beside]
+    return pack + [replace(x, case=BY_THE_MODEL) for x in own + beside]
 
 
 def rotations(case: AttentionCase, tokens: int) -> dict[str, tuple[tuple[Tensor, ...], Callable[..., Any]]]:

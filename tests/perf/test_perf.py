@@ -165,7 +165,6 @@ def test_one_rank_of_eight_holds_less() -> None:
 
 def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
     """Of a layer and of a whole forward, with every launch that a GPU would get, and none of its work."""
-    monkeypatch.setattr(host, "CASES", host.CASES[:2])
     monkeypatch.setattr(host, "RANKS", (2,))
     assert host.sweep(settings) == 0
     found = rows.read(settings.report("host").path)
@@ -175,11 +174,12 @@ def test_the_hosts_part_is_measured_by_stage(settings, monkeypatch) -> None:
     assert notes["model", "triton_sp", "forward", case] == layer.replace("1", str(host_models.LAYERS))
     stages = found[found["stage"].isin(["pack", "exchange", "attend", "unpack"])]
     assert len(stages[stages["case"] == case]) == 8 and (found["median_ms"] >= 0).all()
-    assert tables.rotation_table(found).count("\n") == 1 + 3  # of a tower, and of a decoder with norms and without
+    assert tables.rotation_table(found).count("\n") == 1 + 5  # of a tower, and of decoders with norms and without
     table = tables.host_table(found)
     assert f"| {case} | 2 |" in table and "nan" not in table
-    # Of a tower and a decoder, by each of two plans, a layer and a model; the decoder also rotated by the model.
-    assert table.count("\n") == 1 + 2 * 2 * 2 + 2 and table.count("rotated by the model") == 2
+    # By each of two plans, of a tower and two decoders a layer and a model; of a tower that rotates a model; and what
+    # rotates is also rotated by the model.
+    assert table.count("\n") == 1 + 2 * (3 + 3 + 1 + 3) and table.count("rotated by the model") == 2 * 3
 
 
 def test_planning_is_measured(settings) -> None:

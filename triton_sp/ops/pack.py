@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_sp.kernels.mask import Norm as Norm
 from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import dispatch, reference
 from triton_sp.ops.differentiable import once_differentiable
@@ -62,8 +61,7 @@ def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotat
 
 
 def rotated(xs: Sequence[Tensor], rotation: Rotation) -> tuple[Tensor, ...]:
-    """The first two tensors as `rotation` says, all of them side by side in one buffer, where no rank is to be sorted
-    for."""
+    """The first two tensors as `rotation` says, all side by side in one buffer, where no rank is to be sorted for."""
     packed = pack_heads(xs, 1, rotation).view(len(xs[0]), -1, xs[0].shape[-1])
     return packed.split([x.shape[1] for x in xs], 1)
 

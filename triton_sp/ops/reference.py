@@ -51,9 +51,8 @@ def normalise(x_THD: Tensor, weight: Tensor, norm: Norm) -> Tensor:
 def normalise_adjoint(dy_THD: Tensor, x_THD: Tensor, weight: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """The gradients of `x_THD` and of the weight, (D,)."""
     x, scale = _scaled(x_THD, norm)
-    unit, dy = x * scale, dy_THD.to(x.dtype)
-    inner = dy * (norm.offset + weight.to(x.dtype))
-    return scale * (inner - unit * (unit * inner).mean(-1, keepdim=True)), (dy * unit).sum((0, 1))
+    unit, inner = x * scale, dy_THD * (norm.offset + weight.to(x.dtype))
+    return scale * (inner - unit * (unit * inner).mean(-1, keepdim=True)), (dy_THD * unit).sum((0, 1))
 
 
 def _scaled(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from triton_sp.ops import reference
-from triton_sp.ops.pack import Norm
+from triton_sp.ops.reference import Norm, normalise
 from triton_sp.wrappers.install import Override
 from triton_sp.wrappers.rotation_trial import version
 
@@ -126,7 +125,7 @@ def _compare(call: Made, eps: float, offset: float) -> bool:
                 made = torch.func.functional_call(call.module, {"weight": weight}, (rows,))
             except Exception:  # a module of anybody's
                 return False
-            ours, near = reference.normalise(rows, weight, norm), 16 * torch.finfo(wide).eps
+            ours, near = normalise(rows, weight, norm), 16 * torch.finfo(wide).eps
             if made.shape != ours.shape or not torch.allclose(made.to(wide), ours, rtol=near, atol=near):
                 return False
     return True

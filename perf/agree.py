@@ -31,7 +31,7 @@ from perf.rows import Row
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankPool
 from triton_sp.wrappers import entry
-from triton_sp.wrappers.described import prepare_on_all
+from triton_sp.wrappers.inputs.described import prepare_on_all
 from triton_sp.wrappers.install import installation_of
 
 RANKS = (2, 4)

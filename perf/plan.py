@@ -28,11 +28,11 @@ from triton_sp.plan.shards import shard_tokens
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import resolve_group
-from triton_sp.wrappers import described
-from triton_sp.wrappers.batch import Batch
+from triton_sp.wrappers.inputs import described
+from triton_sp.wrappers.inputs.batch import Batch
+from triton_sp.wrappers.inputs.kept import lay_out_again
+from triton_sp.wrappers.inputs.layout import TextCall, lay_out
 from triton_sp.wrappers.install import Layouts, installation_of
-from triton_sp.wrappers.kept import lay_out_again
-from triton_sp.wrappers.layout import TextCall, lay_out
 
 LAYERS = Layers(36, 4096, 4096, 1024, 128, 2, causal=True)  # Qwen3-VL-8B's decoder
 HEADS, KV_HEADS = 28, 4  # of Qwen2.5-VL-7B, which neither 8 nor 1024 ranks divide

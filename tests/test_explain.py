@@ -11,7 +11,7 @@ from torch import nn
 import triton_sp
 from triton_sp.explain import Explanation
 from triton_sp.testing import relative_error
-from triton_sp.wrappers.trial import GATHERED, HEADS
+from triton_sp.wrappers.plain.trial import GATHERED, HEADS
 
 TABLES = {
     # case: (part, kind, layers, heads, a third of them)

@@ -57,7 +57,7 @@ def real(name: str) -> tuple[int, int, int, int, dict[str, str], int, int]:
         parameter.grad = torch.zeros_like(parameter)
     batch = {key: x.float() if x.is_floating_point() else x for key, x in make_batch(model, job).items()}
     triton_sp.wrap(model, config=config)
-    away = mock.patch("triton_sp.wrappers.offload.save_on_cpu", Elsewhere)
+    away = mock.patch("triton_sp.wrappers.layers.offload.save_on_cpu", Elsewhere)
     with away, collectives.record() as ledger, memory.Peak() as peak:
         with saved_activations(model) as saved:
             loss = model(**batch).loss

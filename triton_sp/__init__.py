@@ -18,8 +18,8 @@ from triton_sp.modules.encoder import UlyssesSPViTAttention
 from triton_sp.modules.fusion import FusionAdapter
 from triton_sp.ops.varlen import varlen_attention
 from triton_sp.timeline import record_step
-from triton_sp.wrappers.packing import PackingCollator
-from triton_sp.wrappers.scores import TokenScores
+from triton_sp.wrappers.inputs.packing import PackingCollator
+from triton_sp.wrappers.losses.scores import TokenScores
 
 __all__ = [
     "FusionAdapter",

@@ -14,10 +14,14 @@ from triton_sp.errors import GroupError, InputError, UnsupportedModelError
 from triton_sp.ranks import collectives, groups
 from triton_sp.ranks.boards import board_of
 from triton_sp.ranks.failures import reporting_failures
-from triton_sp.wrappers import composite, decoder, entry, gathered, generation, tiled_mlp, vision
-from triton_sp.wrappers.described import agree_on_gradients
+from triton_sp.wrappers import entry, generation
+from triton_sp.wrappers.decoders import decoder, gathered
+from triton_sp.wrappers.fusion import composite
+from triton_sp.wrappers.inputs.described import agree_on_gradients
 from triton_sp.wrappers.install import Installation, attach, installation_of
-from triton_sp.wrappers.scores import ScoreRequest, TokenScores, asking, score_alone
+from triton_sp.wrappers.layers import tiled_mlp
+from triton_sp.wrappers.losses.scores import ScoreRequest, TokenScores, asking, score_alone
+from triton_sp.wrappers.towers import vision
 
 Model = TypeVar("Model", bound=nn.Module)
 

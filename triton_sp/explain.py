@@ -14,15 +14,15 @@ from triton_sp.errors import InputError, SPError, require
 from triton_sp.forecast.job import Job
 from triton_sp.forecast.step import Forecast, forecast_batch
 from triton_sp.ops.dispatch import implementation
-from triton_sp.wrappers.described import describe_messages
 from triton_sp.wrappers.generation import describe_prefill
-from triton_sp.wrappers.head import loss_implementation
+from triton_sp.wrappers.inputs.described import describe_messages
 from triton_sp.wrappers.install import Installation, installation_of
-from triton_sp.wrappers.opaque import method_of
-from triton_sp.wrappers.rotation import describe_rotations
-from triton_sp.wrappers.tiled_mlp import mlps
-from triton_sp.wrappers.trial import GATHERED
-from triton_sp.wrappers.verification import describe_verification
+from triton_sp.wrappers.layers.rotation import describe_rotations
+from triton_sp.wrappers.layers.tiled_mlp import mlps
+from triton_sp.wrappers.losses.head import loss_implementation
+from triton_sp.wrappers.plain.opaque import method_of
+from triton_sp.wrappers.plain.trial import GATHERED
+from triton_sp.wrappers.proof.verification import describe_verification
 
 FEATURES_ROUTED, FEATURES_GATHERED = "features routed", "features gathered"
 

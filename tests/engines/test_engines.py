@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_sp
-from triton_sp.wrappers.rotation import NORMALISED
+from triton_sp.wrappers.layers.rotation import NORMALISED
 
 STEPS, RATE = 3, 0.1
 

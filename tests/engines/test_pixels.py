@@ -19,7 +19,7 @@ import triton_sp
 from triton_sp.errors import DisagreementError, GroupError, InputError
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankError
-from triton_sp.wrappers.patches import PixelShard
+from triton_sp.wrappers.towers.patches import PixelShard
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 WHY = "on the rank that loaded the batch as SPConfig.plan says"

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 import triton_sp
 from triton_sp.testing import RankPool, relative_error
 from triton_sp.wrappers.install import installation_of
-from triton_sp.wrappers.rotation import ROTATOR, Rotator
+from triton_sp.wrappers.layers.rotation import ROTATOR, Rotator
 
 transformers.logging.set_verbosity_error()
 CHECKPOINTING = {"none": None, "reentrant": True, "non_reentrant": False}

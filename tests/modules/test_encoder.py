@@ -15,7 +15,7 @@ import triton_sp
 from triton_sp import errors
 from triton_sp.modules.encoder import ShardedAttention, ShardedEncoder
 from triton_sp.testing import RankError, relative_error
-from triton_sp.wrappers.trial import GATHERED, HEADS
+from triton_sp.wrappers.plain.trial import GATHERED, HEADS
 
 WIDTH = plain_vits.WIDTH
 

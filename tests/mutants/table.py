@@ -37,9 +37,9 @@ MODULES: dict[str, list[str]] = {
     "triton_sp/ranks/agreement.py": ["tests/ranks/test_agreement.py"],
     "triton_sp/ranks/failures.py": ["tests/ranks/test_board.py"],
     "triton_sp/ranks/waiting.py": ["tests/ranks/test_waiting.py", "tests/ranks/test_board.py"],
-    "triton_sp/wrappers/layout.py": ["tests/wrappers/test_spans.py", "tests/wrappers/test_layout.py"],
-    "triton_sp/wrappers/tower.py": ["tests/wrappers/test_rows.py", *PARITY],
-    "triton_sp/wrappers/features.py": ["tests/wrappers/test_rows.py", *PARITY],
+    "triton_sp/wrappers/inputs/layout.py": ["tests/wrappers/test_spans.py", "tests/wrappers/test_layout.py"],
+    "triton_sp/wrappers/towers/tower.py": ["tests/wrappers/test_rows.py", *PARITY],
+    "triton_sp/wrappers/fusion/features.py": ["tests/wrappers/test_rows.py", *PARITY],
 }
 
 

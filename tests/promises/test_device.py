@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs a PyTorch with devices written in Python",
 )
 ASKS = "triton_sp.ranks.collectives"  # ranks compare what they have; with gloo beside NCCL that is not by the device
-# Where a tower of images of unknown sizes has begun, ranks tell one another the sizes: see wrappers/placement.py.
+# Where a tower of images of unknown sizes has begun, ranks tell one another the sizes (wrappers/towers/placement.py).
 IN_FORWARD = {"qwen2_5_vl": set(), "qwen3_vl": set(), "llama": set(), "llava": {ASKS}}
 # One of each kind: windows and grids, DeepStack, joined images, a tower alone, cut heads, recurrent layers.
 EXACT = {"qwen2_5_vl": "reentrant", "qwen3_vl": "non_reentrant", "mistral3": "none", "vit": "none",

@@ -52,7 +52,7 @@ def fewer_placeholders() -> None:
 
 def fails_in_plan() -> None:
     model = triton_sp.wrap(fresh())
-    broken = mock.patch("triton_sp.wrappers.kept.plan_decoder", side_effect=MemoryError("no plan"))
+    broken = mock.patch("triton_sp.wrappers.inputs.kept.plan_decoder", side_effect=MemoryError("no plan"))
     with broken if culprit() else mock.patch.object(time, "time", time.time):
         step(model, batch())
 

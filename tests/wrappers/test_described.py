@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from triton_sp.wrappers.described import _digest
+from triton_sp.wrappers.inputs.described import _digest
 
 SHAPES = ((), (7,), (8,), (3, 5), (3, 6), (2, 3, 4, 4))
 MANY = 1 << 28

@@ -19,8 +19,11 @@ from triton_sp.anatomy import find, fusion
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankError
-from triton_sp.wrappers import batch as batches
-from triton_sp.wrappers import decoder, features, layout, vision
+from triton_sp.wrappers.decoders import decoder
+from triton_sp.wrappers.fusion import features
+from triton_sp.wrappers.inputs import batch as batches
+from triton_sp.wrappers.inputs import layout
+from triton_sp.wrappers.towers import vision
 
 CONFIG = triton_sp.SPConfig(plan="heads")
 

@@ -19,7 +19,7 @@ from triton_sp import SPConfig
 from triton_sp.anatomy import families
 from triton_sp.errors import InputError, SPError, UnsupportedModelError
 from triton_sp.testing import RankError
-from triton_sp.wrappers import gathered
+from triton_sp.wrappers.decoders import gathered
 
 _SIZES: dict[str, Any] = {"hidden_size": 96, "vocab_size": tiny.VOCAB, "use_cache": False}
 _HEADS: dict[str, Any] = {"num_attention_heads": 12, "num_hidden_layers": 2}

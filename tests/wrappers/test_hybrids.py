@@ -19,8 +19,8 @@ from triton_sp.plan.recurrence import Carry, Halo, carry
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks import collectives
-from triton_sp.wrappers import recurrence, recurrent
-from triton_sp.wrappers.rules import Affine, Recurrence
+from triton_sp.wrappers.layers import recurrence, recurrent
+from triton_sp.wrappers.layers.rules import Affine, Recurrence
 
 # Heads that ranks do not divide: 4 of 2 keys, 6 of 2 groups; in the long part 3, which leave one of 4 ranks without.
 RUNS = [

@@ -17,10 +17,10 @@ from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import ALONE
-from triton_sp.wrappers.batch import Batch
+from triton_sp.wrappers.inputs.batch import Batch
+from triton_sp.wrappers.inputs.kept import MOST, lay_out_again
+from triton_sp.wrappers.inputs.layout import TextCall, lay_out
 from triton_sp.wrappers.install import Layouts
-from triton_sp.wrappers.kept import MOST, lay_out_again
-from triton_sp.wrappers.layout import TextCall, lay_out
 
 ROW = st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 3), st.lists(st.booleans(), min_size=12))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import triton_sp
 from triton_sp.testing import relative_error
-from triton_sp.wrappers.masks import documents_of
+from triton_sp.wrappers.inputs.masks import documents_of
 
 MROPE = {tiny.ROPE: tiny.MROPE}
 

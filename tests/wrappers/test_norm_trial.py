@@ -11,9 +11,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from triton_sp.wrappers.install import Installation, TracedOverride
-from triton_sp.wrappers.norm_trial import Made, may_be_norm, try_norms
-from triton_sp.wrappers.rotation import _run_norm
-from triton_sp.wrappers.rotation_trial import version
+from triton_sp.wrappers.layers.norm_trial import Made, may_be_norm, try_norms
+from triton_sp.wrappers.layers.rotation import _run_norm
+from triton_sp.wrappers.layers.rotation_trial import version
 
 
 class Attention(nn.Module):

@@ -15,7 +15,7 @@ import triton_sp
 from triton_sp import errors
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankError, relative_error
-from triton_sp.wrappers.trial import GATHERED, HEADS
+from triton_sp.wrappers.plain.trial import GATHERED, HEADS
 
 HEADS_PLAN = triton_sp.SPConfig(plan="heads")  # whatever the cost model thinks of models this small
 METHODS = dict.fromkeys(plain_vits.MODELS, HEADS) | {"matmul": GATHERED, "mixing": GATHERED, "scaled": GATHERED}

@@ -26,9 +26,9 @@ from transformers.models.llama import modeling_llama
 import triton_sp
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.ops import reference
-from triton_sp.wrappers.norm_trial import HeadNorms
-from triton_sp.wrappers.rotation import FOLDED, NORMALISED, Rotator, _current, _Run, rotation_of
-from triton_sp.wrappers.rotation_trial import Rotated, try_rotation, version
+from triton_sp.wrappers.layers.norm_trial import HeadNorms
+from triton_sp.wrappers.layers.rotation import FOLDED, NORMALISED, Rotator, _current, _Run, rotation_of
+from triton_sp.wrappers.layers.rotation_trial import Rotated, try_rotation, version
 
 
 def turns(model: nn.Module, batch: tiny.Batch, steps: int) -> list[int]:

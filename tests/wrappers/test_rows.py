@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from triton_sp.anatomy.parts import FeatureMethod, Fusion
 from triton_sp.errors import InputError
 from triton_sp.plan.shards import Shards
-from triton_sp.wrappers.features import change_rows, check_count, needed_rows
-from triton_sp.wrappers.hidden import HiddenShape
-from triton_sp.wrappers.tower import TowerPass, TowerStates, without_dense_mask
+from triton_sp.wrappers.fusion.features import change_rows, check_count, needed_rows
+from triton_sp.wrappers.towers.hidden import HiddenShape
+from triton_sp.wrappers.towers.tower import TowerPass, TowerStates, without_dense_mask
 
 IMAGES = FeatureMethod("get_image_features", "image_token_id", "images")
 VIDEOS = FeatureMethod("get_video_features", "video_token_id", "images")

@@ -14,8 +14,8 @@ from triton_sp.loss import shift
 from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import ALONE
-from triton_sp.wrappers.batch import Batch
-from triton_sp.wrappers.layout import UNTOUCHED, TextCall, lay_out
+from triton_sp.wrappers.inputs.batch import Batch
+from triton_sp.wrappers.inputs.layout import UNTOUCHED, TextCall, lay_out
 
 
 def batch_of(mutual: list[list[int]], **fields: list[list[int]]) -> Batch:

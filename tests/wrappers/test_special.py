@@ -15,7 +15,9 @@ from kit.parity import Plan, heads, hold
 from triton_sp.anatomy import families
 from triton_sp.anatomy.families import MAKES_SPANS, spans_of
 from triton_sp.anatomy.find import find_parts
-from triton_sp.wrappers import attention, cross, layout
+from triton_sp.wrappers.decoders import cross
+from triton_sp.wrappers.inputs import layout
+from triton_sp.wrappers.layers import attention
 
 # In the suite, on two ranks; head counts that these do not divide are in the cases themselves.
 QUICK = {

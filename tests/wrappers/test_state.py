@@ -14,7 +14,7 @@ from torch import nn
 import triton_sp
 from triton_sp.errors import DisagreementError
 from triton_sp.testing import RankError
-from triton_sp.wrappers import state
+from triton_sp.wrappers.inputs import state
 
 
 def layers(model: Any) -> nn.ModuleList:

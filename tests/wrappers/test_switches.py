@@ -14,7 +14,7 @@ import triton_sp
 from triton_sp.anatomy.find import find_parts
 from triton_sp.testing import RankError, saved_activations
 from triton_sp.wrappers.install import installation_of
-from triton_sp.wrappers.tiled_mlp import mlps
+from triton_sp.wrappers.layers.tiled_mlp import mlps
 
 PLANS = {
     "qwen2_5_vl": [

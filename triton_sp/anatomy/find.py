@@ -140,7 +140,7 @@ def _describe_positions(stack: Stack, owner: nn.Module) -> None:
 
 def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
     """The modules whose attention is sharded. One that reads another sequence works token by token, see
-    wrappers/cross.py."""
+    wrappers/decoders/cross.py."""
     for module in (module for block in blocks for module in block.modules()):
         taken = inspect.signature(type(module).forward).parameters
         if calls_attention_interface(module) and "cross_attention_states" not in taken:
@@ -148,8 +148,8 @@ def _self_attention(blocks: list[nn.Module]) -> Iterator[nn.Module]:
 
 
 def _without_cross_attention(blocks: list[nn.Module], attention: list[nn.Module]) -> list[nn.Module]:
-    """A decoder by itself reads no encoder's states, and is not given any (wrappers/batch.py): what would attend to
-    them is not called."""
+    """A decoder by itself reads no encoder's states, and is not given any (wrappers/inputs/batch.py): what would attend
+    to them is not called."""
     causal = [module for module in attention if getattr(module, "is_causal", False)]
     reads = "encoder_hidden_states" in inspect.signature(type(blocks[0]).forward).parameters
     return causal if causal and reads else attention

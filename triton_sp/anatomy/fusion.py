@@ -7,8 +7,8 @@
 
 A composite that keeps to all four is routed: its forward runs on this rank's tokens, and each rank is sent the rows
 that its placeholders need. Which id that is, `get_placeholder_mask` is asked here; rows and placeholders are counted
-when the rows have been made (wrappers/features.py). Of a composite that does not keep to them, features and embeddings
-are whole on every rank.
+when the rows have been made (wrappers/fusion/features.py). Of a composite that does not keep to them, features and
+embeddings are whole on every rank.
 """
 
 from __future__ import annotations

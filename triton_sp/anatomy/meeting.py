@@ -1,6 +1,6 @@
 """In which layers of a block tokens may meet: all but those that are known to work token by token.
 
-Where such a layer's attention cannot be exchanged, it runs on gathered hidden states (wrappers/gathered.py).
+Where such a layer's attention cannot be exchanged, it runs on gathered hidden states (wrappers/decoders/gathered.py).
 """
 
 from __future__ import annotations

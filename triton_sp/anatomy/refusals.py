@@ -65,7 +65,7 @@ def refuse_blocks(stack: Stack, names: dict[int, str]) -> UnsupportedModelError 
             found=f"parameters {sorted(unknown)}, each of which may have an entry for every token",
             remedy="add them to triton_sp/anatomy/refusals.py once they are known to be right on a shard",
         )
-    if not stack.by_interface:  # proven by a trial on the first call instead, see wrappers/trial.py
+    if not stack.by_interface:  # proven by a trial on the first call instead, see wrappers/plain/trial.py
         return next((_refuse_stage(block, names) for block in stack.blocks if not _attends(block)), None)
     modules = [module for block in stack.blocks for module in block.modules()]
     known = _convolutions(stack.recurrent)
@@ -98,7 +98,9 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
     leaf = not any(True for _ in module.children())
     if getattr(module, "drop_prob", 0):
         return refuse_stochastic_depth(name, module)
-    if calls_attention_interface(module) and set(own) - {"sinks"}:  # these it hands on, see wrappers/attention.py
+    if calls_attention_interface(module) and set(own) - {
+        "sinks"
+    }:  # these it hands on, see wrappers/layers/attention.py
         return UnsupportedModelError(
             name,
             expected="attention whose parameters all lie in layers that work token by token",

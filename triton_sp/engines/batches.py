@@ -22,7 +22,7 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree
 from triton_sp.ranks.failures import text_of
 from triton_sp.ranks.groups import Group
-from triton_sp.wrappers.patches import PixelShard
+from triton_sp.wrappers.towers.patches import PixelShard
 
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
 NONE = object()  # stands for a batch where there is none

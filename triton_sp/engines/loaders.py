@@ -20,8 +20,8 @@ from triton_sp.engines.resuming import ResumableBatches
 from triton_sp.engines.rollouts import share_rollouts
 from triton_sp.errors import InputError, require
 from triton_sp.ranks import collectives, groups
+from triton_sp.wrappers.fusion.pixels import cut_pixels, cuttable
 from triton_sp.wrappers.install import installation_of
-from triton_sp.wrappers.pixels import cut_pixels, cuttable
 
 _T = TypeVar("_T")
 

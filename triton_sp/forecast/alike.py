@@ -24,7 +24,7 @@ from triton_sp.forecast.likeness import Form, form_of, identity, kind_of, looks
 from triton_sp.ranks.collectives import Ledger
 from triton_sp.wrappers.install import Installation, replaced
 from triton_sp.wrappers.scope import current, recomputing
-from triton_sp.wrappers.tower import TowerPass
+from triton_sp.wrappers.towers.tower import TowerPass
 
 _BYTE = torch.float8_e4m3fn  # a float, so that nobody touches it
 # So many chunks of logits are told of. Fewer are not, because how their gradients of the head's weight are added up

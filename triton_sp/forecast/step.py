@@ -28,8 +28,9 @@ from triton_sp.plan.cost import find_link
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives, groups
 from triton_sp.testing import saved_activations
-from triton_sp.wrappers import features, offload
+from triton_sp.wrappers.fusion import features
 from triton_sp.wrappers.install import Installation, installation_of
+from triton_sp.wrappers.layers import offload
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ from triton_sp.errors import DisagreementError, InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks import collectives, groups
-from triton_sp.wrappers import entry, vision
-from triton_sp.wrappers.hidden import SequencesShape
+from triton_sp.wrappers import entry
 from triton_sp.wrappers.install import Installation, attach
-from triton_sp.wrappers.opaque import run_in, same_tokens
-from triton_sp.wrappers.sdpa import OpaqueScope
-from triton_sp.wrappers.trial import find_method, random_states
+from triton_sp.wrappers.plain.opaque import run_in, same_tokens
+from triton_sp.wrappers.plain.sdpa import OpaqueScope
+from triton_sp.wrappers.plain.trial import find_method, random_states
+from triton_sp.wrappers.towers import vision
+from triton_sp.wrappers.towers.hidden import SequencesShape
 
 
 class ShardedEncoder(nn.Module):

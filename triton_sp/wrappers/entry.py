@@ -17,20 +17,20 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.backwards import BackwardWatcher, noting_backwards
 from triton_sp.ranks.boards import board_of, give_sign
 from triton_sp.ranks.failures import reporting_failures
-from triton_sp.wrappers.batch import Batch, check_pixels_alone, decodes, read_batch
-from triton_sp.wrappers.described import agree_on_backward, bind_on_all, prepare_on_all
-from triton_sp.wrappers.features import check_rows, needed_rows
-from triton_sp.wrappers.first_call import try_text_model, try_vision_model
+from triton_sp.wrappers.fusion.features import check_rows, needed_rows
 from triton_sp.wrappers.generation import Prompt, generating, prefill, prefills
 from triton_sp.wrappers.graphs import has_graphs
-from triton_sp.wrappers.head import HeadLoss, logit_transform
+from triton_sp.wrappers.inputs.batch import Batch, check_pixels_alone, decodes, read_batch
+from triton_sp.wrappers.inputs.described import agree_on_backward, bind_on_all, prepare_on_all
+from triton_sp.wrappers.inputs.kept import lay_out_batch
+from triton_sp.wrappers.inputs.layout import TextCall, gather_tokens
 from triton_sp.wrappers.install import Installation, Override
-from triton_sp.wrappers.kept import lay_out_batch
-from triton_sp.wrappers.layout import TextCall, gather_tokens
-from triton_sp.wrappers.routers import ARGUMENT, Balance, balance_of
+from triton_sp.wrappers.losses.head import HeadLoss, logit_transform
+from triton_sp.wrappers.losses.routers import ARGUMENT, Balance, balance_of
+from triton_sp.wrappers.losses.scores import ScoreRequest, answer, requested
+from triton_sp.wrappers.proof.first_call import try_text_model, try_vision_model
+from triton_sp.wrappers.proof.verification import next_proof
 from triton_sp.wrappers.scope import Call, active
-from triton_sp.wrappers.scores import ScoreRequest, answer, requested
-from triton_sp.wrappers.verification import next_proof
 
 
 def run_model(override: Override, *args: Any, **kwargs: Any) -> Any:

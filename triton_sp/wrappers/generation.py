@@ -21,10 +21,10 @@ from triton_sp import stages
 from triton_sp.anatomy.parts import Anatomy
 from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.ranks import collectives
-from triton_sp.wrappers.batch import CACHES, Batch
-from triton_sp.wrappers.described import prepare_on_all
+from triton_sp.wrappers.inputs.batch import CACHES, Batch
+from triton_sp.wrappers.inputs.described import prepare_on_all
+from triton_sp.wrappers.inputs.layout import TextCall, gather_tokens
 from triton_sp.wrappers.install import Installation, Override, replaced
-from triton_sp.wrappers.layout import TextCall, gather_tokens
 from triton_sp.wrappers.scope import Call, active
 
 _ALONE = "leave out SPConfig(shard_prefill=True): each rank prefills by itself then"

@@ -25,10 +25,10 @@ from triton_sp.plan.cost import PlanChoice
 from triton_sp.plan.shards import Shards
 from triton_sp.ranks.groups import Group
 from triton_sp.wrappers.graphs import between_graphs, compiled_again
-from triton_sp.wrappers.state import ModelState
+from triton_sp.wrappers.inputs.state import ModelState
 
 if TYPE_CHECKING:
-    from triton_sp.wrappers.verification import Proof
+    from triton_sp.wrappers.proof.verification import Proof
 
 _MISSING = "<not set on the instance>"
 _MARK = "_triton_sp"
@@ -43,7 +43,7 @@ class LastCall:
 
 
 class Layouts(dict[Any, Any]):
-    """The layouts of the last batches, see wrappers/kept.py. Copies and pickles of a model begin without."""
+    """The layouts of the last batches, see wrappers/inputs/kept.py. Copies and pickles of a model begin without."""
 
     def __reduce_ex__(self, _: Any) -> tuple[type[Layouts], tuple[()]]:
         return Layouts, ()
@@ -65,8 +65,8 @@ class Installation:
     layouts: Layouts = field(default_factory=Layouts)
     front: Override | None = None  # that of the model's own forward
     offloaded: int = 0  # bytes that went to the CPU in the last call
-    head_verified: bool = False  # what the model does to logits was seen once, see wrappers/head.py
-    routers_verified: bool = False  # so was how it balances its experts, see wrappers/routers.py
+    head_verified: bool = False  # what the model does to logits was seen once, see wrappers/losses/head.py
+    routers_verified: bool = False  # so was how it balances its experts, see wrappers/losses/routers.py
     forwards: int = 0  # that have begun, those of recomputations not counted
     proof: Proof | None = None  # of the last forward
     verified: str = ""  # the last result

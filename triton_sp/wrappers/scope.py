@@ -27,8 +27,8 @@ from triton_sp.wrappers.graphs import hold
 from triton_sp.wrappers.install import Override, replaced
 
 if TYPE_CHECKING:
-    from triton_sp.wrappers.placement import Placement
-    from triton_sp.wrappers.verification import Proof
+    from triton_sp.wrappers.proof.verification import Proof
+    from triton_sp.wrappers.towers.placement import Placement
 
 KEYWORD = "triton_sp_scope"  # the keyword, or in towers the attribute, by which attention finds its scope
 

@@ -1,0 +1,1 @@
+"""The decoder on this rank's tokens."""

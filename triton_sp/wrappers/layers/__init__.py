@@ -1,0 +1,1 @@
+"""What runs inside of a layer: attention, rotations, recurrences, MLPs, and what is kept for the backward."""

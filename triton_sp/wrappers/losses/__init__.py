@@ -1,0 +1,1 @@
+"""The loss, from this rank's logits or without any: heads, scores of tokens, and routers' auxiliary loss."""

@@ -1,0 +1,1 @@
+"""Vision towers: where their tokens are, and their blocks on this rank's tokens."""

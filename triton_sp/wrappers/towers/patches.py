@@ -1,0 +1,205 @@
+"""Patches: the placement of towers of packed patches (Qwen-VL, GLM-4V). Each rank is given the pixels of its shard, and
+what the tower would have worked out of the grids for them.
+
+Since 5.17 transformers computes what a tower has to know about its patches (positions, segments, the order of windows)
+by functions beside the tower, and towers take the results as arguments. So these are called for the whole batch here,
+and the tower's own forward runs on this rank's rows of the results, from the patch embedding to the merger.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_sp import stages
+from triton_sp.anatomy.parts import Stack
+from triton_sp.config import SPConfig
+from triton_sp.errors import InputError
+from triton_sp.plan.cost import PlanName
+from triton_sp.plan.segments import Segments
+from triton_sp.plan.shards import Shards
+from triton_sp.plan.stream import Stream
+from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.planning import plan_stack
+from triton_sp.wrappers.towers.hidden import HiddenShape
+from triton_sp.wrappers.towers.placement import Placement, Streams
+
+
+@dataclass(frozen=True, eq=False)
+class PixelShard:
+    """This rank's patches of pixels that were cut before they were sent: what a batch has in their place. Its length is
+    that of the pixels of the whole batch.
+
+    Attributes:
+        rows: (own patches, channels), in the order in which the tower runs them.
+        plan: the name of the plan that they were cut by.
+        sizes: how many patches each rank has.
+        digest: of the pixels of the whole batch and the cut, the same on every rank.
+        why: why the rank that has cut them chose this plan, for `explain`.
+    """
+
+    rows: Tensor
+    plan: PlanName
+    sizes: tuple[int, ...]
+    digest: str
+    why: str = ""
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of this rank's rows."""
+        return self.rows.nbytes
+
+    def __str__(self) -> str:
+        return f"{self.digest} {self.plan} {len(self)} patches"
+
+    def to(self, *args: Any, **kwargs: Any) -> PixelShard:
+        """`Tensor.to`, of the rows."""
+        return replace(self, rows=self.rows.to(*args, **kwargs))
+
+
+@dataclass(eq=False)
+class Patches(Placement):
+    """Each rank has its shard of the patches, outside of the blocks and inside: nothing moves at their ends.
+
+    The stream is cut before the tower runs, anywhere between merge units (the neighbouring patches that the merger
+    makes one row of). With the plan "replicate" the shard of every rank is all patches.
+
+    Attributes:
+        streams: the cut, and the streams in the segments that blocks will be given.
+        order: (merge units,) int64 on the CPU, in which order the tower runs the merge units; None for their own order.
+        merge: patches in a merge unit.
+        grid: (images, 3), frames, height and width of each image in patches.
+        arguments: what the tower's forward needs to know of this rank's patches, and the segments of all.
+    """
+
+    group: Group
+    streams: Streams
+    order: Tensor | None
+    merge: int
+    grid: Tensor
+
+    def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
+        """The streams that were planned before the tower ran."""
+        return self.streams
+
+    def enter(self, rows: Tensor, stream: Stream) -> Tensor:
+        """The rows themselves, which are the shard."""
+        return rows
+
+    def leave(self, local: Tensor, stream: Stream) -> Tensor:
+        """The shard itself."""
+        return local
+
+    @property
+    def own(self) -> range:
+        """This rank's patches, in the tower's order."""
+        return self.streams.first.own
+
+    @property
+    def frames(self) -> tuple[Tensor, Tensor]:
+        """The frames that this rank has patches of: how many patches, and (1, height, width) of the whole frame."""
+        own, each = self.own, self.grid.repeat_interleave(self.grid[:, 0], 0)
+        sizes = each[:, 1:].prod(-1)
+        stops = sizes.cumsum(0)
+        counts = stops.clamp(max=own.stop) - (stops - sizes).clamp(min=own.start)
+        return counts[counts > 0], each.index_fill(1, self.grid.new_zeros(1), 1)[counts > 0]
+
+    def pick(self, pixels: Tensor | PixelShard) -> Tensor:
+        """This rank's rows of pixels that have a row for each patch of the batch."""
+        return pixels.rows if isinstance(pixels, PixelShard) else _pick(pixels, self.own, self.order, self.merge)
+
+    def pick_of_all(self, pixels: Tensor) -> Tensor:
+        """The rows of pixels in the order of the tower: those of the first rank, then those of the second."""
+        return _pick(pixels, range(len(pixels)), self.order, self.merge)
+
+    def deliver(self, rows: Tensor, needed: Shards) -> Tensor:
+        """The merged rows that this rank's placeholders need, from those that were made of this rank's patches."""
+        if self.streams.choice.plan == "replicate":
+            order = None if self.order is None else torch.argsort(self.order)
+            return _pick(rows, needed.range(self.group.rank), order, 1)
+        return stages.reshard(rows, self.streams.choice.shards.merged(self.merge), needed, self.group, self.order)
+
+
+def _pick(x: Tensor, own: range, order: Tensor | None, merge: int) -> Tensor:
+    if order is None:
+        return x[own.start : own.stop]
+    units = order[own.start // merge : own.stop // merge].to(x.device)
+    return x.unflatten(0, (-1, merge))[units].flatten(0, 1)
+
+
+def merged_rows(grid: Tensor, stack: Stack) -> int:
+    """How many rows a tower makes of patches with these (frames, height, width)."""
+    return int(grid.prod(-1).sum()) // stack.unit
+
+
+def patches_of(stack: Stack, config: SPConfig, group: Group, grid: Tensor, pixels: Tensor | PixelShard) -> Patches:
+    """The patches of a batch, cut by the plan that was made for them here, or where they were sent.
+
+    Raises:
+        InputError: they were cut otherwise than they are by this model's plan of that name.
+    """
+    if isinstance(pixels, Tensor):
+        return cut_patches(stack, config, group, grid, pixels.device)
+    patches = cut_patches(stack, replace(config, plan=pixels.plan), group, grid, pixels.rows.device)
+    choice = patches.streams.choice
+    if (choice.plan, choice.shards.sizes) != (pixels.plan, pixels.sizes):
+        raise InputError(
+            "pixels",
+            expected=f"patches cut by the plan {choice.plan}, {choice.shards.sizes}",
+            found=f"by {pixels.plan}, {pixels.sizes}",
+            remedy="give share_batches the model that the batches are for, as it is wrapped now",
+        )
+    patches.streams.choice = replace(choice, why=f"on the rank that loaded the batch {pixels.why}")
+    return patches
+
+
+def cut_patches(stack: Stack, config: SPConfig, group: Group, grid: Tensor, device: torch.device) -> Patches:
+    """Cut the patches of a batch.
+
+    Args:
+        grid: (images, 3), frames, height and width of each in patches.
+        device: of the pixels.
+
+    All is worked out on the CPU: these are dozens of small operators for each image, and their results decide how large
+    things are. On a GPU each would be a launch, and each size a wait for all that was launched before.
+    """
+    from transformers import vision_utils
+
+    tower: Any = stack.module
+    grid = grid.cpu()
+    uses = inspect.unwrap(type(tower).forward).__code__.co_names
+    merge = tower.spatial_merge_size
+    of_patches = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
+    segments, order = {"cu_seqlens": vision_utils.get_vision_cu_seqlens(grid)}, None  # those of the first block first
+    if "get_vision_window_index" in uses:
+        order, windows = vision_utils.get_vision_window_index(grid, merge, tower.window_size, tower.patch_size)
+        in_windows = {"cu_window_seqlens": windows}
+        segments = segments | in_windows if 0 in tower.fullatt_block_indexes else in_windows | segments
+    if "get_vision_interpolation_indices_and_weights" in uses:
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grid,
+            num_grid_per_side=tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        of_patches |= {"interp_indices": indices, "interp_weights": weights}
+    host = {name: Segments(tuple(cu.tolist())) for name, cu in segments.items()}
+    like = torch.empty(0, tower.patch_embed.embed_dim, dtype=next(tower.parameters()).dtype, device=device)
+    streams = Streams(group, plan_stack(stack, config, group, next(iter(host.values())), like))
+    arguments = {name: cu.to(device, non_blocking=True) for name, cu in segments.items()}
+    for name, values in host.items():
+        streams.of(arguments[name], values)
+    own = streams.first.own
+    for name, value in of_patches.items():
+        arguments[name] = _pick(value, own, order, stack.unit).to(device, non_blocking=True)
+    if order is not None:  # this rank's units come in the order of windows already
+        arguments["window_index"] = torch.arange(len(own) // stack.unit, device=device)
+    return Patches(group, streams, order, stack.unit, grid, arguments=arguments)

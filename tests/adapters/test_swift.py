@@ -15,6 +15,6 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 def test_weights_after_training(tmp_path: Path) -> None:
     commands.prepare(tmp_path)
     example = str(commands.ROOT / "examples" / "train_swift.sh")
-    moved, error = commands.compare(tmp_path, [], "out/checkpoint-3", ("sh", example))
+    moved, error = commands.compare(tmp_path, [], ("sh", example), saved="out/checkpoint-3/model.safetensors")
     assert moved > 1, "the weights have changed"
     assert error < 1e-4

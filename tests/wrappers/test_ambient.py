@@ -15,6 +15,7 @@ from zoo.build import build
 import triton_sp
 from triton_sp.errors import UnsupportedModelError
 from triton_sp.testing import relative_error
+from triton_sp.wrappers import scope
 
 
 def _checkpointed(reentrant: bool | None) -> tuple[float, float]:
@@ -52,3 +53,19 @@ def _foreign() -> str:
 def test_a_checkpoint_that_loses_the_scope_is_refused(ranks) -> None:
     for text in ranks.run(_foreign, ranks=2):
         assert "gradient_checkpointing_enable" in text
+
+
+def test_what_is_checkpointed_names_its_module() -> None:
+    """LLaMA-Factory's and axolotl's checkpoints ask for it, the way transformers hands a layer to them."""
+    seen, linear, x = [], torch.nn.Linear(2, 2), torch.ones(2)
+
+    def asks(function, *args):
+        seen.append((function.func if isinstance(function, partial) else function).__self__)
+        return function(*args)
+
+    linear._gradient_checkpointing_func = asks
+    with scope.bound_checkpoints(linear):
+        first = linear._gradient_checkpointing_func(partial(linear.__call__), x)
+        second = linear._gradient_checkpointing_func(linear.__call__, x)
+    assert seen == [linear, linear]
+    assert torch.equal(first, linear(x)) and torch.equal(second, linear(x))

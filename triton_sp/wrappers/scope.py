@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -113,15 +113,24 @@ def active(scope: object) -> Iterator[None]:
         _active.reset(token)
 
 
-def _run_in(scope: object, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    with active(scope):
-        return function(*args, **kwargs)
+def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs in the scope that is active now. It names the same module, which some checkpoints ask for."""
+    if isinstance(function, partial):
+        return partial(_bound(function.func), *function.args, **function.keywords)
+    scope = _active.get()
+
+    @wraps(function, assigned=("__self__",), updated=())
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with active(scope):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _checkpoint_in_scope(
     checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    return checkpoint(partial(_run_in, _active.get(), function), *args, **kwargs)
+    return checkpoint(_bound(function), *args, **kwargs)
 
 
 @contextmanager

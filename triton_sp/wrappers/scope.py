@@ -114,7 +114,7 @@ def active(scope: object) -> Iterator[None]:
 
 
 def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that runs in the scope that is active now. It names the same module, which some checkpoints ask for."""
+    """A function that runs in the scope that is active now, and names the same module: some checkpoints ask for it."""
     if isinstance(function, partial):
         return partial(_bound(function.func), *function.args, **function.keywords)
     scope = _active.get()

@@ -54,7 +54,7 @@ class PackingCollator:
         self.collate = collate
         self.rope = _rope_alone(anatomy.entry)
         features = anatomy.fusion.features if anatomy.fusion is not None else ()
-        self.per_sample = any(method.per_sample for method in features)  # pixels are (B, most of a sample, ...)
+        self.per_sample = any(method.per_sample for method in features)  # pixels may be (B, most of a sample, C, H, W)
         _check_documents(anatomy.decoder.module, 1 if self.rope is None else 4)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
@@ -68,8 +68,9 @@ class PackingCollator:
         marked = [name for name in TOKENS if any(name in row for row in rows)]
         batch: dict[str, Any] = {name: torch.cat([tokens_of(row, name) for row in rows], 1) for name in marked}
         batch["position_ids"] = torch.cat(positions, -1)
+        axis = int(self.per_sample and any(isinstance(x, Tensor) and x.ndim == 5 for row in rows for x in row.values()))
         for name in dict.fromkeys(name for row in rows for name in row if name not in TOKENS):
-            batch[name] = joined(name, rows, int(self.per_sample))
+            batch[name] = joined(name, rows, axis)
         return batch
 
     def _positions(self, row: dict[str, Any]) -> Tensor:

@@ -54,7 +54,7 @@ class PackingCollator:
         self.collate = collate
         self.rope = _rope_alone(anatomy.entry)
         features = anatomy.fusion.features if anatomy.fusion is not None else ()
-        self.per_sample = any(method.per_sample for method in features)  # pixels may be (B, most of a sample, C, H, W)
+        self.per_sample = any(method.per_sample for method in features)
         _check_documents(anatomy.decoder.module, 1 if self.rope is None else 4)
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class PackingCollator:
         marked = [name for name in TOKENS if any(name in row for row in rows)]
         batch: dict[str, Any] = {name: torch.cat([tokens_of(row, name) for row in rows], 1) for name in marked}
         batch["position_ids"] = torch.cat(positions, -1)
-        axis = int(self.per_sample and any(isinstance(x, Tensor) and x.ndim == 5 for row in rows for x in row.values()))
+        axis = int(self.per_sample and any(_has_samples(row) for row in rows))
         for name in dict.fromkeys(name for row in rows for name in row if name not in TOKENS):
             batch[name] = joined(name, rows, axis)
         return batch
@@ -83,6 +83,11 @@ class PackingCollator:
         names = inspect.signature(self.rope).parameters
         axes, _ = self.rope(**{name: value for name, value in given.items() if name in names})
         return torch.cat([numbers[None], axes.to(numbers)])
+
+
+def _has_samples(row: dict[str, Any]) -> bool:
+    """Whether its pixels are (B, most of a sample, C, H, W)."""
+    return any(isinstance(value, Tensor) and value.ndim == 5 for value in row.values())
 
 
 def _rope_alone(entry: nn.Module) -> Callable[..., Any] | None:

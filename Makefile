@@ -128,9 +128,10 @@ perf: .venv/.ready
 	for sweep in scale agree fuse exchange model single_rank host plan; do $(BIN)/python -m perf.sweep $$sweep --device cpu || exit 1; done
 	$(BIN)/python -m perf.plot
 
-# Long: a part of the parity suite with other versions of transformers: tests/data/versions.csv.
+# Long: a part of the parity suite with other versions of transformers: tests/data/versions.csv. ARGS=5.24.0/2.14.1 takes
+# one of torch too.
 versions: .venv/.ready
-	$(BIN)/python tests/versions.py
+	$(BIN)/python tests/versions.py $(ARGS)
 
 # Long: an hour of CPU. It goes on where it stopped; ARGS="sm_90 72" takes a part, ARGS=--again compiles all anew.
 compile-table: .venv/.ready

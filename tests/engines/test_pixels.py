@@ -1,4 +1,4 @@
-"""`share_batches(loader, model=model)`: each rank is sent the patches that its part of the tower runs, no others."""
+"""`share_batches(loader, model=model)`: each rank is sent the patches or images that it runs, and no others."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from trainer_jobs import LIKE_BY_HAND, RATE, as_torchrun, items_in, total_loss
 
 import triton_sp
+from triton_sp.engines.wire import room
 from triton_sp.errors import DisagreementError, GroupError, InputError
 from triton_sp.ranks import collectives
 from triton_sp.testing import RankError
-from triton_sp.wrappers.towers.patches import PixelShard
+from triton_sp.wrappers.cuts import PixelShard
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 WHY = "on the rank that loaded the batch as SPConfig.plan says"
@@ -59,6 +60,12 @@ def step(model: torch.nn.Module, batch: tiny.Batch) -> parity.Step:
 
 def wrapped(name: str, plan: Any = "heads", dtype: torch.dtype | None = None) -> torch.nn.Module:
     return triton_sp.wrap(zoo.CASES[name].model(dtype), config=triton_sp.SPConfig(plan=plan, gradient="sum"))
+
+
+def largest_message(batch: tiny.Batch, size: int) -> int:
+    """The bytes of what is not cut, to each of the others; or of their description, which is about a kilobyte."""
+    rest = sum(room(value) for key, value in batch.items() if key not in PIXELS)
+    return max(rest, 2000) * (size - 1)
 
 
 def shards_in(batch: Any) -> list[PixelShard]:
@@ -109,8 +116,27 @@ def test_each_patch_is_sent_once(ranks, tmp_path: Path, name: str, plan: str, si
         source = seen[index % size]
         assert sum(rank.held for rank in seen) == whole
         assert sum(rank.sent for rank in seen) == source.sent == whole - source.held
-        assert max(rank.broadcast for rank in seen) < 20_000, "ids, labels and grids"
+        assert max(rank.broadcast for rank in seen) <= largest_message(batches_of(name)[index], size)
         assert not whole or all(WHY in rank.explained for rank in seen)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["llava", "internvl", "llava_next"])
+def test_each_image_is_sent_once(ranks, tmp_path: Path, name: str, size: int) -> None:
+    write_reference(name, tmp_path / "alone")
+    found = ranks.run(run, name, "heads", tmp_path / "alone", ranks=size)
+    cut = 0
+    for index, batch in enumerate(batches_of(name)):
+        seen, pixels = [rank[index] for rank in found], batch.get("pixel_values")
+        if pixels is None or len(pixels) < size:  # a rank without an image runs another's to no effect
+            assert all(rank.held == 0 == rank.sent for rank in seen)
+            continue
+        cut += 1
+        source = seen[index % size]
+        assert sum(rank.held for rank in seen) == pixels.nbytes
+        assert sum(rank.sent for rank in seen) == source.sent == pixels.nbytes - source.held
+        assert max(rank.broadcast for rank in seen) <= largest_message(batch, size)
+    assert cut > 2
 
 
 def run_replicated(reference: Path) -> None:
@@ -170,8 +196,10 @@ def share(batches: list[Any], model: Any, group: Any = None, **options: Any) -> 
 
 
 def refuse_models() -> None:
-    with pytest.raises(InputError, match=r"LlavaForConditionalGeneration, without a tower .*leave model out"):
-        share([], wrapped("llava"))
+    with pytest.raises(InputError, match=r"LlamaForCausalLM, of whose features no part .*leave model out"):
+        share([], wrapped("llama"))
+    with pytest.raises(InputError, match=r'accepted by structure, .*SPConfig\(trial="off"\)'):
+        share([], wrapped("minicpmv4_6"))
     with pytest.raises(InputError, match="wrap it first"):
         share([], zoo.CASES["qwen2_5_vl"].model())
     own = dist.new_group([dist.get_rank()], use_local_synchronization=True)
@@ -189,13 +217,22 @@ def refuse_calls() -> None:
     ids = batch["input_ids"]
     with pytest.raises(InputError, match=r"all pixels.*without model"):
         model.generate(input_ids=ids, **{key: batch[key] for key in batch if key.startswith(("pixel", "image"))})
-    first, second = batch["pixel_values"].sizes
-    other = batch | {"pixel_values": replace(batch["pixel_values"], sizes=(first + 4, second - 4))}
+    refuse_other_cuts(model, batch)
+    model = wrapped("llava")
+    refuse_other_cuts(
+        model, share([max(batches_of("llava"), key=lambda batch: len(batch.get("pixel_values", ())))], model)
+    )
+
+
+def refuse_other_cuts(model: torch.nn.Module, batch: Any) -> None:
+    shard = batch["pixel_values"]
+    first, second = shard.cut.sizes
+    other = replace(shard, cut=replace(shard.cut, sizes=(first + 4, second - 4)))
     with pytest.raises(InputError, match="as it is wrapped now"):
-        model(**other)
-    mixed = batch | {"pixel_values": replace(batch["pixel_values"], digest=f"of rank {dist.get_rank()}")}
+        model(**batch | {"pixel_values": other})
+    other = replace(shard, cut=replace(shard.cut, digest=f"of rank {dist.get_rank()}"))
     with pytest.raises(DisagreementError, match="pixel_values"):
-        model(**mixed)
+        model(**batch | {"pixel_values": other})
 
 
 @pytest.mark.parametrize("job", [refuse_models, refuse_calls])

@@ -2,18 +2,20 @@
 
 The ranks take turns: rank i % P reads and decodes the batch of step i, and sends it to the others as a description in
 JSON and the bytes of its tensors. Nothing is pickled, so a rank cannot be made to run code. Sizes are compared with a
-limit before memory is taken for them. Pixels may be cut where they were loaded: then each rank is sent its own patches.
+limit before memory is taken for them. Pixels may be cut where they were loaded: then each rank is sent its own part.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import count, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from triton_sp.engines.wire import DTYPES, describe, deserialise, rebuild, room, serialise
@@ -22,7 +24,7 @@ from triton_sp.ranks import collectives
 from triton_sp.ranks.agreement import agree
 from triton_sp.ranks.failures import text_of
 from triton_sp.ranks.groups import Group
-from triton_sp.wrappers.towers.patches import PixelShard
+from triton_sp.wrappers.cuts import PixelCut, PixelShard
 
 _BATCH, _END, _FAILED = range(3)  # what the rank has whose turn it is
 NONE = object()  # stands for a batch where there is none
@@ -40,12 +42,13 @@ class Sharing:
 
     Attributes:
         limit: the most bytes that a rank takes for a batch.
-        cut: the pixels of a batch of which each rank is sent a part; None if batches are sent whole.
+        cut: the pixels of a batch of which each rank is sent a part, by name: the rows of all ranks, and how they are
+            cut. None if batches are sent whole.
     """
 
     group: Group
     limit: int
-    cut: Callable[[Any], dict[str, PixelShard]] | None = None
+    cut: Callable[[Any], dict[str, tuple[Tensor, PixelCut]]] | None = None
 
 
 class _Turns:
@@ -103,7 +106,7 @@ class SharedBatches(DataLoader[Any]):
 
 def from_source(load: Callable[[], Any], source: int, sharing: Sharing) -> Any:
     """The batch that `load` returns on rank `source`, on every rank; `NONE` if there is none left."""
-    group, cut = sharing.group, dict[str, PixelShard]()
+    group, cut = sharing.group, dict[str, tuple[Tensor, PixelCut]]()
     kind, text, tensors, failure = _END, b"", [], None
     if group.rank == source:
         try:
@@ -111,7 +114,7 @@ def from_source(load: Callable[[], Any], source: int, sharing: Sharing) -> Any:
             if sharing.cut is not None:
                 cut = sharing.cut(batch)
                 batch = {**batch, **dict.fromkeys(cut)}
-            told = {name: _describe_cut(pixels) for name, pixels in cut.items()}
+            told = {name: _describe_cut(rows, how) for name, (rows, how) in cut.items()}
             text, kind = json.dumps([describe(batch, tensors, "batch"), told]).encode(), _BATCH
             _check_size(len(text), sum(map(room, tensors)) + _cut_bytes(told), sharing.limit)
         except StopIteration:
@@ -143,30 +146,29 @@ def from_source(load: Callable[[], Any], source: int, sharing: Sharing) -> Any:
     _check_size(length, size + _cut_bytes(told), sharing.limit)
     batch = rebuild(described, (lambda *_: next(sent)) if group.rank == source else deserialise(payload))
     for name, told_of_one in told.items():
-        batch[name] = _deal(cut.get(name), told_of_one, source, group)
+        batch[name] = _deal(cut[name][0] if name in cut else None, told_of_one, source, group)
     return batch
 
 
-def _describe_cut(pixels: PixelShard) -> list[Any]:
+def _describe_cut(rows: Tensor, cut: PixelCut) -> list[Any]:
     """Pixels of which each rank is sent a part, as JSON."""
-    return [str(pixels.rows.dtype)[6:], pixels.rows.shape[1], pixels.sizes, pixels.plan, pixels.digest, pixels.why]
+    return [str(rows.dtype)[6:], list(rows.shape[1:]), list(astuple(cut))]
 
 
 def _cut_bytes(told: dict[str, Any]) -> int:
     """The bytes of all parts."""
-    return sum(sum(sizes) * width * DTYPES[dtype].itemsize for dtype, width, sizes, *_ in told.values())
+    return sum(sum(cut[0]) * math.prod(shape) * DTYPES[dtype].itemsize for dtype, shape, cut in told.values())
 
 
-def _deal(pixels: PixelShard | None, told: list[Any], source: int, group: Group) -> PixelShard:
+def _deal(whole: Tensor | None, told: list[Any], source: int, group: Group) -> PixelShard:
     """This rank's part of the pixels that rank `source` has whole."""
-    dtype, width, sizes, plan, digest, why = told
-    row_bytes = width * DTYPES[dtype].itemsize
-    if pixels is None:
-        whole = torch.empty(0, row_bytes, dtype=torch.uint8)
+    dtype, shape, (sizes, *more) = told
+    if whole is None:
+        rows = torch.empty(0, math.prod(shape) * DTYPES[dtype].itemsize, dtype=torch.uint8)
     else:
-        whole = pixels.rows.contiguous().view(torch.uint8)
-    own = collectives.deal(whole, sizes, source, group)
-    return PixelShard(own.view(DTYPES[dtype]), plan, tuple(sizes), digest, why)
+        rows = whole.flatten(1).contiguous().view(torch.uint8)
+    own = collectives.deal(rows, sizes, source, group).view(DTYPES[dtype]).view(sizes[group.rank], *shape)
+    return PixelShard(own, group.rank, PixelCut(tuple(sizes), *more))
 
 
 def _check_size(description: int, tensors: int, limit: int) -> None:

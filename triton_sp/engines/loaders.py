@@ -35,9 +35,9 @@ def share_batches(source: _T, group: Any = None, *, limit: int = 8 << 30, model:
             all their loaders, and count each group once in metrics.
         group: the group that was passed to `wrap`.
         limit: the most bytes that a rank takes for a batch.
-        model: the wrapped model that the batches are for, a Qwen-VL or one like it. Each rank is then sent the patches
-            that its part of the tower runs, instead of all, and only the wrapped model takes such batches: in the place
-            of pixels they have this rank's, a `PixelShard`.
+        model: the wrapped model that the batches are for. Each rank is then sent the patches or images that it runs,
+            instead of all, and only the wrapped model takes such batches: in the place of pixels they have this rank's
+            part, a `PixelShard`.
 
     Returns:
         For a DataLoader, another one of the same length; otherwise the same object. Batches are tensors, numbers and

@@ -22,8 +22,8 @@ from triton_sp.errors import InputError
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.cuts import refuse_shards
 from triton_sp.wrappers.fusion.images import bounds, empty_parts, rows_of_images, take_from_samples, take_images
-from triton_sp.wrappers.fusion.pixels import refuse_shards
 from triton_sp.wrappers.fusion.pooled import pointed_at_own, pooled_rows
 from triton_sp.wrappers.inputs.layout import TextCall
 from triton_sp.wrappers.install import Installation, Override

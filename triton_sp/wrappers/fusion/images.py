@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.cuts import PixelShard
 
 
 def take_from_samples(pixels: str, arguments: Mapping[str, Any], group: Group) -> tuple[dict[str, Any], bool]:
@@ -104,7 +105,7 @@ def _has_entries(value: Any) -> bool:
     """Whether an argument may run along images: a tensor, or a list of what is no number."""
     if isinstance(value, list | tuple):
         return len(value) > 0 and isinstance(value[0], list | tuple | Tensor)
-    return isinstance(value, Tensor) and value.ndim > 0
+    return isinstance(value, Tensor | PixelShard) and value.ndim > 0
 
 
 def _split(values: list[int], counts: list[int]) -> list[list[int]]:

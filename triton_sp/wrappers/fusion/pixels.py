@@ -1,8 +1,7 @@
 """Pixels that are cut before they are sent: `share_batches(loader, group, model=model)`.
 
-The rank that has loaded a batch plans the tower's stream, as every rank does in the forward, and sends each rank the
-patches that its part of the tower will run. In the batch a `PixelShard` stands for them. Only patches can be cut so far
-ahead: where images go, a tower of whole images decides when it has embedded them.
+The rank that has loaded a batch does what every rank would do in the forward: it plans the tower's stream of patches,
+or shares out whole images. It sends each rank its part, and a `PixelShard` stands for this in the batch.
 """
 
 from __future__ import annotations
@@ -12,20 +11,23 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from triton_sp.anatomy.parts import FeatureMethod, device_of
 from triton_sp.errors import GroupError, InputError, require
+from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.cuts import BY_IMAGES, PixelCut
+from triton_sp.wrappers.fusion.images import empty_parts, rows_of_images
 from triton_sp.wrappers.inputs.described import row_sums
 from triton_sp.wrappers.inputs.values import check_pixels
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.proof.first_call import is_proven
-from triton_sp.wrappers.towers.patches import PixelShard, cut_patches
+from triton_sp.wrappers.towers.patches import cut_patches
 
 
 def cuttable(model: nn.Module, group: Group) -> Installation:
-    """The installation of a wrapped model that takes a rank's patches in the place of all.
+    """The installation of a wrapped model that takes a rank's part of the pixels in the place of all.
 
     Raises:
         InputError: the model takes none.
@@ -38,71 +40,84 @@ def cuttable(model: nn.Module, group: Group) -> Installation:
     found = f"rank {installation.group.rank} of {installation.group.size}"
     expected = f"one wrapped for the group of the batches, rank {group.rank} of {group.size}"
     require(same, GroupError, "model", expected, found, "pass wrap and share_batches the same group")
-    fusion = installation.anatomy.fusion
-    tried = installation.config.trial != "off" and not is_proven(installation.anatomy)
+    fusion, remedy = installation.anatomy.fusion, "leave model out, and batches are sent whole"
     if fusion is None or not any(map(_cuts, fusion.features)):
-        why = "without a tower whose features are cut between patches (triton_sp.explain says how they are made)"
-    elif tried:
+        why = "of whose features no part can be made of a part of the pixels (see triton_sp.explain)"
+    elif installation.config.trial != "off" and not is_proven(installation.anatomy):
         why = "accepted by structure, which is compared with the unsharded model on all pixels of its first batches"
+        remedy += ', or wrap with SPConfig(trial="off")'
     else:
         return installation
-    raise InputError(
-        "model",
-        expected="a model whose tower can be given a rank's patches alone, such as Qwen2.5-VL",
-        found=f"{type(installation.anatomy.entry).__name__}, {why}",
-        remedy='leave model out, and batches are sent whole; or wrap with SPConfig(trial="off")' * tried
-        or "leave model out, and batches are sent whole",
-    )
+    name = type(installation.anatomy.entry).__name__
+    expected = "a model whose features each rank makes of its own patches or images, such as Qwen2.5-VL"
+    raise InputError("model", expected=expected, found=f"{name}, {why}", remedy=remedy)
 
 
 def _cuts(features: FeatureMethod) -> bool:
-    return features.granularity == "patches" and features.grid is not None
+    return features.granularity in ("patches", "images") and not features.per_sample
 
 
-def cut_pixels(installation: Installation, batch: Any) -> dict[str, PixelShard]:
-    """The pixels of a batch that can be cut, by name, each with the rows of all ranks, the first rank's first.
+def cut_pixels(installation: Installation, batch: Any) -> dict[str, tuple[Tensor, PixelCut]]:
+    """The pixels of a batch that can be cut, by name: the rows of all ranks, the first rank's first, and their cut.
 
-    Pixels of which every rank makes all features are not cut: those under the plan "replicate", and those beside
-    arguments for which features are whole on every rank.
+    Pixels that some rank needs all of are not cut: those of a tower under the plan "replicate", of fewer images than
+    ranks, and those beside arguments for which features are whole on every rank.
 
     Raises:
-        InputError: the batch is no dict, or its pixels do not fit their grids.
+        InputError: the batch is no dict, or its pixels do not fit what is beside them.
     """
     if not isinstance(batch, Mapping):
         raise InputError(
             "batch", expected="a dict, as the model takes it", found=type(batch).__name__, remedy="leave model out"
         )
-    anatomy, group = installation.anatomy, installation.group
-    fusion, stack = anatomy.fusion, anatomy.towers[0]
+    anatomy = installation.anatomy
+    fusion = anatomy.fusion
     assert fusion is not None
     if any(batch.get(name) is not None for name in fusion.gathered):
         return {}
-    check_pixels(fusion, batch, stack.unit)
-    found: dict[str, PixelShard] = {}
+    check_pixels(fusion, batch, anatomy.towers[0].unit if anatomy.towers else 1)
+    found: dict[str, tuple[Tensor, PixelCut]] = {}
     for features in filter(_cuts, fusion.features):
-        name = list(inspect.signature(getattr(type(fusion.module), features.method)).parameters)[1]
-        pixels = batch.get(name)
-        if pixels is None or pixels.ndim != 2:
+        parameters = list(inspect.signature(getattr(type(fusion.module), features.method)).parameters)[1:]
+        given = {name: batch[name] for name in parameters if batch.get(name) is not None}
+        if not isinstance(given.get(parameters[0]), Tensor):
             continue
-        grid = batch[features.grid].to("cpu")
-        patches = cut_patches(stack, installation.config, group, grid, device_of(anatomy.entry))
-        choice = patches.streams.choice
-        if choice.plan == "replicate":
-            continue
-        told = f"{tuple(pixels.shape)} {pixels.dtype} {choice.plan} {choice.shards.sizes}".encode()
-        content = told + row_sums(pixels.detach()).cpu().numpy().tobytes()
-        digest = hashlib.sha256(content, usedforsecurity=False).hexdigest()[:12]
-        found[name] = PixelShard(patches.pick_of_all(pixels), choice.plan, choice.shards.sizes, digest, choice.why)
+        cut = _by_patches if features.granularity == "patches" else _by_images
+        whole = cut(installation, features, parameters[0], given)
+        if whole is not None:
+            found[parameters[0]] = whole
     return found
 
 
-def refuse_shards(arguments: Mapping[str, Any], why: str) -> None:
-    """Raise an InputError for pixels of which this rank has a part, in a call that needs all."""
-    for name, value in arguments.items():
-        if isinstance(value, PixelShard):
-            raise InputError(
-                name,
-                expected=f"all pixels: {why}",
-                found="this rank's patches",
-                remedy="call share_batches without model for these batches",
-            )
+def _by_patches(
+    installation: Installation, features: FeatureMethod, name: str, given: dict[str, Any]
+) -> tuple[Tensor, PixelCut] | None:
+    """By the plan of the tower, in the order in which it runs them."""
+    (stack,), device = installation.anatomy.towers, device_of(installation.anatomy.entry)
+    assert features.grid is not None
+    patches = cut_patches(stack, installation.config, installation.group, given[features.grid], device)
+    choice = patches.streams.choice
+    if choice.plan == "replicate":
+        return None
+    return _described(patches.pick_of_all(given[name]), choice.shards.sizes, choice.plan, choice.why)
+
+
+def _by_images(
+    installation: Installation, features: FeatureMethod, name: str, given: dict[str, Any]
+) -> tuple[Tensor, PixelCut] | None:
+    """As images are shared out: evenly, in their order."""
+    group, rows = installation.group, rows_of_images(given, name, features.grid)
+    if isinstance(rows, str) or len(rows[name]) < group.size or empty_parts(rows, group):
+        return None
+    counts, images = rows[name], shard_tokens(len(rows[name]), group.size)
+    if sum(counts) != len(given[name]):  # a strip of patches
+        return None
+    own = [images.range(rank) for rank in range(group.size)]
+    return _described(given[name], tuple(sum(counts[part.start : part.stop]) for part in own), BY_IMAGES)
+
+
+def _described(rows: Tensor, sizes: tuple[int, ...], plan: str, why: str = "") -> tuple[Tensor, PixelCut]:
+    told = f"{tuple(rows.shape)} {rows.dtype} {plan} {sizes}".encode()
+    content = told + row_sums(rows.detach()).cpu().numpy().tobytes()
+    digest = hashlib.sha256(content, usedforsecurity=False).hexdigest()[:12]
+    return rows.detach(), PixelCut(sizes, plan, digest, why)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from triton_sp.anatomy.parts import Anatomy, Fusion, is_hf
 from triton_sp.errors import InputError, require, shown
 from triton_sp.loss import IGNORE
-from triton_sp.wrappers.towers.patches import PixelShard
+from triton_sp.wrappers.cuts import PixelShard
 
 # What transformers' models hand on to their layers without naming it, and what is handled before the model runs.
 _HANDED_ON = {
@@ -134,7 +134,7 @@ def check_pixels(fusion: Fusion, arguments: Mapping[str, Any], unit: int) -> Non
         pixels = arguments.get(name)
         if features.granularity == "patches" and features.grid is not None:
             _check_grid(features.grid, arguments, name, merge)
-        elif isinstance(pixels, Tensor) and features.grid is None:
+        elif isinstance(pixels, Tensor | PixelShard) and features.grid is None:
             others = set().union(*takes).difference(own)  # an image has no part in the arguments of videos
             _check_images({key: value for key, value in arguments.items() if key not in others}, name)
         if isinstance(pixels, Tensor) and (not pixels.is_floating_point() or pixels.numel() == 0):

@@ -18,50 +18,14 @@ from torch import Tensor
 from triton_sp import stages
 from triton_sp.anatomy.parts import Stack
 from triton_sp.config import SPConfig
-from triton_sp.errors import InputError
-from triton_sp.plan.cost import PlanName
 from triton_sp.plan.segments import Segments
 from triton_sp.plan.shards import Shards
 from triton_sp.plan.stream import Stream
 from triton_sp.ranks.groups import Group
+from triton_sp.wrappers.cuts import PixelShard
 from triton_sp.wrappers.planning import plan_stack
 from triton_sp.wrappers.towers.hidden import HiddenShape
 from triton_sp.wrappers.towers.placement import Placement, Streams
-
-
-@dataclass(frozen=True, eq=False)
-class PixelShard:
-    """This rank's patches of pixels that were cut before they were sent: what a batch has in their place. Its length is
-    that of the pixels of the whole batch.
-
-    Attributes:
-        rows: (own patches, channels), in the order in which the tower runs them.
-        plan: the name of the plan that they were cut by.
-        sizes: how many patches each rank has.
-        digest: of the pixels of the whole batch and the cut, the same on every rank.
-        why: why the rank that has cut them chose this plan, for `explain`.
-    """
-
-    rows: Tensor
-    plan: PlanName
-    sizes: tuple[int, ...]
-    digest: str
-    why: str = ""
-
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of this rank's rows."""
-        return self.rows.nbytes
-
-    def __str__(self) -> str:
-        return f"{self.digest} {self.plan} {len(self)} patches"
-
-    def to(self, *args: Any, **kwargs: Any) -> PixelShard:
-        """`Tensor.to`, of the rows."""
-        return replace(self, rows=self.rows.to(*args, **kwargs))
 
 
 @dataclass(eq=False)
@@ -140,23 +104,18 @@ def merged_rows(grid: Tensor, stack: Stack) -> int:
 
 
 def patches_of(stack: Stack, config: SPConfig, group: Group, grid: Tensor, pixels: Tensor | PixelShard) -> Patches:
-    """The patches of a batch, cut by the plan that was made for them here, or where they were sent.
+    """The patches of a batch, cut by the plan that was made for them here, or where they were loaded.
 
     Raises:
         InputError: they were cut otherwise than they are by this model's plan of that name.
     """
     if isinstance(pixels, Tensor):
         return cut_patches(stack, config, group, grid, pixels.device)
-    patches = cut_patches(stack, replace(config, plan=pixels.plan), group, grid, pixels.rows.device)
+    plan: Any = pixels.cut.plan
+    patches = cut_patches(stack, replace(config, plan=plan), group, grid, pixels.rows.device)
     choice = patches.streams.choice
-    if (choice.plan, choice.shards.sizes) != (pixels.plan, pixels.sizes):
-        raise InputError(
-            "pixels",
-            expected=f"patches cut by the plan {choice.plan}, {choice.shards.sizes}",
-            found=f"by {pixels.plan}, {pixels.sizes}",
-            remedy="give share_batches the model that the batches are for, as it is wrapped now",
-        )
-    patches.streams.choice = replace(choice, why=f"on the rank that loaded the batch {pixels.why}")
+    pixels.expect(choice.shards.sizes, choice.plan)
+    patches.streams.choice = replace(choice, why=f"on the rank that loaded the batch {pixels.cut.why}")
     return patches
 
 

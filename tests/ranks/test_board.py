@@ -262,6 +262,28 @@ def test_a_connection_that_an_engine_lost_is_blamed_on_the_rank_that_failed() ->
     assert len(board.told) == 2
 
 
+@pytest.mark.parametrize(
+    ("count", "everyone", "present", "who"),
+    [(2, True, [0], "rank 1"), (2, False, [0], "collective"), (3, True, [0], "collective"), (3, True, [0, 2], "rank 1")],
+)
+def test_who_says_nothing_is_blamed_for_an_engine_s_collective_only_if_no_other_can_be(
+    count: int, everyone: bool, present: list[int], who: str
+) -> None:
+    """Ranks that wait for an engine's collective leave no note before it fails there too: they are not the cause. And
+    FSDP's and DDP's collectives have the ranks of all groups."""
+    own = boards(count)
+
+    def survives(board: FailureBoard) -> None:
+        with reporting_failures(board):
+            raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    for board in own:
+        board.everyone = everyone
+    for error in together(*(lambda rank=rank: survives(own[rank]) for rank in present)):
+        assert isinstance(error, PeerError) and error.field == who, error
+        assert who == "rank 1" or error.found.startswith("an error in an engine's, whose cause may be in any group: [")
+
+
 def test_a_text_can_be_sent() -> None:
     class Silent(Exception):
         def __str__(self) -> str:

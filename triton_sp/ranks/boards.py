@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from triton_sp.ranks.failures import FailureBoard
-from triton_sp.ranks.groups import Group, exists
+from triton_sp.ranks.groups import Group, exists, resolve_group
 
 # By the name of the group; a later group of the same name has a board of its own.
 _boards: dict[str, tuple[weakref.ref[Any], FailureBoard]] = {}
@@ -22,7 +22,8 @@ def board_of(group: Group) -> FailureBoard:
         for name in [name for name in _boards if not exists(name)]:
             del _boards[name]
         owner = weakref.ref(process_group)
-        board = FailureBoard(group.store, group.rank, group.size, owner=owner)
+        everyone = group.size == resolve_group().size
+        board = FailureBoard(group.store, group.rank, group.size, owner=owner, everyone=everyone)
         held = _boards[group.name] = owner, board
     return held[1]
 

@@ -41,6 +41,7 @@ class FailureBoard:
         closed: the reason why the group cannot be used any more; None while it can.
         heartbeat: seconds without a sign of life after which a rank counts as stopped; 0 for no signs.
         owner: returns None when the group is gone.
+        everyone: whether the group has all ranks of the job.
         step, steps: what this rank has begun last with the group, and how often it has begun something.
     """
 
@@ -54,6 +55,7 @@ class FailureBoard:
     steps: int = 0
     waiter: Waiter = field(default_factory=Waiter, repr=False)
     owner: Callable[[], Any] | None = None
+    everyone: bool = True
     forget: Callable[[], None] = field(init=False, repr=False)
     _waits: bool = False
     _beats: int = 0
@@ -94,8 +96,14 @@ class FailureBoard:
         else:
             self._close(self._error(f"rank {self.rank}", f"it failed: {text}"))
 
-    def explain(self, error: BaseException) -> PeerError:
-        """The error to raise when a collective of this rank has failed: find out which rank caused it."""
+    def explain(self, error: BaseException, ours: bool = True) -> PeerError:
+        """The error to raise when a collective of this rank has failed: find out which rank caused it.
+
+        Args:
+            error: of the collective.
+            ours: all ranks that wait for one of ours look for notes and leave one. In a collective that is not ours,
+                an engine's, those that leave none may be alive and wait; and a rank of another group may be the cause.
+        """
         if self.closed is not None:
             return self.closed
         self._post(_NOTICED)
@@ -103,14 +111,16 @@ class FailureBoard:
         guilty = {rank: text for rank, text in notes.items() if text != _NOTICED}
         missing = [rank for rank in range(self.size) if rank not in notes]
         elsewhere = self._closed_elsewhere()
+        certain = ours or (self.everyone and len(missing) == 1)
         if guilty:
             who, what = _ranks(list(guilty)), f"it failed: {next(iter(guilty.values()))}"
         elif elsewhere:
             who, _, what = elsewhere.partition(": ")
-        elif missing:
+        elif missing and certain:
             who, what = _ranks(missing), f"no sign of life: it ended, stopped or is slow ({_first_line(error)})"
         else:
-            who, what = "collective", f"an error in it: {_first_line(error)}"
+            whose = "it" if ours else "an engine's, whose cause may be in any group"
+            who, what = "collective", f"an error in {whose}: {_first_line(error)}"
         return self._close(self._error(who, what))
 
     def wait(self, arrived: Callable[[], _T]) -> _T:
@@ -238,14 +248,14 @@ def _is_lost_connection(error: BaseException) -> bool:
 @contextmanager
 def reporting_failures(board: FailureBoard) -> Iterator[None]:
     """A part of a step. If an error is raised in it, the other ranks are told. An error of a connection that another
-    rank has lost becomes a PeerError about that rank."""
+    rank has lost becomes a PeerError, about that rank if it can be known."""
     try:
         yield
     except BaseException as error:  # also a KeyboardInterrupt, after which the process may live on
         if isinstance(error, PeerError) or getattr(error, "everywhere", False):
             raise  # the other ranks know already
         if _is_lost_connection(error):
-            raise board.explain(error) from error
+            raise board.explain(error, ours=False) from error
         board.failed(f"{type(error).__name__}: {text_of(error)}")
         if isinstance(error, SPError) and error.rank is None:
             raise error.on_rank(board.rank) from error

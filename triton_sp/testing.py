@@ -156,13 +156,15 @@ class RankPool:
         with tempfile.TemporaryDirectory() as folder:
             for _, pipe in self._workers[:ranks]:
                 pipe.send((Path(folder) / "store", ranks, function, args))
-            for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+            for rank, (process, pipe) in enumerate(self._workers[:ranks]):
                 if not pipe.poll(timeout):
                     self.close()
                     raise TimeoutError(f"rank {rank} did not finish {function.__name__} within {timeout} s")
                 try:
                     ok, value = pipe.recv()
                 except EOFError as error:
+                    process.kill()  # it may be about to end; `_start` must not take it for one that lives
+                    process.join()
                     ok, value = False, (error, "its process has ended")
                 results.append(value)
                 if not ok:

@@ -256,10 +256,25 @@ def table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def kept(file: Path = KEPT) -> list[dict[str, Any]]:
+    """The runs of a table."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def write(file: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Write a table by the seeds, with some of its columns."""
+    with file.open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows, key=lambda row: int(row["seed"])))
+
+
 def written(text: str) -> str:
     """A document with the table of the runs that are kept."""
-    with KEPT.open(newline="") as file:
-        return filled(text, "chaos", table(list(csv.DictReader(file))))
+    return filled(text, "chaos", table(kept()))
 
 
 def main() -> int:
@@ -275,16 +290,12 @@ def main() -> int:
     bad = 0
     for seed in range(arguments.first, arguments.first + arguments.runs):
         row = judge(scenario(seed), folder)
-        fresh = not report.exists()
-        with report.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if fresh:
-                writer.writeheader()
-            writer.writerow(row)
+        write(report, list(row), [row] + [old for old in kept(report) if old["seed"] != str(seed)])
         bad += bool(row["wrong"])
         print(*row.values(), sep=" | ", flush=True)
     if arguments.keep:
-        shutil.copy(report, KEPT)
+        runs = kept(report)
+        write(KEPT, [name for name in runs[0] if name != "message"], runs)
         DOCUMENT.write_text(written(DOCUMENT.read_text()))
     if not bad:
         shutil.rmtree(folder)

@@ -84,6 +84,8 @@ def _rank(rank: int, ranks: int, folder: Path, port: Any, arguments: tuple[Any, 
     torch.set_num_threads(1)
     end, start = End(), time.time()
     try:
+        while not port.value:
+            time.sleep(0.01)
         store = dist.TCPStore("127.0.0.1", port.value, ranks, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=40))
         end.digest = chaos_train.train(folder / "checkpoints", *arguments)
@@ -103,14 +105,11 @@ def _launch(ranks: int, folder: Path, arguments: tuple[Any, ...], port: Any) -> 
     """A launcher: it keeps the store, as torchrun does, and ends a rank that has stopped when all others are gone."""
     os.setsid()
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder / "tmp")
-    children = []
-    for rank in range(ranks):
-        child = FORK.Process(target=_rank, args=(rank, ranks, folder, port, arguments))
-        children.append(child)
+    children = [FORK.Process(target=_rank, args=(rank, ranks, folder, port, arguments)) for rank in range(ranks)]
+    for child in children:
+        child.start()  # before the store has threads: one that holds a lock now would hold it in the child for ever
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port.value = store.port
-    for child in children:
-        child.start()
     end, fault = time.monotonic() + LIMIT, arguments[2]
     while time.monotonic() < end and any(child.is_alive() for child in children):
         alive = [rank for rank, child in enumerate(children) if child.is_alive()]

@@ -28,6 +28,12 @@ def boards(count: int) -> list[FailureBoard]:
     return [FailureBoard(store, rank, count) for rank in range(count)]
 
 
+def boards_of_a_part(everyone: list[FailureBoard], members: list[int]) -> list[FailureBoard]:
+    """Of a group of some ranks of a job."""
+    store, size = dist.PrefixStore(f"{members}", everyone[0].store), len(members)
+    return [FailureBoard(store, i, size, job=everyone[rank], members=members) for i, rank in enumerate(members)]
+
+
 def together(*calls: Callable[[], Any]) -> list[Any]:
     """The results of calls that are made at the same time, or their errors."""
     found: list[Any] = [None] * len(calls)
@@ -148,6 +154,28 @@ def test_who_waits_is_alarmed_by_a_closed_group() -> None:
     release.set()
 
 
+def test_who_left_another_group_says_whether_it_is_to_blame() -> None:
+    """Ranks 0 and 1 add gradients over all four ranks while the others, who share a batch, have failed in it."""
+    everyone = boards(4)
+    third, fourth = boards_of_a_part(everyone, [2, 3])
+    assert fourth.explain(LOST).field == "rank 0"  # of the two: the third rank has stopped
+    for error in together(lambda: everyone[0].explain(LOST), lambda: everyone[1].explain(LOST)):
+        assert error.field == "rank 2" and error.found.startswith("no sign of life")
+
+    everyone = boards(4)
+    third, fourth = boards_of_a_part(everyone, [2, 3])
+    together(lambda: third.failed("no memory"), lambda: fourth.explain(LOST))
+    for error in together(lambda: everyone[0].explain(LOST), lambda: everyone[1].explain(LOST)):
+        assert (error.field, error.found) == ("rank 2", "it failed: no memory")
+
+
+def test_those_that_all_fail_alike_have_not_left() -> None:
+    everyone = boards(3)
+    pair = boards_of_a_part(everyone, [1, 2])
+    together(lambda: pair[0].failed("x"), lambda: pair[1].failed("y"))
+    assert everyone[0].explain(LOST).field == "ranks 1, 2"
+
+
 # --- the heartbeat -------------------------------------------------------------------------------------------------
 
 
@@ -264,21 +292,24 @@ def test_a_connection_that_an_engine_lost_is_blamed_on_the_rank_that_failed() ->
 
 @pytest.mark.parametrize(
     ("count", "everyone", "present", "who"),
-    [(2, True, [0], "rank 1"), (2, False, [0], "collective"), (3, True, [0], "collective"), (3, True, [0, 2], "rank 1")],
+    [
+        (2, True, [0], "rank 1"),
+        (2, False, [0], "collective"),
+        (3, True, [0], "collective"),
+        (3, True, [0, 2], "rank 1"),
+    ],
 )
 def test_who_says_nothing_is_blamed_for_an_engine_s_collective_only_if_no_other_can_be(
     count: int, everyone: bool, present: list[int], who: str
 ) -> None:
     """Ranks that wait for an engine's collective leave no note before it fails there too: they are not the cause. And
     FSDP's and DDP's collectives have the ranks of all groups."""
-    own = boards(count)
+    own = boards(count) if everyone else boards_of_a_part(boards(4), list(range(count)))
 
     def survives(board: FailureBoard) -> None:
         with reporting_failures(board):
             raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
-    for board in own:
-        board.everyone = everyone
     for error in together(*(lambda rank=rank: survives(own[rank]) for rank in present)):
         assert isinstance(error, PeerError) and error.field == who, error
         assert who == "rank 1" or error.found.startswith("an error in an engine's, whose cause may be in any group: [")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from triton_sp.ranks.failures import FailureBoard
-from triton_sp.ranks.groups import Group, exists, resolve_group
+from triton_sp.ranks.groups import Group, exists, resolve_group, world_rank
 
 # By the name of the group; a later group of the same name has a board of its own.
 _boards: dict[str, tuple[weakref.ref[Any], FailureBoard]] = {}
@@ -22,8 +22,9 @@ def board_of(group: Group) -> FailureBoard:
         for name in [name for name in _boards if not exists(name)]:
             del _boards[name]
         owner = weakref.ref(process_group)
-        everyone = group.size == resolve_group().size
-        board = FailureBoard(group.store, group.rank, group.size, owner=owner, everyone=everyone)
+        job, numbers = resolve_group(), [world_rank(rank, group) for rank in range(group.size)]
+        above = None if group.size == job.size else board_of(job)
+        board = FailureBoard(group.store, group.rank, group.size, owner=owner, job=above, members=numbers)
         held = _boards[group.name] = owner, board
     return held[1]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -41,7 +41,7 @@ class FailureBoard:
         closed: the reason why the group cannot be used any more; None while it can.
         heartbeat: seconds without a sign of life after which a rank counts as stopped; 0 for no signs.
         owner: returns None when the group is gone.
-        everyone: whether the group has all ranks of the job.
+        job, members: the board of all ranks, and the ranks of this group by their numbers there; None if they are all.
         step, steps: what this rank has begun last with the group, and how often it has begun something.
     """
 
@@ -55,7 +55,8 @@ class FailureBoard:
     steps: int = 0
     waiter: Waiter = field(default_factory=Waiter, repr=False)
     owner: Callable[[], Any] | None = None
-    everyone: bool = True
+    job: FailureBoard | None = None
+    members: Sequence[int] = ()
     forget: Callable[[], None] = field(init=False, repr=False)
     _waits: bool = False
     _beats: int = 0
@@ -94,7 +95,7 @@ class FailureBoard:
             if self.round > 1:  # nobody reads the notes of two rounds ago
                 _tolerant(lambda: self.store.delete_key(self._key(self.rank, self.round - 2)))
         else:
-            self._close(self._error(f"rank {self.rank}", f"it failed: {text}"))
+            self._close(self._error(f"rank {self.rank}", f"it failed: {text}"), text)
 
     def explain(self, error: BaseException, ours: bool = True) -> PeerError:
         """The error to raise when a collective of this rank has failed: find out which rank caused it.
@@ -108,10 +109,11 @@ class FailureBoard:
             return self.closed
         self._post(_NOTICED)
         notes = self._read(lambda notes: any(text != _NOTICED for text in notes.values()) or len(notes) == self.size)
+        notes |= self._left(set(range(self.size)) - set(notes))
         guilty = {rank: text for rank, text in notes.items() if text != _NOTICED}
         missing = [rank for rank in range(self.size) if rank not in notes]
         elsewhere = self._closed_elsewhere()
-        certain = ours or (self.everyone and len(missing) == 1)
+        certain = ours or (self.job is None and len(missing) == 1)
         if guilty:
             who, what = _ranks(list(guilty)), f"it failed: {next(iter(guilty.values()))}"
         elif elsewhere:
@@ -181,9 +183,12 @@ class FailureBoard:
             rank=self.rank,
         )
 
-    def _close(self, error: PeerError) -> PeerError:
-        """From now on each collective raises this error, here; and one about this rank's elsewhere."""
+    def _close(self, error: PeerError, why: str = _NOTICED) -> PeerError:
+        """From now on each collective raises this error, here; and one about this rank's elsewhere. Ranks of other
+        groups can learn why this one has left: a failure of its own, or one that it has noticed."""
         self.closed = error
+        store, number = (self.job or self).store, self._number(self.rank)
+        _tolerant(lambda: store.set(f"triton_sp/left/{number}", why[:_TEXT]))
         _tolerant(lambda: self.store.set(_CLOSED, f"{error.field}: {error.found}"[:_TEXT]))
         return error
 
@@ -191,6 +196,18 @@ class FailureBoard:
         if not _tolerant(lambda: self.store.check([_CLOSED])):
             return ""
         return (_tolerant(lambda: self.store.get(_CLOSED)) or b"").decode(errors="replace")
+
+    def _number(self, rank: int) -> int:
+        return rank if self.job is None else self.members[rank]
+
+    def _left(self, ranks: set[int]) -> dict[int, str]:
+        """Why ranks have left any group, of those that have. One that left because of another is not to blame."""
+        store, found = (self.job or self).store, {}
+        for rank in ranks:
+            key = f"triton_sp/left/{self._number(rank)}"
+            if _tolerant(lambda key=key: store.check([key])):
+                found[rank] = (_tolerant(lambda key=key: store.get(key)) or b"").decode(errors="replace")
+        return found
 
     def _post(self, text: str) -> None:
         _tolerant(lambda: self.store.set(self._key(self.rank), text[:_TEXT]))

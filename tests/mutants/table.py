@@ -23,7 +23,7 @@ MODULES: dict[str, list[str]] = {
     "triton_sp/plan/cost.py": ["tests/plan/test_cost.py"],
     "triton_sp/plan/boxes.py": ["tests/plan/test_heads.py"],
     "triton_sp/plan/recurrence.py": ["tests/plan/test_recurrence.py"],
-    "triton_sp/plan/stream.py": ["tests/plan/test_attention.py", "tests/plan/test_heads.py"],
+    "triton_sp/plan/stream.py": ["tests/plan/test_stream.py"],
     "triton_sp/loss.py": ["tests/test_shares.py", *(f"tests/test_loss.py::test_{name}" for name in ALONE)],
     "triton_sp/ops/pack.py": ["tests/ops/test_twins.py", "tests/kernels/test_pack.py", *QUICK],
     "triton_sp/ops/splice.py": ["tests/ops/test_twins.py", "tests/kernels/test_splice.py", *QUICK],

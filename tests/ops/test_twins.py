@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triton_sp.errors import InputError
+from triton_sp.kernels.mask import Rotation
 from triton_sp.ops import pack, splice
 
 
@@ -50,6 +51,63 @@ def test_heads_go_to_the_ranks_that_attend_with_them(counts: tuple[int, list[int
     pack.unpack_heads(packed, back, ranks)
     for found, total in zip(back, sums, strict=True):
         torch.testing.assert_close(found, total.to(dtype))
+
+
+def turned(x: Tensor, rotation: Rotation) -> Tensor:
+    """(T, heads, D) with each vector turned by the numbers of its row, pair by pair."""
+    out, half = x.clone(), rotation.cos.shape[1] // 2
+    for row, (cos, sin) in enumerate(zip(rotation.cos, rotation.sin, strict=True)):
+        for i in range(half):
+            first, second = x[row, :, i], x[row, :, i + half]
+            out[row, :, i] = first * cos[i] - second * sin[i]
+            out[row, :, i + half] = second * cos[i + half] + first * sin[i + half]
+    return out
+
+
+def rotation_of(rows: int, turns: int) -> Rotation:
+    return Rotation(*(torch.randn(rows, turns, dtype=torch.float64) for _ in range(2)))
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(1, 4), st.sampled_from([2, 4, 6]))
+def test_queries_and_keys_are_turned_on_their_way(counts: tuple[int, list[int]], rows: int, turns: int) -> None:
+    """Values are not. The way back is the adjoint: <pack(x), y> is <x, unpack(y)> for any y."""
+    ranks, heads = counts
+    xs, rotation = [torch.randn(rows, count, 6, dtype=torch.float64) for count in heads], rotation_of(rows, turns)
+    found = pack.pack_heads(xs, ranks, rotation)
+    expected = pack.pack_heads([turned(x, rotation) for x in xs[:2]] + xs[2:], ranks)
+    torch.testing.assert_close(found, expected)
+    there, back = torch.randn_like(found), [torch.empty_like(x) for x in xs]
+    pack.unpack_heads(there, back, ranks, rotation.adjoint)
+    torch.testing.assert_close(
+        (found * there).sum(), sum((x * y).sum() for x, y in zip(xs, back, strict=True)), rtol=1e-10, atol=1e-10
+    )
+
+
+def test_where_nothing_is_sent_queries_and_keys_are_turned_in_place_of_packing() -> None:
+    q, k, v = (torch.randn(5, heads, 6, dtype=torch.float64) for heads in (4, 2, 2))
+    rotation = rotation_of(5, 4)
+    expected = [turned(q, rotation), turned(k, rotation)]
+    found = pack.rotated((q, k, v), rotation)
+    torch.testing.assert_close(found, (*expected, v))
+    q.requires_grad_(), k.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, k: pack.Rotate.apply(q, k, rotation), (q, k))
+    torch.testing.assert_close(pack.Rotate.apply(q, k, rotation), tuple(expected))
+    with pytest.raises(InputError, match="create_graph"):
+        torch.autograd.grad(pack.Rotate.apply(q, k, rotation)[0].sum(), q, create_graph=True)
+
+
+def test_boxes_may_be_of_a_part_of_a_buffer() -> None:
+    boxes = [(0, 0, 2, 1, 1, 1, 2), (0, 1, 1, 0, 1, 0, 1), (0, 0, 1, 0, 1, 2, 1)]
+    table, buffer = pack.box_table(boxes, torch.device("cpu")), torch.randn(6, 3)
+    assert table.shape == (3, 7) and pack.box_table([], torch.device("cpu")).shape == (0, 7)
+    found, wanted = (torch.empty(2, 2, 3) for _ in range(2))
+    pack.unpack_boxes(buffer[1:5], table, [found])
+    for tensor, row, rows, head, heads, start, stride in boxes:
+        assert tensor == 0 and heads == 1
+        for i in range(rows):
+            wanted[row + i, head] = buffer[1 + start + i * stride]
+    assert torch.equal(found, wanted)
 
 
 @settings(deadline=None)

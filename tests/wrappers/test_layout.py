@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from triton_sp import SPConfig
 from triton_sp.errors import InputError
 from triton_sp.loss import IGNORE, shift
 from triton_sp.plan.cost import PlanChoice
@@ -19,7 +22,7 @@ from triton_sp.plan.shards import shard_tokens
 from triton_sp.ranks.groups import ALONE
 from triton_sp.wrappers.inputs.batch import Batch
 from triton_sp.wrappers.inputs.kept import MOST, lay_out_again
-from triton_sp.wrappers.inputs.layout import TextCall, lay_out
+from triton_sp.wrappers.inputs.layout import TextCall, gather_tokens, lay_out
 from triton_sp.wrappers.install import Layouts
 
 ROW = st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 3), st.lists(st.booleans(), min_size=12))
@@ -137,3 +140,19 @@ def test_a_layout_that_was_kept_is_that_of_its_batch(batches) -> None:
             assert (None if keys is None else keys.tolist()) == (None if expected is None else expected.tolist())
         assert 0 < len(layouts) <= MOST and {key[0] for key in layouts} == {how}
     assert not copy.deepcopy(layouts) and not pickle.loads(pickle.dumps(layouts))
+
+
+@pytest.mark.parametrize(("gradient", "share"), [("mean", 1.0), ("sum", 0.5)])
+def test_what_tokens_have_is_put_where_they_stand(gradient: str, share: float) -> None:
+    """0 at padding; and of the gradient, which each of the two ranks forms, a rank's part."""
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    call = laid_out(Batch(torch.zeros(3, 4), mask, *[None] * 6))
+    local = torch.randn(1, 7, 5).requires_grad_()
+    installation: Any = SimpleNamespace(config=SPConfig(gradient=gradient), group=SimpleNamespace(size=2))
+    found = gather_tokens(local, call, installation)
+    weights, vectors = torch.randn(3, 4, 5), iter(local[0])
+    (found * weights).sum().backward()
+    for row in range(3):
+        for column in range(4):
+            assert torch.equal(found[row, column], next(vectors) if mask[row, column] else torch.zeros(5))
+    torch.testing.assert_close(local.grad[0], share * weights[mask.bool()])

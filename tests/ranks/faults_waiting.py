@@ -25,6 +25,7 @@ def interrupted_while_waiting() -> None:
     model = triton_sp.wrap(fresh())
     step(model, batch())
     if culprit():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it runs beside it ignore SIGINT
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     elif dist.get_rank() == 0:
         time.sleep(3)

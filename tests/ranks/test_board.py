@@ -291,28 +291,41 @@ def test_a_connection_that_an_engine_lost_is_blamed_on_the_rank_that_failed() ->
 
 
 @pytest.mark.parametrize(
-    ("count", "everyone", "present", "who"),
+    ("groups", "present", "who"),
     [
-        (2, True, [0], "rank 1"),
-        (2, False, [0], "collective"),
-        (3, True, [0], "collective"),
-        (3, True, [0, 2], "rank 1"),
+        ([[0, 1]], [0], "rank 1"),
+        ([[0, 1, 2]], [0], "collective"),
+        ([[0, 1, 2]], [0, 2], "rank 1"),
+        ([[0, 1], [2, 3]], [0], "collective"),
+        ([[0, 1], [2, 3]], [0, 2, 3], "rank 1"),
+        ([[0, 1], [2, 3]], [2, 3], "collective"),
     ],
 )
-def test_who_says_nothing_is_blamed_for_an_engine_s_collective_only_if_no_other_can_be(
-    count: int, everyone: bool, present: list[int], who: str
-) -> None:
+def test_who_says_nothing_is_blamed_for_an_engine_s_collective_only_if_no_other_can_be(groups, present, who) -> None:
     """Ranks that wait for an engine's collective leave no note before it fails there too: they are not the cause. And
-    FSDP's and DDP's collectives have the ranks of all groups."""
-    own = boards(count) if everyone else boards_of_a_part(boards(4), list(range(count)))
+    FSDP's and DDP's collectives have the ranks of all groups, by whose numbers the error names them."""
+    everyone = boards(sum(map(len, groups)))
+    own = [board for group in groups for board in boards_of_a_part(everyone, group)] if len(groups) > 1 else everyone
 
     def survives(board: FailureBoard) -> None:
         with reporting_failures(board):
             raise RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
 
-    for error in together(*(lambda rank=rank: survives(own[rank]) for rank in present)):
-        assert isinstance(error, PeerError) and error.field == who, error
-        assert who == "rank 1" or error.found.startswith("an error in an engine's, whose cause may be in any group: [")
+    for rank, error in zip(
+        present, together(*(lambda rank=rank: survives(own[rank]) for rank in present)), strict=True
+    ):
+        assert isinstance(error, PeerError) and (error.field, error.rank) == (who, rank), error
+        assert own[rank].closed is error and own[rank].explain(LOST) is error
+        assert own[rank].explain_another(LOST) is error
+        assert who == "rank 1" or error.found.startswith("an error in one of an engine, where others may still wait: [")
+
+
+def test_a_failure_in_another_group_explains_an_engine_s_collective() -> None:
+    everyone = boards(4)
+    pair, others = boards_of_a_part(everyone, [0, 1]), boards_of_a_part(everyone, [2, 3])
+    together(lambda: pair[1].failed("no memory"), lambda: pair[0].explain(LOST))
+    for error in together(*(lambda board=board: board.explain_another(LOST) for board in others)):
+        assert (error.field, error.found) == ("rank 1", "it failed: no memory")
 
 
 def test_a_text_can_be_sent() -> None:

@@ -97,13 +97,23 @@ class FailureBoard:
         else:
             self._close(self._error(f"rank {self.rank}", f"it failed: {text}"), text)
 
+    def explain_another(self, error: BaseException) -> PeerError:
+        """`explain` for a collective that is not ours: an engine's, which has the ranks of all groups."""
+        if self.closed is not None:
+            return self.closed
+        found = (self.job or self).explain(error, ours=False)
+        if self.job is not None:
+            self._post(_NOTICED)
+            self._close(found)
+        return found
+
     def explain(self, error: BaseException, ours: bool = True) -> PeerError:
         """The error to raise when a collective of this rank has failed: find out which rank caused it.
 
         Args:
             error: of the collective.
-            ours: all ranks that wait for one of ours look for notes and leave one. In a collective that is not ours,
-                an engine's, those that leave none may be alive and wait; and a rank of another group may be the cause.
+            ours: all ranks that wait for one of ours look for notes and leave one. In another one, those that leave
+                none may be alive and wait.
         """
         if self.closed is not None:
             return self.closed
@@ -113,15 +123,14 @@ class FailureBoard:
         guilty = {rank: text for rank, text in notes.items() if text != _NOTICED}
         missing = [rank for rank in range(self.size) if rank not in notes]
         elsewhere = self._closed_elsewhere()
-        certain = ours or (self.job is None and len(missing) == 1)
         if guilty:
             who, what = _ranks(list(guilty)), f"it failed: {next(iter(guilty.values()))}"
         elif elsewhere:
             who, _, what = elsewhere.partition(": ")
-        elif missing and certain:
+        elif missing and (ours or len(missing) == 1):
             who, what = _ranks(missing), f"no sign of life: it ended, stopped or is slow ({_first_line(error)})"
         else:
-            whose = "it" if ours else "an engine's, whose cause may be in any group"
+            whose = "it" if ours else "one of an engine, where others may still wait"
             who, what = "collective", f"an error in {whose}: {_first_line(error)}"
         return self._close(self._error(who, what))
 
@@ -272,7 +281,7 @@ def reporting_failures(board: FailureBoard) -> Iterator[None]:
         if isinstance(error, PeerError) or getattr(error, "everywhere", False):
             raise  # the other ranks know already
         if _is_lost_connection(error):
-            raise board.explain(error, ours=False) from error
+            raise board.explain_another(error) from error
         board.failed(f"{type(error).__name__}: {text_of(error)}")
         if isinstance(error, SPError) and error.rank is None:
             raise error.on_rank(board.rank) from error

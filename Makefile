@@ -92,9 +92,9 @@ adapters: .venv-adapters/.ready .venv-axolotl/.ready .venv-llamafactory/.ready .
 	.venv-adapters/bin/python -m pip install --quiet --no-compile -e '.[dev,adapters]'
 	touch $@
 
-# Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv.
+# Everything that can go wrong on a rank, on 2 and 4 ranks: reports/faults.csv; ARGS=--keep puts it into tests/data and docs.
 faults: .venv/.ready
-	PYTHONPATH=tests $(BIN)/python tests/ranks/faults.py
+	PYTHONPATH=.:tests $(BIN)/python tests/ranks/faults.py $(ARGS)
 
 # Long: training in which a random fault strikes a rank at a random moment: reports/chaos.csv. ARGS="--runs 20" for less.
 chaos: .venv/.ready

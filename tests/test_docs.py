@@ -15,7 +15,6 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in DOCUMENTS}
 THEIRS = {"AyaVisionConfig", "generate_block_attention_mask"}  # names of transformers that the source need not have
 WRITTEN = {
     "build/site/",
-    "reports/faults.csv",
     "reports/demo.csv",
     "reports/demo.png",
 }  # by the commands that the text is about

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as funcol
 
 from triton_sp.ops import attend_cpu
+from triton_sp.ranks import collectives
 
 
 @dataclass
@@ -81,7 +82,7 @@ def counted(model: nn.Module | None = None) -> Iterator[Tally]:
 
     names = ["all_to_all_single", "all_gather", "all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor"]
     doors = [(dist, name) for name in names]
-    doors += [(funcol, name) for name in ("all_to_all_single", "all_gather_tensor", "all_reduce")]
+    doors += [(funcol, "all_gather_tensor"), (funcol, "all_reduce"), (collectives, "all_to_all_single")]
     patches = [mock.patch.object(place, name, stand_in(getattr(place, name))) for place, name in doors]
     patches.append(mock.patch.object(F, "scaled_dot_product_attention", attention))
     patches.append(mock.patch.object(attend_cpu, "_FLASH", sharded_attention))

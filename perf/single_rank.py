@@ -138,7 +138,7 @@ def alone_among(ranks: int, rank: int) -> Iterator[None]:
 
     with (
         groups.fake_world(ranks, rank),
-        mock.patch.object(funcol, "all_to_all_single", exchange),
+        mock.patch.object(collectives, "all_to_all_single", exchange),
         mock.patch.object(collectives, "send_alike", exchange),
         mock.patch.object(funcol, "all_reduce", lambda x, *_: x.clone()),
         mock.patch.object(funcol, "wait_tensor", lambda x: x),

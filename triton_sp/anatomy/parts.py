@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -171,8 +172,13 @@ def own_code_names(module: nn.Module) -> set[str]:
 
 
 def takes_positions(decoder: nn.Module) -> bool:
-    """Whether a decoder can be told the positions of its tokens."""
-    return "position_ids" in inspect.signature(type(decoder).forward).parameters
+    """Whether a decoder can be told the positions of its tokens. Each forward asks, and Python takes 0.2 ms to look."""
+    return "position_ids" in _parameters(type(decoder))
+
+
+@functools.cache
+def _parameters(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def hands_keywords_on(module: nn.Module) -> bool:

@@ -127,10 +127,10 @@ def balance_of(entry: nn.Module, given: Any, request: ScoreRequest | None) -> Ba
     """
     model: Any = entry
     config = model.config.get_text_config()
-    if ARGUMENT not in inspect.signature(type(entry).forward).parameters:
-        return None  # a model without a loss of its own returns what it is asked for
     if not (getattr(config, ARGUMENT, False) if given is None else given):
         return None
+    if ARGUMENT not in inspect.signature(type(entry).forward).parameters:
+        return None  # a model without a loss of its own returns what it is asked for
     if request is not None and not request.by_trainer:
         return None
     places = (entry, config)

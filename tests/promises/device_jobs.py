@@ -37,7 +37,7 @@ def step(name: str, checkpointing: str = "none", launched: bool = False, **optio
             for them on the CPU computes their results.
     """
     device.register()
-    case = replace(zoo.CASES[name], dtype=torch.float32) if launched else zoo.CASES[name]
+    case = replace(zoo.CASES[name], dtype=torch.float32, widened=False) if launched else zoo.CASES[name]
     batch_name = "image_and_video" if "image_and_video" in case.batches else next(iter(case.batches))
     with parity.in_dtype_of(case), messages_by_device(), launches_on_a_stub() if launched else nullcontext():
         batch = case.batch(batch_name)

@@ -20,9 +20,13 @@ pytestmark = pytest.mark.skipif(
 ASKS = "triton_sp.ranks.collectives"  # ranks compare what they have; with gloo beside NCCL that is not by the device
 # Where a tower of images of unknown sizes has begun, ranks tell one another the sizes (wrappers/towers/placement.py).
 IN_FORWARD = {"qwen2_5_vl": set(), "qwen3_vl": set(), "llama": set(), "llava": {ASKS}}
-# One of each kind: windows and grids, DeepStack, joined images, a tower alone, cut heads, recurrent layers.
-EXACT = {"qwen2_5_vl": "reentrant", "qwen3_vl": "non_reentrant", "mistral3": "none", "vit": "none",
-         "llama_28_4": "reentrant", "qwen3_5": "non_reentrant"}  # fmt: skip
+# One of each kind: windows and grids, DeepStack and norms of q and k, cut heads, recurrent layers.
+EXACT = {
+    "qwen2_5_vl": "reentrant",
+    "qwen3_vl": "non_reentrant",
+    "llama_28_4": "reentrant",
+    "qwen3_5": "non_reentrant",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """Towers that are not sharded run on a rank's own images where features are routed: also where the patches of all
-images lie in one strip, or are pointed at. `explain` says so, and not of what other methods or the forward call too."""
+images lie in one strip, or are pointed at. `explain` says so, and not of what other methods or the forward call too.
+Towers whose blocks are sharded may be given a rank's own images too."""
 
 from __future__ import annotations
 
 import copy
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from kit import parity, tiny, zoo
@@ -41,6 +44,35 @@ def test_each_rank_runs_its_own_part_of_a_strip(ranks) -> None:
     assert sum(patches for (patches,), _ in own) == sum(WIDTHS)
     lone = ranks.run(step_with_strips, "plain", ranks=3)  # an image, which two ranks run to no effect
     assert lone == [([64], "by images")] * 3, lone
+
+
+def step_by_images(name: str, checkpointing: str) -> list[float]:
+    """As with older versions of transformers, where towers are not given what they know about patches: the worst error
+    of a gradient in each batch."""
+    case, errors = zoo.CASES[name], []
+    with mock.patch("triton_sp.anatomy.fusion._takes_metadata", lambda tower: False), parity.in_dtype_of(case):
+        for batch_name in ("left_pad", "image_and_video", "plain"):
+            model, batch = case.model(), case.batch(batch_name)
+            expected = parity.exact_step(model, batch)
+            parity.set_checkpointing(model, checkpointing)
+            triton_sp.wrap(model, config=parity.heads(dist.get_world_size()))
+            (fusion,) = [row for row in triton_sp.explain(model).rows if row.kind.startswith("fusion")]
+            assert fusion.decision == "features routed"
+            model.zero_grad()
+            loss = parity.loss_of(model(**batch), None)
+            loss.backward()
+            triton_sp.sync_gradients(model)
+            errors.append(parity.gradient_error(parity.gradients(model), expected[1])[0])
+    return errors
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_blocks_with_other_segments_and_deepstack_on_own_images(ranks, name: str, checkpointing: str) -> None:
+    """Qwen2.5-VL's blocks see windows or whole images, Qwen3-VL's levels are taken from between its blocks."""
+    for size in (2, 3):
+        for errors in ranks.run(step_by_images, name, checkpointing, ranks=size):
+            assert max(errors) < 1e-6, errors
 
 
 def pointing_batch() -> Batch:

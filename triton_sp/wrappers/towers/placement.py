@@ -22,7 +22,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,11 +88,9 @@ class Placement(ABC):
 
     Attributes:
         arguments: what the tower's forward is given in addition to the arguments of its call.
-        own_segments: whether the segments that blocks are given are those of this rank's tokens only.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
-    own_segments: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
@@ -104,6 +102,10 @@ class Placement(ABC):
             cu: cu_seqlens of the segments in which the first block attends; None if these are the dense images.
         """
 
+    def stream_in(self, cu_seqlens: Tensor, streams: Streams) -> Stream:
+        """The stream in the segments that a block is given."""
+        return streams.of(cu_seqlens)
+
     @abstractmethod
     def enter(self, rows: Tensor, stream: Stream) -> Tensor:
         """This rank's shard (T, C) of the stream, from the rows outside of the blocks."""
@@ -111,6 +113,10 @@ class Placement(ABC):
     @abstractmethod
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
         """The rows outside of the blocks, from this rank's shard (T, C)."""
+
+    @abstractmethod
+    def leave_merged(self, rows: Tensor, stream: Stream, unit: int) -> Tensor:
+        """The same of rows that stand for `unit` neighbouring tokens each."""
 
 
 @dataclass(eq=False)
@@ -135,6 +141,10 @@ class Replicated(Placement):
         """A gather."""
         return stages.gather(local, stream)
 
+    def leave_merged(self, rows: Tensor, stream: Stream, unit: int) -> Tensor:
+        """A gather."""
+        return stages.gather(rows, stream, unit)
+
 
 @dataclass(eq=False)
 class Images(Placement):
@@ -151,9 +161,9 @@ class Images(Placement):
     group: Group
     pixels: tuple[int, ...]
     stand_in: bool
-    own_segments: ClassVar[bool] = True
     tokens: Shards = field(init=False)
     _dropped: int = field(default=0, init=False)  # tokens of the stand-in, which no block gets
+    _streams: dict[tuple[int, int], tuple[Tensor | None, Stream]] = field(default_factory=dict, init=False)
 
     def plan(self, stack: Stack, config: SPConfig, hidden: HiddenShape, like: Tensor, cu: Tensor | None) -> Streams:
         """The ranks exchange the sizes of their images, because each knows its own only."""
@@ -169,8 +179,21 @@ class Images(Placement):
         real = torch.tensor([real for _, real in images], dtype=torch.int32, device=like.device) if padded else None
         choice = plan_stack(stack, config, self.group, segments, like, owned=self.tokens)
         streams = Streams(self.group, choice, real)
-        streams.of(_cu_seqlens(segments, like), segments)
+        first = streams.of(_cu_seqlens(segments, like), segments)
+        if cu is not None:
+            self._streams[cu.data_ptr(), len(cu)] = cu, first
         return streams
+
+    def stream_in(self, cu_seqlens: Tensor, streams: Streams) -> Stream:
+        """A block is given the segments of its rank's images, and those of the others come from them: once for each
+        tensor, which is held, so that a recomputation finds it."""
+        key = (cu_seqlens.data_ptr(), len(cu_seqlens))
+        if key not in self._streams:
+            lengths = [stop - start for start, stop in pairwise(cu_seqlens.tolist())]
+            by_rank = self._images_of_all([] if self.stand_in else [(length, length) for length in lengths])
+            segments = Segments((0, *accumulate(length for images in by_rank for length, _ in images)))
+            self._streams[key] = cu_seqlens, streams.of(_cu_seqlens(segments, cu_seqlens), segments)
+        return self._streams[key][1]
 
     def _images_of_all(self, own: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
         """(tokens, real tokens) of each image of each rank, from those of this rank's images."""
@@ -203,11 +226,15 @@ class Images(Placement):
 
     def leave(self, local: Tensor, stream: Stream) -> Tensor:
         """The exchange back."""
-        rows = stages.reshard(local, stream.shards, self.tokens, self.group)
+        return self.leave_merged(local, stream, 1)
+
+    def leave_merged(self, rows: Tensor, stream: Stream, unit: int) -> Tensor:
+        """The exchange back."""
+        rows = stages.reshard(rows, stream.shards.merged(unit), self.tokens.merged(unit), self.group)
         if self._dropped:
             # The stand-in leaves as zeros. They are joined to the (empty) rows that have arrived, so that the backward
             # passes through the exchange on this rank too.
-            rows = torch.cat([rows, rows.new_zeros(self._dropped, rows.shape[-1])])
+            rows = torch.cat([rows, rows.new_zeros(self._dropped // unit, rows.shape[-1])])
         return rows
 
 

@@ -76,9 +76,7 @@ class TowerPass:
     def stream(self, cu_seqlens: Tensor | None = None) -> Stream:
         """The stream in the segments that a block is given; by default in those of the first block."""
         assert self.streams is not None
-        if cu_seqlens is None or self.placement.own_segments:
-            return self.streams.first
-        return self.streams.of(cu_seqlens)
+        return self.streams.first if cu_seqlens is None else self.placement.stream_in(cu_seqlens, self.streams)
 
     def scope(self, stream: Stream, attention: Sequence[nn.Module]) -> AttentionScope:
         """The scope of a block's attention modules. Blocks of one stream share what graphs take it by, which would take

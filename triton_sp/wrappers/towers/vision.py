@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triton_sp import stages
 from triton_sp.anatomy.families import cu_seqlens_of_joined_images, joins_images
 from triton_sp.anatomy.parts import Stack
 from triton_sp.errors import InputError, UnsupportedModelError
@@ -217,9 +216,9 @@ def _run_outside(override: Override, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run_side_module(override: Override, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A module that a tower runs on hidden states between its blocks, on this rank's tokens: its rows are gathered."""
+    """A module that a tower runs on hidden states between its blocks, on this rank's tokens."""
     tower = current(TowerPass)
     rows = override.original(hidden, *args, **kwargs)
-    if tower is None or isinstance(tower.placement, Patches) or tower.last_output is None:  # or after the last block
+    if tower is None or tower.last_output is None:  # after the last block
         return rows
-    return stages.gather(rows, tower.stream(), tower.stack.unit)
+    return tower.placement.leave_merged(rows, tower.stream(), tower.stack.unit)

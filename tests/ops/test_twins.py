@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from triton_sp.errors import InputError
-from triton_sp.kernels.mask import Rotation
+from triton_sp.kernels.mask import Norm, Rotation
 from triton_sp.ops import pack, splice
 
 
@@ -95,6 +95,38 @@ def test_where_nothing_is_sent_queries_and_keys_are_turned_in_place_of_packing()
     torch.testing.assert_close(pack.Rotate.apply(q, k, rotation), tuple(expected))
     with pytest.raises(InputError, match="create_graph"):
         torch.autograd.grad(pack.Rotate.apply(q, k, rotation)[0].sum(), q, create_graph=True)
+
+
+def normalised(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * (1 + weight)
+
+
+def test_norms_of_queries_and_keys_and_their_adjoint() -> None:
+    """What is packed and what comes back, of several ranks and of none, beside autograd of the formula."""
+    q, k, v = (torch.randn(5, heads, 6, dtype=torch.float64).requires_grad_() for heads in (4, 2, 2))
+    weights = tuple(torch.randn(6, dtype=torch.float64).requires_grad_() for _ in range(2))
+    rotation = rotation_of(5, 4)
+    turns = [turned(normalised(x, weight), rotation) for x, weight in zip((q, k), weights, strict=True)]
+    way = rotation._replace(norm=Norm(weights, eps=0.1, offset=1.0))
+    for ranks in (1, 2, 4):
+        with torch.no_grad():
+            found = pack.pack_heads([q, k, v], ranks, way)
+            torch.testing.assert_close(found, pack.pack_heads([*turns, v], ranks))
+            dy, grads, plain = torch.randn_like(found), *([torch.empty_like(x) for x in (q, k, v)] for _ in range(2))
+            pack.unpack_heads(dy, plain, ranks)
+            dweights = pack.unpack_heads(dy, grads, ranks, way.of(q, k, *weights).adjoint)
+        dq, dk, *expected = torch.autograd.grad(turns, (q, k, *weights), plain[:2], retain_graph=True)
+        assert dweights is not None
+        torch.testing.assert_close((*grads, *dweights), (dq, dk, plain[2], *expected))
+    found = pack.Rotate.apply(q, k, way, *weights)
+    torch.testing.assert_close(found, tuple(turns))
+    dys = [torch.randn_like(x) for x in turns]
+    inputs = (q, k, *weights)
+    expected = torch.autograd.grad(turns, inputs, dys)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs, dys), expected)
+    frozen = [weight.detach() for weight in weights]
+    found = pack.Rotate.apply(q, k, way._replace(norm=Norm((frozen[0], frozen[1]), eps=0.1, offset=1.0)), *frozen)
+    torch.testing.assert_close(torch.autograd.grad(found, (q, k), dys), expected[:2])
 
 
 def test_boxes_may_be_of_a_part_of_a_buffer() -> None:

@@ -7,9 +7,9 @@ from operator import itemgetter
 import pytest
 import torch.distributed as dist
 
-from triton_sp.errors import DisagreementError
+from triton_sp.errors import DisagreementError, InputError
 from triton_sp.ranks import collectives, groups
-from triton_sp.ranks.agreement import agree
+from triton_sp.ranks.agreement import _difference, agree
 from triton_sp.testing import RankError
 
 
@@ -36,7 +36,14 @@ def repeat(kinds: list[str], contents: list[str], other: str) -> list[int]:
         last = number == len(kinds) - 1 and dist.get_rank() == dist.get_world_size() - 1
         mine = other if last else content
         with collectives.record() as ledger:
-            agree(group, lambda kind=kind, mine=mine: (kind, mine), "{0[0]}\nids={0[1]}".format, itemgetter(0), known)
+            full = "{0[0]}\nids={0[1]}".format
+            agree(
+                group,
+                prepare=lambda kind=kind, mine=mine: (kind, mine),
+                describe=full,
+                brief=itemgetter(0),
+                known=known,
+            )
         sent.append(ledger.bytes)
     return sent
 
@@ -114,8 +121,44 @@ def with_details(count: int, changed: int) -> None:
     agree(groups.resolve_group(), lambda: f"state={hash(tuple(lines))}", details=lambda: lines)
 
 
-@pytest.mark.parametrize(("count", "changed"), [(2000, 1234), (50, 49)])
+@pytest.mark.parametrize(("count", "changed"), [(2000, 1234), (40, 39)])
 def test_the_line_that_differs_is_named(ranks, count: int, changed: int) -> None:
     with pytest.raises(RankError) as raised:
         ranks.run(with_details, count, changed, ranks=3)
     assert [error.field for error in raised.value.errors.values()] == [f"weight {changed}"] * 3
+
+
+def refused_by_all() -> None:
+    def refuse() -> str:
+        raise InputError("pixels", expected="some", found="none", remedy="pass them")
+
+    agree(groups.resolve_group(), refuse)
+
+
+def test_where_all_refuse_each_raises_its_own_error(ranks) -> None:
+    with pytest.raises(RankError) as raised:
+        ranks.run(refused_by_all, ranks=2)
+    for rank, error in raised.value.errors.items():
+        assert isinstance(error, InputError) and (error.field, error.rank) == ("pixels", rank)
+
+
+FIRST = ["ok", "ids=1", "mask=2"]
+
+
+@pytest.mark.parametrize(
+    ("other", "field", "expected", "found"),
+    [
+        (["ok", "ids=1", "mask=3"], "mask", "the same on all ranks (rank 0 has 2)", "3 on rank 4"),
+        (["ok", "mask=2"], "ids", "the same on all ranks (rank 0 has 1)", "mask in its place on rank 4"),
+        (
+            ["ok", "ids=1", "mask=2", "x=1"],
+            "batch fields",
+            "the 2 fields of rank 0",
+            "3 fields, or a longer one, on rank 4",
+        ),
+        (["ok", "ids=1"], "batch fields", "the 2 fields of rank 0", "1 fields, or a longer one, on rank 4"),
+    ],
+)
+def test_the_first_difference_is_told(other: list[str], field: str, expected: str, found: str) -> None:
+    error = _difference(FIRST, other, 4, 2)
+    assert (error.field, error.expected, error.found, error.rank) == (field, expected, found, 2)

@@ -75,19 +75,23 @@ def movements() -> list[object]:
         largest = collectives.largest(float(rank), group, torch.device("cpu"))
         notices = collectives.notices_of_all(bytes([65 + rank]) * (2000 if rank == 2 else 3), group)
         numbers = collectives.integers_of_all([rank, 2**40 + rank], group)
-    values = [x.tolist() for x in (everyone, x.grad, total, shared, y.grad, sent)]
+        rows = torch.arange(6.0).view(6, 1) if rank == 1 else torch.zeros(0, 1)
+        dealt = collectives.deal(rows, [3, 1, 2], 1, group)
+    values = [x.tolist() for x in (everyone, x.grad, total, shared, y.grad, sent, dealt.flatten())]
     return [*values, largest, notices, numbers, ledger.entries, collectives.leaders(group)]
 
 
 def test_what_each_movement_brings(ranks) -> None:
     for rank, found in enumerate(ranks.run(movements, ranks=3)):
-        everyone, grad, total, shared, scaled, sent, largest, notices, numbers, entries, leaders = found
+        everyone, grad, total, shared, scaled, sent, dealt, largest, notices, numbers, entries, leaders = found
         assert everyone == [[0, 1], [2, 3], [10, 11], [12, 13], [20, 21], [22, 23]]
         assert grad == [[6.0 * (2 * rank + 1)] * 2, [6.0 * (2 * rank + 2)] * 2]  # 1 + 2 + 3 times the number of the row
         assert total == [[30, 33], [36, 39]] and shared == [[10 * rank, 10 * rank + 1], [10 * rank + 2, 10 * rank + 3]]
         assert scaled == [3.0, 3.0] and sent == [1.0] * 3 and largest == 2.0
         assert notices == [b"AAA", b"BBB", b"C" * 1024] and numbers == [[r, 2**40 + r] for r in range(3)]
-        assert entries == [("broadcast", 24 if rank == 1 else 0), ("agree", 2048), ("agree", 32)] and leaders == [0]
+        assert dealt == ([0.0, 1.0, 2.0], [3.0], [4.0, 5.0])[rank] and leaders == [0]
+        one_sends = [("broadcast", 24), ("deal", 20)] if rank == 1 else [("broadcast", 0), ("deal", 0)]
+        assert entries == [one_sends[0], ("agree", 2048), ("agree", 32), one_sends[1]]
 
 
 @pytest.mark.parametrize("call", [collectives.all_reduce, lambda x, group: collectives.gather(x, [2], group)])

@@ -192,13 +192,30 @@ def undisturbed(engine: str, replicas: int, ranks: int, folder: Path) -> list[st
     return _undisturbed[key]
 
 
+def survivors(case: Scenario, others: list[End], wanted: list[str]) -> tuple[int, int, list[str]]:
+    """How many of those that the fault did not strike name the rank, of how many with an error, and what is wrong."""
+    wrong, failed = [], [end for end in others if not end.digest]  # none has, if nothing was left to do together
+    if failed and len(failed) < len(others):
+        wrong.append("some ended as if nothing had happened")
+    if not {end.digest for end in others} <= {"", *wanted}:
+        wrong.append("went on with other weights")
+    names = {str(rank) for rank in (case.fault.rank, case.fault.rank % (case.ranks // case.replicas))}
+    told = [set(re.findall(r"\d+", end.field if end.field.startswith("rank") else "")) for end in failed]
+    if any(ranks and not ranks & names for ranks in told):  # "ranks 0, 2" may be all that gave no sign of life
+        wrong.append("another rank is blamed")
+    named = sum(len(ranks) == 1 and ranks <= names for ranks in told)
+    if case.engine == "loop" and named < len(failed):  # elsewhere the error may be the engine's
+        wrong.append("the rank is not named")
+    return named, len(failed), wrong
+
+
 def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     """A row of the table."""
     fault, wanted = case.fault, undisturbed(case.engine, case.replicas, case.ranks, folder)
     place = folder / f"{case.seed}"
     memory = set(os.listdir("/dev/shm"))
     ends = run(place, case.ranks, case.engine, case.replicas, fault)
-    wrong, named = [], 0
+    wrong, named, told = [], 0, 0
     struck = (place / "checkpoints" / "struck").exists()
     others = [end for rank, end in enumerate(ends) if rank != fault.rank]
     if any(end.kind in ("hang", "processes left") for end in ends):
@@ -209,15 +226,8 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
         if struck and fault.kind not in (*HARMLESS, "connections cut", "stopped", "killed"):
             wrong.append("went on after a fault")
     else:
-        if any(end.digest for end in others) and not all(end.digest for end in others):
-            wrong.append("some ended as if nothing had happened")
-        names = {str(rank) for rank in (fault.rank, fault.rank % (case.ranks // case.replicas))}
-        told = [set(re.findall(r"\d+", end.field if end.field.startswith("rank") else "")) for end in others]
-        named = sum(len(ranks) == 1 and ranks <= names for ranks in told)
-        if any(ranks and not ranks & names for ranks in told):  # "ranks 0, 2" may be all that gave no sign of life
-            wrong.append("another rank is blamed")
-        if case.engine == "loop" and named < len(others):  # elsewhere the error may be the engine's
-            wrong.append("the rank is not named")
+        named, told, bad = survivors(case, others, wanted)
+        wrong += bad
         again = run(place, case.ranks, case.engine, case.replicas, None)
         if [end.digest for end in again] != wanted:
             wrong.append(f"restart: {next((e.text or e.kind for e in again if not e.digest), 'other weights')}")
@@ -228,7 +238,7 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     row = {"seed": case.seed, "engine": case.engine, "replicas": case.replicas, "ranks": case.ranks, **fault._asdict()}
     row["struck"] = struck
     row["errors"] = " ".join(sorted({end.kind for end in others if end.kind}))
-    row["named by"] = f"{named} of {len(others)}"
+    row["named by"] = f"{named} of {told}"
     row["seconds"] = round(max((end.seconds for end in others), default=0), 1)
     row["message"] = next((end.text.splitlines()[0] for end in others if end.text), "")[:300]
     row["wrong"] = "; ".join(wrong)

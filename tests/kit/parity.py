@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import triton_sp
+from triton_sp.anatomy.find import find_parts
 from triton_sp.testing import RankPool, relative_error
 from triton_sp.wrappers.install import installation_of
 from triton_sp.wrappers.layers.rotation import ROTATOR, Rotator
@@ -151,7 +152,8 @@ def write_reference(case: tiny.Case, batch_name: str, path: Path) -> None:
 def _write_reference(case: tiny.Case, batch_name: str, path: Path) -> None:
     model, batch = case.model(), case.batch(batch_name)
     labels = batch.pop("labels", None)
-    alone = case.documents_alone and batch_name == "packed"
+    # Gathered layers run as the model's own do.
+    alone = case.documents_alone and batch_name == "packed" and not _gathers(model)
     out = _one_by_one(model, batch) if alone else model(**batch)
     loss = loss_of(out, labels)
     loss.backward()
@@ -159,6 +161,12 @@ def _write_reference(case: tiny.Case, batch_name: str, path: Path) -> None:
         model_loss = loss if labels is None or alone else model(**batch, labels=labels).loss
     main = out.last_hidden_state if labels is None else out.logits
     torch.save((loss.detach(), model_loss.detach(), main.detach(), gradients(model)), path)
+
+
+def _gathers(model: nn.Module) -> bool:
+    """Whether layers of a model's decoder would run on the hidden states of the whole batch."""
+    decoder = find_parts(model).decoder
+    return decoder is not None and bool(decoder.gathered)
 
 
 def _one_by_one(model: nn.Module, batch: dict[str, Tensor]) -> Any:

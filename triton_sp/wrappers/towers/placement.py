@@ -1,16 +1,17 @@
 """Where the tokens of a vision tower are outside of its blocks, and how they get to their shards and back.
 
 Outside of the blocks a tower embeds patches, and the model around it projects what the tower returns. There are three
-ways in which the ranks can share that, and a class for each, with the same four methods:
+ways in which the ranks can share that, and a class for each, with the same five methods:
 
     Replicated  every rank has all tokens
     Images      each rank has images of its own, whole ones; if there are fewer images than ranks, some have none
     Patches     each rank has its shard of the stream of patches already, see patches.py
 
-    plan        decide how the stream is cut, from what the first block gets
-    enter       rows outside of the blocks to this rank's shard of the stream
-    leave       this rank's shard to rows outside of the blocks
-    table       the shard's rows of a table that has a row for each token outside, such as rotations
+    plan          decide how the stream is cut, from what the first block gets
+    stream_in     the stream in the segments that another block gets
+    enter         rows outside of the blocks to this rank's shard of the stream
+    leave         this rank's shard to rows outside of the blocks
+    leave_merged  the same of rows that stand for several tokens, as DeepStack's do
 
 A method of the model that makes features chooses the placement and hands it to the tower as a value (see features.py).
 """

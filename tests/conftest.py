@@ -18,7 +18,7 @@ gc.set_threshold(50_000, 20)  # as in the ranks' processes
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPool]:
     """Processes that stay alive between tests: starting one costs seconds of imports."""
-    pool = RankPool()
+    pool = RankPool(preload=["kit.parity"])
     yield pool
     pool.close()
 

@@ -32,7 +32,7 @@ EXACT = {
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     """Of processes of their own, which the device changes for good."""
-    pool = RankPool()
+    pool = RankPool(preload=["kit.parity"])
     yield pool
     pool.close()
 

@@ -37,9 +37,9 @@ interpreter: .venv/.ready
 	cd tests/kernels && OMP_NUM_THREADS=1 TRITON_INTERPRET=1 ../../$(BIN)/python -m pytest -m "long or not long" --noconftest \
 		attend_cases.py attend_properties.py bounds_cases.py check_cases.py pack_cases.py splice_cases.py
 
-# Long: every model with every plan.
+# Long: every model with every plan. ARGS=0, 1 or 2 takes a third.
 all-plans: .venv/.ready
-	PYTHONPATH=tests $(BIN)/python tests/promises/all_plans.py
+	PYTHONPATH=tests $(BIN)/python tests/promises/all_plans.py $(ARGS)
 
 # Long: a tiny model of every class that transformers has, on 2 and 3 ranks; makes docs/models.md. It goes on where it
 # stopped; ARGS="--again refused" tries those again.

@@ -58,6 +58,22 @@ def test_whole_heads_are_the_boxes_of_a_route(rows: int, counts: tuple[int, int,
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+@pytest.mark.parametrize("normalises", [False, True])
+def test_rotated_where_nothing_is_exchanged(rows: int, normalises: bool) -> None:
+    """Also on a rank without tokens: its gradients are empty, and 0 for the weights."""
+    weights = tuple(torch.ones(4, dtype=torch.double, requires_grad=True) for _ in range(2 * normalises))
+    rotation = Rotation(*torch.randn(2, rows, 4, dtype=torch.double), norm=Norm(weights, 0.1) if normalises else None)  # type: ignore[arg-type]
+    q, k = (torch.randn(rows, heads, 4, dtype=torch.double, requires_grad=True) for heads in (2, 1))
+    turned = pack.Rotate.apply(q, k, rotation, *weights)
+    assert [x.shape for x in turned] == [q.shape, k.shape]
+    grads = torch.autograd.grad(turned, (q, k, *weights), [torch.ones_like(x) for x in turned])
+    assert [x.shape for x in grads] == [x.shape for x in (q, k, *weights)]
+    assert all(bool(x.any()) == bool(rows) for x in grads[2:])
+    if rows:
+        assert torch.autograd.gradcheck(lambda *x: pack.Rotate.apply(x[0], x[1], rotation, *weights), (q, k))
+
+
 @needs_triton
 @pytest.mark.parametrize(("target", "dim"), [("sm_90", 72), ("sm_90", 128), ("sm_80", 80), ("gfx942", 128)])
 def test_compiled(target: str, dim: int, tmp_path, monkeypatch) -> None:

@@ -279,6 +279,13 @@ def wrap(model: nn.Module, group: Any = None, **options: Any) -> nn.Module:
     return triton_sp.wrap(model, group, triton_sp.SPConfig(plan="heads", **options))
 
 
+def checkpointed(case: tiny.Case, batch: str, config: triton_sp.SPConfig) -> list[Plan]:
+    """A batch with each kind of checkpointing that the model itself trains with. Keys that layers of Gemma 4 share
+    travel in a dictionary, which a reentrant one cuts off."""
+    kinds = ("non_reentrant",) if case.name.startswith("gemma4") else ("reentrant", "non_reentrant")
+    return [Plan(batch, kind, config) for kind in kinds]
+
+
 def heads(size: int, **options: Any) -> triton_sp.SPConfig:
     """Heads exchanged, whatever would be faster for models this small. On three ranks gradients are added, not
     averaged: the norms of most models round to float32, in which 3 g and g do not have the same digits."""

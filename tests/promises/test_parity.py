@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from kit import tiny, zoo
-from kit.parity import Plan, heads, hold, run_bitwise
+from kit.parity import Plan, checkpointed, heads, hold, run_bitwise
 
 from triton_sp import SPConfig
 
@@ -16,8 +16,7 @@ def plans(case: tiny.Case, size: int) -> list[Plan]:
     """
     config = heads(size)
     tricky = "image_and_video" if "image_and_video" in case.batches else next(iter(case.batches))
-    checkpointed = [Plan(tricky, kind, config) for kind in ("reentrant", "non_reentrant")]
-    return [Plan(batch, config=config) for batch in case.batches] + checkpointed
+    return [Plan(batch, config=config) for batch in case.batches] + checkpointed(case, tricky, config)
 
 
 # One of each mechanism: windows, DeepStack, tiles, images that see themselves, prefixes, heads that do not divide.

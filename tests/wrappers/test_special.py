@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from kit import parity, zoo
-from kit.parity import Plan, heads, hold
+from kit.parity import Plan, checkpointed, heads, hold
 
 from triton_sp.anatomy import families
 from triton_sp.anatomy.families import MAKES_SPANS, spans_of
@@ -45,12 +45,7 @@ def test_parity_of_everything(ranks, reference, name: str, size: int) -> None:
     """Every batch, and checkpointing of both kinds, in float64."""
     case, config = zoo.CASES[name], heads(size)
     tricky = next(batch for batch in ("image_and_video", "packed", "left_pad") if batch in case.batches)
-    plans = [Plan(batch, config=config) for batch in case.batches]
-    plans += [Plan(tricky, kind, config) for kind in ("reentrant", "non_reentrant")]
-    if name.startswith(
-        "gemma4"
-    ):  # keys that layers share travel in a dictionary, which a reentrant checkpoint cuts off
-        plans = [plan for plan in plans if plan.checkpointing != "reentrant"]
+    plans = [Plan(batch, config=config) for batch in case.batches] + checkpointed(case, tricky, config)
     hold(ranks, reference, name, plans, size)
 
 

@@ -62,7 +62,7 @@ def unpack_heads(flat: Tensor, xs: Sequence[Tensor], ranks: int, rotation: Rotat
 
 def rotated(xs: Sequence[Tensor], rotation: Rotation) -> tuple[Tensor, ...]:
     """The first two tensors as `rotation` says, all side by side in one buffer, where no rank is to be sorted for."""
-    packed = pack_heads(xs, 1, rotation).view(len(xs[0]), -1, xs[0].shape[-1])
+    packed = pack_heads(xs, 1, rotation).view(len(xs[0]), sum(x.shape[1] for x in xs), xs[0].shape[-1])
     return packed.split([x.shape[1] for x in xs], 1)
 
 

@@ -168,13 +168,16 @@ def _backward_by_sdpa(
     (q, k, v, out, lse), count = states, len(alike)
     at, keys = _places([segment.rows for segment in alike]), _places([segment.keys for segment in alike])
     group = q.shape[1] // k.shape[1]
-    repeated = [_stacked(x, keys, count).repeat_interleave(group, 2) for x in (k, v)]
-    given = _heads_first(_stacked(dout, at, count), _stacked(q, at, count), *repeated, _stacked(out, at, count))
+    places = ((dout, at), (q, at), (out, at), (k, keys), (v, keys))
+    dout_NHRD, q_NHRD, out_NHRD, *kv = _heads_first(*(_stacked(x, where, count) for x, where in places))
+    k_NHLD, v_NHLD = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in kv)
     own_lse = lse[:, at].unflatten(1, (count, -1)).transpose(0, 1)
-    found = _FLASH_BACKWARD(*given, own_lse, 0.0, mask.causal, scale=factors.softmax_scale)
+    given = dout_NHRD, q_NHRD, k_NHLD, v_NHLD, out_NHRD, own_lse
+    found = _FLASH_BACKWARD(*given, 0.0, mask.causal, scale=factors.softmax_scale)
     grads[0][at] = _tokens_first(found[0])[..., : q.shape[2]]
     for grad, part in zip(grads[1:], found[1:], strict=True):
-        grad[keys] = _tokens_first(part)[..., : grad.shape[2]].unflatten(1, (-1, group)).sum(2)
+        summed = part if group == 1 else part.unflatten(1, (-1, group)).sum(2)
+        grad[keys] = _tokens_first(summed)[..., : grad.shape[2]]
 
 
 def _backward_by_rows(

@@ -6,7 +6,9 @@ import dis
 import functools
 import inspect
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
+from types import CodeType
 from typing import Any, Literal
 
 import torch
@@ -154,8 +156,14 @@ def calls_attention_interface(module: nn.Module) -> bool:
     function, interface = type(module).forward, "ALL_ATTENTION_FUNCTIONS"
     if not hasattr(module, "config") or interface not in code_names(function):
         return False
-    used = [i.argval for i in dis.get_instructions(inspect.unwrap(function)) if i.opname == "LOAD_GLOBAL"]
+    used = [name for kind, name in _loads(inspect.unwrap(function).__code__) if kind == "LOAD_GLOBAL"]
     return ("getattr", interface) not in pairwise(used)
+
+
+@cache
+def _loads(code: CodeType) -> list[tuple[str, Any]]:
+    """What code loads, in order. All layers of a kind have the same code, and reading it took 1 ms of each."""
+    return [(i.opname, i.argval) for i in dis.get_instructions(code) if i.opname.startswith("LOAD_")]
 
 
 def code_names(function: Any) -> set[str]:
@@ -188,8 +196,7 @@ def hands_keywords_on(module: nn.Module) -> bool:
         return False
     named = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
     keywords = code.co_varnames[named]
-    loads = (i.argval for i in dis.get_instructions(code) if i.opname.startswith("LOAD_"))
-    return any(keywords in (names if isinstance(names, tuple) else (names,)) for names in loads)
+    return any(keywords in (names if isinstance(names, tuple) else (names,)) for _, names in _loads(code))
 
 
 def attention_like(module: nn.Module) -> bool:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from triton_sp.kernels.mask import Grads, Mask
@@ -45,37 +46,46 @@ class Hollow(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self.known: set[int] = set()
+        self.shapes: dict[Any, Any] = {}  # what operations gave, by what they were given
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled in here, so that torch need not see to it at each operation: it took 40 us of each."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._run(func, args, kwargs or {})
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor):
-                self._see(x.untyped_storage())
+        for x in _tensors((out,)):
+            self._see(x.untyped_storage())
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func.namespace == "_c10d_functional" and "wait_tensor" in func.name():
+        way = _way(func)
+        if way == "wait":
             return args[0]  # not another tensor
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        known = inputs and not any(x.is_floating_point() for x in inputs)
-        if func.is_view or known or func in AS_IT_IS:
-            return func(*args, **kwargs)
-        if func is aten.allclose.default:
-            return True  # there are no numbers to differ
-        if func._schema.is_mutable and func.namespace == "aten":
-            return _write(func, args, kwargs)
-        return self._shape(func, args, kwargs)
+        if way != "same":
+            inputs = [*_tensors(args), *_tensors(kwargs.values())]
+            if not inputs or any(x.is_floating_point() for x in inputs):
+                return _write(func, args, kwargs) if way == "write" else self._shape(func, args, kwargs)
+        return func(*args, **kwargs)
 
     def _shape(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What an operation returns, without its numbers."""
+        if func is aten.allclose.default:
+            return True  # there are no numbers to differ
         if func in (aten.index.Tensor, aten.index_put.default):  # a mask's shape depends on its values: as indices
             args = (args[0], [y for x in args[1] for y in _as_index(x)], *args[2:])
         if func is aten.masked_select.default:
             return args[0].new_empty(int(torch.broadcast_to(args[1], args[0].shape).sum()))
-        shapes = func(*tree_map(_meta, args), **{**tree_map(_meta, kwargs), **_device(func, kwargs)})
-        if tree_any(lambda x: isinstance(x, Tensor) and not x.is_floating_point(), shapes):
+        key = (func, _asked(args), *((name, _asked(x)) for name, x in kwargs.items()))
+        if key not in self.shapes:
+            self.shapes[key] = func(
+                *map(_meta, args), **{name: _meta(x) for name, x in kwargs.items()} | _device(func, kwargs)
+            )
+        shapes = self.shapes[key]
+        if any(not x.is_floating_point() for x in _tensors((shapes,))):
             return func(*args, **kwargs)
-        out = tree_map(_allocate, shapes)
+        out = _allocate(shapes)
         counted = flop_registry.get(func._overloadpacket)
         if counted is not None:
             self.flops += counted(*args, **kwargs, out_val=out)
@@ -139,7 +149,7 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
 def _write(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation that writes its arguments: nothing is done to floats."""
     written = _written(func, args, kwargs)
-    if all(x.is_floating_point() for x in tree_leaves(written) if isinstance(x, Tensor)):
+    if all(x.is_floating_point() for x in _tensors(written)):
         return written[0] if len(written) == 1 else tuple(written)
     return func(*args, **kwargs)
 
@@ -150,21 +160,55 @@ def _as_index(x: Tensor | None) -> list[Tensor | None]:
     return list(x.nonzero(as_tuple=True))
 
 
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among values, and among the values of lists and tuples."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from _tensors(x)
+
+
+def _asked(x: Any) -> Any:
+    """What of an argument decides about the shapes of results."""
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype
+    return tuple(map(_asked, x)) if isinstance(x, list | tuple) else (type(x), x)
+
+
 def _meta(x: Any) -> Any:
-    """A tensor without storage in the place of one, of the same shape and strides."""
+    """A tensor without storage in the place of one, of the same shape and strides; also in lists."""
     if isinstance(x, Tensor):
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if isinstance(x, list | tuple):
+        return [_meta(y) for y in x]
     return torch.device("meta") if isinstance(x, torch.device) else x
+
+
+@cache
+def _way(func: Any) -> str:
+    """What is done about an operation: it waits, runs as it is, writes its arguments, or has its results allocated."""
+    if func.namespace == "_c10d_functional" and "wait_tensor" in func.name():
+        return "wait"
+    if func.is_view or func in AS_IT_IS:
+        return "same"
+    return "write" if func._schema.is_mutable and func.namespace == "aten" else "shape"
+
+
+@cache
+def _takes_device(func: Any) -> bool:
+    return any(a.name == "device" for a in func._schema.arguments)
 
 
 def _device(func: Any, kwargs: dict[str, Any]) -> dict[str, torch.device]:
     """Where a factory makes its tensor."""
-    takes = any(a.name == "device" for a in func._schema.arguments)
-    return {"device": torch.device("meta")} if takes and kwargs.get("device") is None else {}
+    return {"device": torch.device("meta")} if _takes_device(func) and kwargs.get("device") is None else {}
 
 
 def _allocate(x: Any) -> Any:
-    """A tensor like a meta tensor; a large one in address space only, which the system is not asked to have."""
+    """Tensors like meta tensors; a large one in address space only, which the system is not asked to have."""
+    if isinstance(x, list | tuple):
+        return type(x)(map(_allocate, x))
     if not isinstance(x, Tensor):
         return x
     elements = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0

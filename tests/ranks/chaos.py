@@ -166,6 +166,11 @@ def _processes_of(session: int | None) -> list[int]:
     return found
 
 
+def _memory() -> set[str]:
+    """All shared memory. Semaphores of Python are other programs': one that is forked, as here, has no name."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+
+
 def _is_mapped(name: str) -> bool:
     """Whether a process uses a piece of shared memory, as other programs of this machine may."""
     for maps in Path("/proc").glob("[0-9]*/maps"):
@@ -213,7 +218,7 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
     """A row of the table."""
     fault, wanted = case.fault, undisturbed(case.engine, case.replicas, case.ranks, folder)
     place = folder / f"{case.seed}"
-    memory = set(os.listdir("/dev/shm"))
+    memory = _memory()
     ends = run(place, case.ranks, case.engine, case.replicas, fault)
     wrong, named, told = [], 0, 0
     struck = (place / "checkpoints" / "struck").exists()
@@ -231,7 +236,7 @@ def judge(case: Scenario, folder: Path) -> dict[str, Any]:
         again = run(place, case.ranks, case.engine, case.replicas, None)
         if [end.digest for end in again] != wanted:
             wrong.append(f"restart: {next((e.text or e.kind for e in again if not e.digest), 'other weights')}")
-    if any(not _is_mapped(name) for name in set(os.listdir("/dev/shm")) - memory):
+    if any(not _is_mapped(name) for name in _memory() - memory):
         wrong.append("shared memory left")
     if list((place / "tmp").iterdir()) or (fault.kind not in ("killed", "stopped") and list(place.rglob("*.part"))):
         wrong.append("files left")

@@ -112,10 +112,12 @@ def test_a_hole_is_found_where_it_is(rows: list[list[bool]]) -> None:
         laid_out(batch)
 
 
-def test_a_label_behind_the_tokens_is_refused() -> None:
-    mask, labels = torch.tensor([[1, 1, 0, 0]]), torch.tensor([[1, 2, IGNORE, 4]])
-    batch = Batch(torch.zeros(1, 4), mask, None, None, None, labels, shift(labels), None)
-    with pytest.raises(InputError, match="a label in row 0 at column 3, predicted from padding"):
+@pytest.mark.parametrize("column", [3, 4])
+def test_a_label_behind_the_tokens_is_refused(column: int) -> None:
+    mask, labels = torch.tensor([[1, 1, 0, 0, 0]]), torch.full((1, 5), IGNORE)
+    labels[0, column] = 4
+    batch = Batch(torch.zeros(1, 5), mask, None, None, None, labels, shift(labels), None)
+    with pytest.raises(InputError, match=f"a label in row 0 at column {column}, predicted from padding"):
         laid_out(batch)
 
 

@@ -12,11 +12,13 @@ import torch
 import transformers as hf
 from kit import parity, tiny, zoo
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomBlock
 
 import triton_sp
 from triton_sp import SPConfig
 from triton_sp.anatomy import families
+from triton_sp.anatomy.find import find_parts
 from triton_sp.errors import InputError, SPError, UnsupportedModelError
 from triton_sp.testing import RankError
 from triton_sp.wrappers.decoders import gathered
@@ -104,3 +106,19 @@ def test_refused(ranks, job: str) -> None:
         ranks.run(partial(run_wrong, job), ranks=2)
     for error in caught.value.errors.values():
         assert isinstance(error, kind) and error.field == field, error
+
+
+def test_queries_scaled_by_cache_positions() -> None:
+    """Llama 4 with transformers 4.57: a decoder numbers these from its first token, on a shard from the shard's."""
+    model = zoo.CASES["llama4_text"].model()
+    kind = next(type(module) for module in model.modules() if type(module).__name__ == "Llama4TextAttention")
+
+    def forward(self: Any, hidden: Any, positions: Any, mask: Any, cache_position: Any = None, **kwargs: Any) -> Any:
+        scale = torch.floor(cache_position.float())
+        return ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation](self, hidden, hidden, hidden * scale, mask)
+
+    decoder = find_parts(model).decoder
+    assert decoder is not None and not decoder.gathered
+    with mock.patch.object(kind, "forward", forward):
+        decoder = find_parts(model).decoder
+        assert decoder is not None and decoder.gathered and "cache_position" in decoder.why_gathered

@@ -107,7 +107,7 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             found=f"parameters {own} of its own",
             remedy="use a model without them; learned biases are not handled yet",
         )
-    along = sorted(own_code_names(module) & _ALONG_TOKENS) if calls_attention_interface(module) else []
+    along = _counts_along(module) if calls_attention_interface(module) else []
     if along and not (along == ["arange"] and numbers_its_tokens(module)):
         return UnsupportedModelError(
             name,
@@ -123,6 +123,14 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
             remedy="add the layer to triton_sp/anatomy/refusals.py if each of its outputs depends on one token alone",
         )
     return None
+
+
+def _counts_along(attention: nn.Module) -> list[str]:
+    """What an attention module would count its own tokens by: functions, or, with transformers 4.57, the cache
+    positions by which Llama 4 scales queries, which a decoder numbers from its first token."""
+    used = own_code_names(attention)
+    by_cache = "floor" in used and "cache_position" in inspect.signature(type(attention).forward).parameters
+    return sorted(used & _ALONG_TOKENS) + ["cache_position"] * by_cache
 
 
 def refuse_stochastic_depth(name: str, module: Any) -> UnsupportedModelError:

@@ -73,7 +73,8 @@ def test_parity(ranks, name: str, kind: str, checkpointing: str, size: int) -> N
     """With heads that ranks do not divide."""
     gradient = "sum" if size == 3 else "mean"
     for error, where in ranks.run(compare, name, kind, checkpointing, gradient, ranks=size):
-        assert error < (1e-6 if name == "paligemma" else 1e-10), (error, where)  # Gemma's norms are in float32
+        # Gemma's norms are in float32, and the gradient of a key's bias is nothing but their rounding.
+        assert error < (2e-6 if name == "paligemma" else 1e-10), (error, where)
 
 
 def run_wrong(job: str) -> None:

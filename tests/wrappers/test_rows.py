@@ -150,19 +150,17 @@ class Streams:
         return SimpleNamespace(own=range(len(cu_seqlens)))
 
 
-def placement(own_segments: bool = False) -> Any:
+def placement() -> Any:
     def enter(x: Tensor, stream: Any) -> Tensor:
         return x[stream.own.start : stream.own.stop]
 
-    return SimpleNamespace(own_segments=own_segments, enter=enter)
+    return SimpleNamespace(stream_in=lambda cu_seqlens, streams: streams.of(cu_seqlens), enter=enter)
 
 
 def test_blocks_get_the_stream_of_their_segments() -> None:
     cu_seqlens = torch.tensor([0, 2, 3])
     tower = tower_pass(streams=Streams(), placement=placement())
     assert tower.stream() is Streams.first and tower.stream(cu_seqlens).own == range(3)
-    images = tower_pass(streams=Streams(), placement=placement(True))  # a rank that has whole images
-    assert images.stream(cu_seqlens) is Streams.first
 
 
 def test_tables_are_cut_as_tokens_are() -> None:

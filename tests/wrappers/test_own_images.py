@@ -66,8 +66,7 @@ def step_by_images(name: str, checkpointing: str) -> list[float]:
     return errors
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "non_reentrant"])
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("name", "checkpointing"), [("qwen2_5_vl", "non_reentrant"), ("qwen3_vl", "none")])
 def test_blocks_with_other_segments_and_deepstack_on_own_images(ranks, name: str, checkpointing: str) -> None:
     """Qwen2.5-VL's blocks see windows or whole images, Qwen3-VL's levels are taken from between its blocks."""
     for size in (2, 3):

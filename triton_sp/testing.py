@@ -134,9 +134,8 @@ class RankPool:
     def __init__(self, preload: Sequence[str] = ()) -> None:
         self._context = mp.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, *preload])
-        with mock.patch.dict(
-            os.environ, PYTHONPATH=os.pathsep.join(sys.path)
-        ):  # before Python 3.13 it had its own path
+        # It would look for modules on a path of its own, before Python 3.13.
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
             forkserver.ensure_running()
         self._workers: list[tuple[Any, Connection]] = []
 

@@ -89,7 +89,7 @@ def test_whole_heads(counts: list[int], ranks: int, dim: int, dtype: torch.dtype
         torch.testing.assert_close(one.cpu(), other)
 
 
-@pytest.mark.parametrize(
+TURNED = pytest.mark.parametrize(
     ("counts", "ranks", "dim", "rotary", "dtype"),
     [
         ([4, 1, 1], 2, 80, 32, torch.float64),
@@ -99,6 +99,9 @@ def test_whole_heads(counts: list[int], ranks: int, dim: int, dtype: torch.dtype
         pytest.param([4, 4, 4], 2, 128, 128, torch.float16, marks=LONG),
     ],
 )
+
+
+@TURNED
 def test_rotation(counts: list[int], ranks: int, dim: int, rotary: int, dtype: torch.dtype) -> None:
     """q and k are rotated on the way, v and what lies past the rotated numbers is not; the way back is what autograd
     makes of the rotation. The halves of the tables differ, as nothing says that they are alike."""
@@ -119,16 +122,7 @@ def test_rotation(counts: list[int], ranks: int, dim: int, rotary: int, dtype: t
         torch.testing.assert_close(one.double(), other, **tolerance)
 
 
-@pytest.mark.parametrize(
-    ("counts", "ranks", "dim", "rotary", "dtype"),
-    [
-        ([4, 1, 1], 2, 80, 32, torch.float64),
-        pytest.param([4, 2, 2], 2, 72, 72, torch.float32, marks=LONG),
-        pytest.param([3, 1], 1, 64, 24, torch.float16, marks=LONG),
-        pytest.param([6, 1, 1], 3, 20, 10, torch.float32, marks=LONG),
-        pytest.param([4, 4, 4], 2, 128, 128, torch.float16, marks=LONG),
-    ],
-)
+@TURNED
 def test_norm(counts: list[int], ranks: int, dim: int, rotary: int, dtype: torch.dtype) -> None:
     """q and k are normalised before they are rotated; the way back, and the sums for the weights, are what autograd
     makes of that. Rows have other strides than their gradients. Sums are the same bits in each run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import functools
 import inspect
 from dataclasses import dataclass, field
 from functools import cache
@@ -184,7 +183,7 @@ def takes_positions(decoder: nn.Module) -> bool:
     return "position_ids" in _parameters(type(decoder))
 
 
-@functools.cache
+@cache
 def _parameters(kind: type[nn.Module]) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 

@@ -98,9 +98,8 @@ def _refuse_layer(module: nn.Module, names: dict[int, str]) -> UnsupportedModelE
     leaf = not any(True for _ in module.children())
     if getattr(module, "drop_prob", 0):
         return refuse_stochastic_depth(name, module)
-    if calls_attention_interface(module) and set(own) - {
-        "sinks"
-    }:  # these it hands on, see wrappers/layers/attention.py
+    # Sinks it hands on, see wrappers/layers/attention.py.
+    if calls_attention_interface(module) and set(own) - {"sinks"}:
         return UnsupportedModelError(
             name,
             expected="attention whose parameters all lie in layers that work token by token",

@@ -152,5 +152,14 @@ def _calibrate() -> None:
     groups.leave_world()
 
 
+def run() -> None:
+    """The command itself. A plan has nothing to tidy up, so that it ends before Python takes torch, its compiler and
+    transformers apart, which takes 0.9 s."""
+    main()
+    if sys.argv[1:2] == ["plan"]:
+        sys.stdout.flush()
+        os._exit(0)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run()

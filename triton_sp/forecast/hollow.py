@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from triton_sp.kernels.mask import Grads, Mask
 from triton_sp.ops import varlen
 
 aten = torch.ops.aten
+_T = TypeVar("_T")
 # Operations that give what they are given; `_unsafe_view`, of products, does not say that it is a view.
 AS_IT_IS = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.detach.default, aten._unsafe_view.default)
 LARGE = 1 << 26
@@ -103,6 +104,27 @@ class Hollow(TorchDispatchMode):
         q, k, v, _out, _lse, *sinks = states
         self.flops += 2 * pairs(mask, len(q)) * q.shape[1] * (3 * q.shape[2] + 2 * v.shape[2])
         return Grads(*(grads or map(torch.empty_like, (q, k, v))), *(x.new_empty(x.shape) for x in sinks))
+
+    def aside(
+        self, function: Callable[..., _T], results: Callable[[_T], Iterable[Tensor]], once: bool = False
+    ) -> Callable[..., _T]:
+        """A function by its numbers, of whose tensors only the results are counted: one that works on the CPU in a run
+        on GPUs.
+
+        Args:
+            once: whether all calls are given what the first one gave.
+        """
+        made: list[_T] = []
+
+        def run(*args: Any, **kwargs: Any) -> _T:
+            if not (once and made):
+                with _disable_current_modes():
+                    made[:] = [function(*args, **kwargs)]
+            for x in results(made[0]):
+                self._see(x.untyped_storage())
+            return made[0]
+
+        return run
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()  # the object lives as long as the memory

@@ -28,9 +28,10 @@ from triton_sp.plan.cost import find_link
 from triton_sp.plan.shards import Shards, shard_tokens
 from triton_sp.ranks import collectives, groups
 from triton_sp.testing import saved_activations
-from triton_sp.wrappers.fusion import features
+from triton_sp.wrappers.fusion import composite, features
 from triton_sp.wrappers.install import Installation, installation_of
 from triton_sp.wrappers.layers import offload
+from triton_sp.wrappers.towers import patches
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def forecast(
     >>> [(row.own_tokens, row.plans) for row in forecast(model, Job(gpus=2, text=101), [2], rank=1)]
     [(50, {'model.layers': 'heads'})]
     """
-    return [forecast_batch(model, None, job, size, config, min(rank, size - 1))[0] for size in ranks]
+    with Hollow() as hollow, _hollow_step(model, None, job, hollow) as batch:
+        return [_follow(model, hollow, batch, job, (size, min(rank, size - 1)), config)[0] for size in ranks]
 
 
 def forecast_batch(
@@ -108,34 +110,74 @@ def forecast_batch(
     Args:
         batch: the arguments of the model's forward, `labels` among them; None makes one for the job.
     """
+    with Hollow() as hollow, _hollow_step(model, batch, job, hollow) as given:
+        return _follow(model, hollow, given, job, (ranks, rank), config)
+
+
+@contextmanager
+def _hollow_step(
+    model: nn.Module, batch: Mapping[str, Any] | None, job: Job, hollow: Hollow
+) -> Iterator[dict[str, Tensor]]:
+    """For a time: weights and their gradients, as a step finds them, and the batch that is given. What the CPU works out
+    in a run on GPUs (which patches, which positions) takes none of their memory; positions are the same for all groups.
+    """
+    weights = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
+    with (
+        _with_weights(model, weights),
+        _training(model, job),
+        mock.patch.object(varlen, "forward", hollow.attend),
+        mock.patch.object(varlen, "backward", hollow.attend_backward),
+        mock.patch.object(patches, "cut_patches", hollow.aside(patches.cut_patches, _arguments)),
+        mock.patch.object(composite, "positions_of_all", hollow.aside(composite.positions_of_all, _itself, once=True)),
+        mock.patch.object(offload, "save_on_cpu", _Elsewhere),
+    ):
+        yield make_batch(model, job) if batch is None else {name: _on_cpu(x) for name, x in batch.items()}
+
+
+def _arguments(made: patches.Patches) -> list[Tensor]:
+    return list(made.arguments.values())
+
+
+def _itself(made: Tensor) -> list[Tensor]:
+    return [made]
+
+
+def _follow(
+    model: nn.Module,
+    hollow: Hollow,
+    batch: dict[str, Tensor],
+    job: Job,
+    group: tuple[int, int],
+    config: SPConfig | None,
+) -> tuple[Forecast, Installation]:
+    """A step of one rank of a group, (ranks, rank)."""
     options = asdict(config or SPConfig(link="nvlink")) | {"check": "off", "trial": "off", "single": True}
     asked = {"chunked_loss": job.chunked_loss, "tiled_mlp": job.tiled_mlp, "offload": job.offload}
     options |= {name: value for name, value in asked.items() if value}
-    link = find_link(options["link"], "cuda", ranks)
-    with Hollow() as hollow, _alone_among(ranks, rank, hollow), collectives.record() as ledger:
-        weights = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
-        with _with_weights(model, weights), _training(model, job):
-            given = make_batch(model, job) if batch is None else {name: _on_cpu(x) for name, x in batch.items()}
-            installation = installation_of(wrap(model, config=SPConfig(**options)))
-            assert installation is not None
-            alike = Alike(hollow, ledger, installation)
-            hollow.flops, before, hollow.peak = 0, hollow.now, hollow.now
-            with alike.following():
-                with saved_activations(model) as saved:
-                    loss = model(**given).loss
-                require(loss is not None, InputError, "labels", "labels in the batch", "none", "a step needs a loss")
-                forward, hollow.peak, sent = hollow.peak - before, hollow.now, sum(_sent(ledger))
-                loss.backward()
-            backward = hollow.peak - before
-            plans, own = _plans(installation)
-            del loss
-            unwrap(model)
-    states = engine_bytes(sum(p.nbytes for p in weights.values()), sum(p.numel() for p in weights.values()), job)
-    tokens = next(int(given[name].shape[:2].numel()) for name in ("input_ids", "inputs_embeds") if name in given)
+    link = find_link(options["link"], "cuda", group[0])
+    with _alone_among(*group), collectives.record() as ledger:
+        installation = installation_of(wrap(model, config=SPConfig(**options)))
+        assert installation is not None
+        installation.state.calls = 1  # in a first call ranks compare their weights
+        alike = Alike(hollow, ledger, installation)
+        hollow.flops, before, hollow.peak = 0, hollow.now, hollow.now
+        with alike.following():
+            with saved_activations(model) as saved:
+                loss = model(**batch).loss
+            require(loss is not None, InputError, "labels", "labels in the batch", "none", "a step needs a loss")
+            forward, hollow.peak, sent = hollow.peak - before, hollow.now, sum(_sent(ledger))
+            loss.backward()
+        backward = hollow.peak - before
+        plans, own = _plans(installation)
+        del loss
+        unwrap(model)
+    weights = list(model.parameters())
+    states = engine_bytes(sum(p.nbytes for p in weights), sum(p.numel() for p in weights), job)
+    tokens = next(int(batch[name].shape[:2].numel()) for name in ("input_ids", "inputs_embeds") if name in batch)
     step = _sent(ledger)
     seconds = hollow.flops / link.compute + sum(step) / link.bandwidth + len(step) * link.latency
     sizes = (saved[0], forward, backward, installation.offloaded, sum(states) + max(forward, backward), sent, sum(step))
-    row = Forecast(ranks, rank, tokens, own, plans, *states, *sizes, hollow.flops, seconds)
+    row = Forecast(*group, tokens, own, plans, *states, *sizes, hollow.flops, seconds)
     return row, installation
 
 
@@ -226,7 +268,7 @@ class _Elsewhere:
 
 
 @contextmanager
-def _alone_among(ranks: int, rank: int, hollow: Hollow) -> Iterator[None]:
+def _alone_among(ranks: int, rank: int) -> Iterator[None]:
     """This process as one rank of a group whose other ranks do not exist: nothing arrives from them. Where images are
     shared out, the others are taken to make equal parts of the features that are left."""
 
@@ -234,11 +276,5 @@ def _alone_among(ranks: int, rank: int, hollow: Hollow) -> Iterator[None]:
         others = iter(shard_tokens(needed.total - rows, max(ranks - 1, 1)).sizes)
         return Shards(tuple(rows if other == rank else next(others) for other in range(ranks)))
 
-    with (
-        groups.fake_world(ranks, rank),
-        mock.patch.object(varlen, "forward", hollow.attend),
-        mock.patch.object(varlen, "backward", hollow.attend_backward),
-        mock.patch.object(features, "made_by_all", made_by_all),
-        mock.patch.object(offload, "save_on_cpu", _Elsewhere),
-    ):
+    with groups.fake_world(ranks, rank), mock.patch.object(features, "made_by_all", made_by_all):
         yield

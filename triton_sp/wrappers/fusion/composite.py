@@ -44,7 +44,7 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
         if features.granularity == "patches" and features.grid is not None:  # `cut_patches` works with numbers
             arguments[features.grid] = _on_host(arguments.get(features.grid))
     if arguments.get("position_ids") is None:
-        arguments["position_ids"] = _positions(override, arguments, call)
+        arguments["position_ids"] = positions_of_all(override, arguments, call)
     given = arguments.get("mm_encoder_outputs")
     if isinstance(given, Mapping):
         arguments["mm_encoder_outputs"] = _part_of_outputs(given, call, override.installation)
@@ -55,7 +55,7 @@ def _run_composite(override: Override, *args: Any, **kwargs: Any) -> Any:
         return override.original(**arguments)
 
 
-def _positions(override: Override, arguments: dict[str, Any], call: TextCall) -> Tensor:
+def positions_of_all(override: Override, arguments: dict[str, Any], call: TextCall) -> Tensor:
     """The positions of all tokens, as the composite or its decoder would have made them.
 
     The composite's method reads ids and grids one number after another, image by image. On a GPU each would be a wait

@@ -118,8 +118,8 @@ def forecast_batch(
 def _hollow_step(
     model: nn.Module, batch: Mapping[str, Any] | None, job: Job, hollow: Hollow
 ) -> Iterator[dict[str, Tensor]]:
-    """For a time: weights and their gradients, as a step finds them, and the batch that is given. What the CPU works out
-    in a run on GPUs (which patches, which positions) takes none of their memory; positions are the same for all groups.
+    """For a time: weights and their gradients, as a step finds them, and the batch that is given. What the CPU works
+    out in runs on GPUs (patches, positions) takes none of their memory; positions are the same for all groups.
     """
     weights = {name: torch.empty_like(p, device="cpu") for name, p in model.named_parameters()}
     with (

@@ -174,8 +174,7 @@ def _tables(tower: Any, grid: Tensor, places: Tensor) -> dict[str, Tensor]:
 
     sizes = grid.prod(-1)
     stops = sizes.cumsum(0)
-    ends = torch.stack([places.min(), places.max()]) if len(places) else places.new_zeros(2)
-    first, last = torch.searchsorted(stops, ends, right=True).tolist()
+    first, last = torch.searchsorted(stops, torch.stack(places.aminmax()), right=True).tolist()
     grid, places, merge = grid[first : last + 1], places - (stops - sizes)[first], tower.spatial_merge_size
     tables = {"position_ids": vision_utils.get_vision_position_ids(grid, merge)}
     if "get_vision_interpolation_indices_and_weights" in _uses(tower):

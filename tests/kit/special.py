@@ -153,8 +153,7 @@ def ernie_cases() -> list[Case]:
     visuals = {"image": tiny.qwen_visuals()["image"]}
     case = vlm_case("ernie4_5_vl_moe", "Ernie4_5_VLMoe", (vision, text, visuals), experts_implementation="eager", **ids)
     batches = {name: partial(by_type, name, visuals) for name in case.batches}
-    # It makes zeros in float32 for the scores of its experts. A rank without a token of a type has no gradient for the
-    # experts of that type.
+    # It makes zeros in float32 for the scores of its experts.
     return [replace(case, batches=batches, suite=(), dtype=torch.float32)]
 
 

@@ -44,7 +44,7 @@ def test_parity(ranks, reference, name: str) -> None:
 def test_parity_of_everything(ranks, reference, name: str, size: int) -> None:
     """Every batch, and checkpointing of both kinds, in float64."""
     case, config = zoo.CASES[name], heads(size)
-    tricky = next(batch for batch in ("image_and_video", "packed", "left_pad") if batch in case.batches)
+    tricky = next(batch for batch in ("image_and_video", "packed", "left_pad", "plain") if batch in case.batches)
     plans = [Plan(batch, config=config) for batch in case.batches] + checkpointed(case, tricky, config)
     hold(ranks, reference, name, plans, size)
 

@@ -19,7 +19,7 @@ from triton_sp.errors import InputError, UnsupportedModelError
 from triton_sp.wrappers.decoders import cross
 from triton_sp.wrappers.inputs.layout import UNTOUCHED, TextCall
 from triton_sp.wrappers.install import Installation, LastCall, Override
-from triton_sp.wrappers.layers import recurrent
+from triton_sp.wrappers.layers import experts, recurrent
 from triton_sp.wrappers.layers.attention import redirect
 from triton_sp.wrappers.layers.offload import kept_on_cpu
 from triton_sp.wrappers.scope import (
@@ -34,9 +34,10 @@ from triton_sp.wrappers.scope import (
 
 
 def install(stack: Stack, installation: Installation) -> None:
-    """Override a decoder's forward, its attention, its recurrent layers, and what makes positions."""
+    """Override a decoder's forward, its attention, its recurrent layers, its experts, and what makes positions."""
     redirect(stack.attention, installation)
     recurrent.redirect(stack.recurrent, installation)
+    experts.redirect(stack, installation)
     install_positions(stack, installation)
     installation.override(stack.module, partial(_run_decoder, _not_told(stack)))
 
@@ -141,7 +142,8 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                     found=f"{tuple(value.shape[:2])} in the decoder",
                     remedy="this model changes the sequence between its input and its decoder, and cannot be sharded",
                 )
-            arguments[name] = value.flatten(0, 1)[index][None]
+            own = value.flatten(0, 1)[index]
+            arguments[name] = (experts.with_absent_types(own, value) if name == experts.TYPES else own)[None]
     given_mask = arguments.get("attention_mask")
     if not stack.gathered:
         expect_mask(given_mask, call, stack)

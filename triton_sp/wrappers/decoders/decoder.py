@@ -130,7 +130,7 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
         The call, which knows then that this has been done.
     """
     stack, index, (rows, length) = installation.anatomy.decoder, call.local_index, call.shape
-    ids = arguments.get("input_ids")
+    ids, whole_types = arguments.get("input_ids"), arguments.get(experts.TYPES)
     assert stack is not None
     for name in ("input_ids", "inputs_embeds", *_PER_TOKEN):
         value = arguments.get(name)
@@ -142,8 +142,8 @@ def localise_text(arguments: dict[str, Any], call: TextCall, installation: Insta
                     found=f"{tuple(value.shape[:2])} in the decoder",
                     remedy="this model changes the sequence between its input and its decoder, and cannot be sharded",
                 )
-            own = value.flatten(0, 1)[index]
-            arguments[name] = (experts.with_absent_types(own, value) if name == experts.TYPES else own)[None]
+            arguments[name] = value.flatten(0, 1)[index][None]
+    experts.add_absent_types(arguments, whole_types)
     given_mask = arguments.get("attention_mask")
     if not stack.gathered:
         expect_mask(given_mask, call, stack)

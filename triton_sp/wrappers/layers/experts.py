@@ -47,24 +47,25 @@ def _by_type(module: nn.Module) -> list[nn.Module]:
     return inside or [module] * (TYPES in _arguments(module) and bool(_experts(module)))
 
 
-def with_absent_types(types_T: Tensor, whole: Tensor) -> Tensor:
-    """A rank's types of tokens, and after them one of each type that only other ranks have.
+def add_absent_types(arguments: dict[str, Any], whole: Tensor | None) -> None:
+    """After a decoder's types of this rank's tokens, one of each type that only other ranks have.
 
     Args:
-        types_T: `moe_mm_token_type_ids` of this rank's tokens.
         whole: those of the batch.
 
-    >>> with_absent_types(torch.tensor([1, 1]), torch.tensor([0, 1, 1, 0]))
-    tensor([1, 1, 0])
-    >>> with_absent_types(torch.tensor([0, 0]), torch.tensor([0, 0, 0, 0]))
-    tensor([0, 0])
+    >>> arguments = {TYPES: torch.tensor([[1, 1]])}
+    >>> add_absent_types(arguments, torch.tensor([[0, 1, 1, 0]]))
+    >>> arguments[TYPES]
+    tensor([[1, 1, 0]])
     """
-    absent = set(whole.bool().unique().tolist()) - set(types_T.bool().unique().tolist())
-    return torch.cat([types_T, types_T.new_tensor(sorted(absent))])
+    if whole is not None:
+        own = arguments[TYPES]
+        absent = set(whole.bool().unique().tolist()) - set(own.bool().unique().tolist())
+        arguments[TYPES] = torch.cat([own, own.new_tensor([sorted(absent)])], 1)
 
 
 def _run_by_type(override: Override, hidden_TC: Tensor, types: Tensor | None = None) -> Any:
-    """(1, T, C): one more row for each type that `with_absent_types` has added."""
+    """(1, T, C): one more row for each type that `add_absent_types` has added."""
     tokens = hidden_TC.shape[1]
     more = 0 if types is None else types.shape[1] - tokens
     if not more:
